@@ -1,0 +1,404 @@
+"""The reference engine: transformers on the CPU, in a process of its own.
+
+It is small, but nothing in it is pretended: a pool of key-value blocks with a prefix cache,
+decoding in batches, weights and pool in anonymous memory that ``madvise`` really gives back to the
+system, and weights received over shared memory from another process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import mmap
+import multiprocessing
+import os
+import platform
+import signal
+import tempfile
+import traceback
+from collections.abc import Iterable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError
+from rollout.transport import TransportError, answer, as_bytes, receive, send
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK_TOKENS = 16
+KV_POOL_BYTES = 128 << 20
+LEAK_BYTES = 24 << 20
+# Parameters below which a second thread costs more than it gives (measured: 14 times slower on two
+# busy cores, because the threads of a tiny product wait for each other in a loop).
+SMALL = 50_000_000
+
+
+class Engine:
+    """The trainer's side of the reference engine (see :class:`rollout.backends.Engine`)."""
+
+    def __init__(self) -> None:
+        self.device = f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._connection: Connection | None = None
+        self._held = 0
+
+    def start(self, model: Path, *, dummy: bool) -> None:
+        # spawn: a fork would share the parent's memory, and then neither side's could be counted.
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, str(model), dummy, os.getpid())
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self._held = self._answer()
+
+    def _answer(self) -> Any:
+        if self._connection is None:
+            raise EngineError("the engine is not started")
+        try:
+            return answer(self._connection)
+        except TransportError as error:
+            raise EngineError(str(error)) from None
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        if self._connection is None:
+            raise EngineError("the engine is not started")
+        try:
+            self._connection.send((method, arguments))
+        except OSError:
+            raise EngineError("the engine process ended") from None
+        return self._answer()
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
+        found = self._call("generate", [list(p) for p in prompts], tokens)
+        return [Completion(*pair) for pair in found]
+
+    def sleep(self, level: int) -> None:
+        self._call("sleep", level)
+
+    def wake(self, tags: Sequence[str]) -> None:
+        self._call("wake", tuple(tags))
+
+    def refit(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        if self._connection is None:
+            raise EngineError("the engine is not started")
+        self._connection.send(("refit", ()))
+        try:
+            sent = send(tensors, self._connection)
+        except TransportError as error:
+            raise EngineError(str(error)) from None
+        self._answer()
+        return sent
+
+    def reset_prefix_cache(self) -> None:
+        self._call("reset_prefix_cache")
+
+    def digests(self) -> dict[str, str]:
+        found: dict[str, str] = self._call("digests")
+        return found
+
+    def held(self) -> int:
+        return self._held
+
+    def memory(self) -> int:
+        if self._process is None or not self._process.is_alive():
+            return 0
+        # smaps_rollup is exact; the counters of statm are gathered lazily per processor.
+        text = Path(f"/proc/{self._process.pid}/smaps_rollup").read_text(encoding="ascii")
+        rss = next(line for line in text.splitlines() if line.startswith("Rss:"))
+        return int(rss.split()[1]) * 1024
+
+    def inject(self, fault: str) -> None:
+        self._call("inject", fault)
+
+    def stop(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(OSError):
+                self._connection.send(("stop", ()))
+            self._connection.close()
+            self._connection = None
+        if self._process is not None:
+            self._process.join(5)
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
+def _processor() -> str:
+    """The name of the processor as the kernel has it."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+class Region:
+    """Anonymous memory whose pages can be given back while its addresses stay.
+
+    vLLM's allocator does the same on a GPU: tensors that look into it stay valid, their content
+    does not.
+    """
+
+    def __init__(self, size: int) -> None:
+        import torch
+
+        self.size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        # Private: shared anonymous memory would survive MADV_DONTNEED.
+        self._map = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the same shape, dtype and content inside the region."""
+        size = tensor.numel() * tensor.element_size()
+        place = self.bytes[self._used : self._used + size]
+        self._used += -(-size // 64) * 64
+        place.copy_(as_bytes(tensor))
+        return place.view(tensor.dtype).reshape(tensor.shape)
+
+    def touch(self) -> None:
+        """Make every page resident, zeroed where it was given back."""
+        pages = self.bytes[:: mmap.PAGESIZE]
+        pages.copy_(pages.clone())
+
+    def release(self) -> None:
+        """Give the pages back to the operating system; they read as zeros from now on."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class Worker:
+    """The engine's own process: model, memory, and the requests it answers."""
+
+    def __init__(self, model: Path, dummy: bool) -> None:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        config = AutoConfig.from_pretrained(model)
+        torch.manual_seed(0)
+        if dummy:
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        else:
+            self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        self.model.eval()
+        held = [*self.model.parameters(), *self.model.buffers()]
+        if sum(t.numel() for t in held) < SMALL:
+            torch.set_num_threads(1)
+        self.weights = Region(sum(t.numel() * t.element_size() + 64 for t in held))
+        for module in self.model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.data = self.weights.take(parameter.data)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = self.weights.take(buffer)
+        heads = config.num_key_value_heads
+        shape = (config.num_hidden_layers, 2, heads, BLOCK_TOKENS, config.head_dim)
+        elements = shape[0] * shape[1] * shape[2] * shape[3] * shape[4]
+        count = max(KV_POOL_BYTES // (2 * elements), 64)
+        self.pool = Region(2 * elements * count)
+        self.pool.touch()
+        self.blocks = self.pool.bytes[: 2 * elements * count].view(torch.bfloat16)
+        self.blocks = self.blocks.reshape(count, *shape)
+        self.cached: dict[tuple[int, ...], int] = {}
+        self.backup: Path | None = None
+        self.saved: dict[str, torch.Tensor] = {}
+        self.asleep: set[str] = set()
+        self.faults: set[str] = set()
+        self.leaks: list[bytearray] = []
+
+    def held(self) -> int:
+        return self.weights.size + self.pool.size
+
+    # Generation: prefill one by one through the prefix cache, then decode all together.
+
+    def generate(self, prompts: list[list[int]], tokens: int) -> list[tuple[Any, Any]]:
+        import torch
+
+        if self.asleep:
+            raise EngineError(f"asleep: {', '.join(sorted(self.asleep))} not woken")
+        with torch.inference_mode():
+            caches, rows = [], []
+            for prompt in prompts:
+                cache, logits = self._prefill(prompt)
+                caches.append(cache)
+                rows.append(logits)
+            return self._decode(caches, torch.stack(rows), tokens)
+
+    def _prefill(self, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (layer, 2, head, token, dim) and the last logits of one prompt."""
+        import torch
+        from transformers import DynamicCache
+
+        ends = range(BLOCK_TOKENS, len(prompt), BLOCK_TOKENS)
+        known = []
+        for end in ends:
+            block = self.cached.get(tuple(prompt[:end]))
+            if block is None:
+                break
+            known.append(self.blocks[block])
+        cache = DynamicCache()
+        if known:
+            past = torch.cat(known, dim=3)
+            for layer, (keys, values) in enumerate(past):
+                cache.update(keys[None], values[None], layer)
+        start = len(known) * BLOCK_TOKENS
+        output = self.model(
+            input_ids=torch.tensor([prompt[start:]]), past_key_values=cache, use_cache=True
+        )
+        state = torch.stack([torch.stack([la.keys[0], la.values[0]]) for la in cache.layers])
+        for end in ends:
+            self._remember(tuple(prompt[:end]), state[:, :, :, end - BLOCK_TOKENS : end])
+        return state, output.logits[0, -1]
+
+    def _remember(self, prefix: tuple[int, ...], state: torch.Tensor) -> None:
+        if prefix in self.cached:
+            return
+        if len(self.cached) >= len(self.blocks):
+            oldest = next(iter(self.cached))
+            block = self.cached.pop(oldest)
+        else:
+            block = len(self.cached)
+        self.blocks[block].copy_(state)
+        self.cached[prefix] = block
+
+    def _decode(
+        self, states: list[torch.Tensor], logits: torch.Tensor, tokens: int
+    ) -> list[tuple[Any, Any]]:
+        import torch
+        from transformers import DynamicCache
+
+        longest = max(s.shape[3] for s in states)
+        padded = [torch.nn.functional.pad(s, (0, 0, longest - s.shape[3], 0)) for s in states]
+        batch = torch.stack(padded, dim=2)  # (layer, 2, request, head, token, dim)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(batch):
+            cache.update(keys, values, layer)
+        mask = torch.zeros(len(states), longest + tokens, dtype=torch.long)
+        for row, state in enumerate(states):
+            mask[row, longest - state.shape[3] :] = 1
+        positions = torch.tensor([[s.shape[3]] for s in states])
+        chosen, scores = [], []
+        for step in range(tokens):
+            logprobs = torch.log_softmax(logits.float(), dim=-1)
+            best = logprobs.argmax(dim=-1, keepdim=True)
+            chosen.append(best)
+            scores.append(logprobs.gather(-1, best))
+            if step + 1 == tokens:
+                break
+            logits = self.model(
+                input_ids=best,
+                attention_mask=mask[:, : longest + step + 1],
+                position_ids=positions + step,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+        ids, values = torch.cat(chosen, dim=1).tolist(), torch.cat(scores, dim=1).tolist()
+        return [(tuple(i), tuple(v)) for i, v in zip(ids, values, strict=True)]
+
+    # Sleep and wake.
+
+    def sleep(self, level: int) -> None:
+        if self.asleep:
+            raise EngineError("already asleep")
+        # What is neither a parameter nor in a checkpoint comes back from nowhere else.
+        self.saved = {n: b.clone() for n, b in self.model.named_buffers()}
+        if level == 1:
+            handle, path = tempfile.mkstemp(prefix="rollout-weights-")
+            self.backup = Path(path)
+            with os.fdopen(handle, "wb") as file:
+                file.write(memoryview(self.weights.bytes.numpy()))
+        self.reset_prefix_cache()
+        self.weights.release()
+        self.pool.release()
+        self.asleep = {WEIGHTS, KV_CACHE}
+
+    def wake(self, tags: tuple[str, ...]) -> None:
+        if WEIGHTS in tags and WEIGHTS in self.asleep:
+            if self.backup is not None:
+                with self.backup.open("rb") as file:
+                    file.readinto(memoryview(self.weights.bytes.numpy()))
+                self.backup.unlink()
+                self.backup = None
+            self.weights.touch()
+            if "lost-buffer" not in self.faults:
+                for name, buffer in self.model.named_buffers():
+                    buffer.copy_(self.saved[name])
+        if KV_CACHE in tags and KV_CACHE in self.asleep:
+            self.pool.touch()
+        self.asleep -= set(tags)
+        if "leak-per-cycle" in self.faults and not self.asleep:
+            self.leaks.append(bytearray(b"x" * LEAK_BYTES))
+
+    # Refit.
+
+    def refit(self, connection: Connection) -> None:
+        import torch
+
+        if WEIGHTS in self.asleep:
+            raise EngineError("asleep: wake the weights before a refit")
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in receive(connection):
+                if name not in parameters:
+                    raise EngineError(f"unknown tensor {name!r}")
+                if parameters[name].shape != tensor.shape:
+                    shapes = f"{tuple(tensor.shape)}, not {tuple(parameters[name].shape)}"
+                    raise EngineError(f"tensor {name!r} has shape {shapes}")
+                parameters[name].copy_(tensor)
+
+    def reset_prefix_cache(self) -> None:
+        self.cached.clear()
+
+    def digests(self) -> dict[str, str]:
+        return {
+            name: hashlib.sha256(memoryview(as_bytes(tensor).numpy())).hexdigest()
+            for name, tensor in self.model.named_parameters()
+        }
+
+    def inject(self, fault: str) -> None:
+        self.faults.add(fault)
+
+    def close(self) -> None:
+        if self.backup is not None:
+            self.backup.unlink(missing_ok=True)
+
+
+def _serve(connection: Connection, model: str, dummy: bool, parent: int) -> None:
+    """The engine's main loop: one message, one answer; an exception is an answer too."""
+    # The terminal's Ctrl-C goes to both processes; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the trainer
+    if os.getppid() != parent:
+        return
+    worker = None
+    try:
+        worker = Worker(Path(model), dummy)
+        connection.send(worker.held())
+        while True:
+            method, arguments = connection.recv()
+            if method == "stop":
+                break
+            try:
+                if method == "refit":
+                    worker.refit(connection)
+                    result = None
+                else:
+                    result = getattr(worker, method)(*arguments)
+            except Exception as error:
+                result = EngineError(f"{error}")
+                if not isinstance(error, EngineError):
+                    traceback.print_exc()
+            connection.send(result)
+    except (EOFError, BrokenPipeError):
+        pass  # the trainer ended
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            connection.send(EngineError(f"{type(error).__name__}: {error}"))
+    finally:
+        if worker is not None:
+            worker.close()

@@ -1,0 +1,170 @@
+"""``rollout``: the command of every image.
+
+Exit codes: 0 proved, 1 a check failed, 2 wrong usage, 3 cannot be proved here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rollout import info, preflight, report
+from rollout.problem import Problem
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the image."""
+    top = argparse.ArgumentParser(
+        prog="rollout",
+        description="What this image is, and the proof that it works.",
+        epilog="Anything else is executed as given: rollout python3, rollout bash …  "
+        "Exit codes: 0 proved, 1 a check failed, 2 wrong usage, 3 cannot be proved here.",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    one = commands.add_parser("info", help="reference, engine, torch, CUDA, lock; needs no GPU")
+    one.add_argument("--json", action="store_true", help="print JSON")
+    two = commands.add_parser("verify", help="every file is the locked one; needs no GPU")
+    two.add_argument("--report", type=Path, metavar="FILE", help="write the checks as JSON")
+    three = commands.add_parser("smoke", help="the proof: generation, sleep, wake, refit")
+    three.add_argument("--only", default="", metavar="CHECK,…", help="run these checks alone")
+    three.add_argument("--model", type=Path, metavar="DIR", help="a model of yours, not the probe")
+    three.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON")
+    three.add_argument("--cycles", type=positive, default=4, metavar="N", help="of sleep and wake")
+    three.add_argument("--inject", metavar="FAULT", help="break one thing; the run must fail")
+    commands.add_parser("serve", help="the engine's own OpenAI server; arguments pass through")
+    return top
+
+
+COMMANDS = ("info", "verify", "smoke", "serve", "-h", "--help")
+
+
+def _info(as_json: bool) -> int:
+    facts = info.facts(info.prefix())
+    print(json.dumps(facts, indent=1) if as_json else info.text(facts))
+    return 0
+
+
+def _conclude(
+    checks: Sequence[report.Check],
+    expected: Sequence[str],
+    device: str | None,
+    path: Path | None,
+    started: str,
+    seconds: float,
+) -> int:
+    """Say the verdict, write the report where one was asked for, return the exit code."""
+    facts = info.facts(info.prefix())
+    outcome = report.verdict(checks, expected)
+    if path:
+        result = report.Report(
+            image=facts["reference"],
+            lock_sha256=facts["lock_sha256"],
+            # A container does not know its layers; who starts it may say them (nox -s prove does).
+            layers=[layer for layer in os.environ.get("ROLLOUT_LAYERS", "").split(",") if layer],
+            engine=report.Engine(facts["engine"]["name"], facts["engine"]["version"]),
+            torch=facts["torch"],
+            cuda=facts["cuda"],
+            driver=preflight.driver() if facts["cuda"] else None,
+            device=device,
+            started=started,
+            seconds=seconds,
+            checks=list(checks),
+            verdict=outcome,
+        )
+        report.write(path, result)
+    names = [check.name for check in checks if check.status == "failed"]
+    tail = f" ({', '.join(names)})" if names else ""
+    print(f"{facts['reference']}: {outcome}{tail} in {seconds:.1f} s", flush=True)
+    return report.exit_code(outcome)
+
+
+def _show(check: report.Check) -> None:
+    print(report.row(check), flush=True)
+
+
+def _verify(path: Path | None) -> int:
+    from rollout import verify
+
+    if path:
+        report.writable(path)
+    started, clock = report.now(), time.perf_counter()
+    print(report.header(), flush=True)
+    checks = verify.run(info.prefix())
+    for check in checks:
+        _show(check)
+    return _conclude(checks, verify.CHECKS, None, path, started, time.perf_counter() - clock)
+
+
+def _smoke(given: argparse.Namespace) -> int:
+    from rollout import smoke
+
+    only = tuple(name for name in given.only.split(",") if name)
+    if given.report:
+        report.writable(given.report)
+    started, clock = report.now(), time.perf_counter()
+    data = info.image(info.prefix())
+    options = smoke.Options(only, given.model, given.cycles, given.inject)
+    checks, device = smoke.run(data, options, _show)
+    # Some checks alone prove no image: the verdict is 'unproved', unless one of them failed.
+    expected = smoke.selected((), data["smoke"]["sleep_levels"])
+    seconds = time.perf_counter() - clock
+    return _conclude(checks, expected, device, given.report, started, seconds)
+
+
+def _execute(argv: Sequence[str]) -> int:
+    """Become the given command, after a look that costs milliseconds."""
+    cuda = info.image(info.prefix()).get("cuda")
+    for finding in preflight.findings(cuda, Path("/"), os.environ):
+        print(f"rollout: warning: {finding}", file=sys.stderr, flush=True)
+    try:
+        os.execvp(argv[0], list(argv))  # noqa: S606 - running what the user asked for is the purpose
+    except FileNotFoundError:
+        raise Problem(
+            f"no command {argv[0]!r} in this image; 'rollout --help' lists its own", 2
+        ) from None
+    except PermissionError:
+        raise Problem(f"{argv[0]!r} cannot be executed", 2) from None
+
+
+def _serve() -> int:
+    name = info.image(info.prefix())["backend"]
+    raise Problem(f"the {name} backend has no server of its own; use an image with an engine", 2)
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    if not argv or argv[0] not in COMMANDS:
+        return _execute(argv) if argv else _info(as_json=False)
+    if argv[0] == "serve":
+        return _serve()
+    given = parser().parse_args(argv)
+    if given.command == "info":
+        return _info(given.json)
+    return _verify(given.report) if given.command == "verify" else _smoke(given)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point; a :class:`Problem` becomes one sentence and its exit code."""
+    # A container is stopped with SIGTERM; the engine has to be ended then too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return _dispatch(sys.argv[1:] if argv is None else argv)
+    except Problem as problem:
+        print(f"rollout: {problem}", file=sys.stderr, flush=True)
+        return problem.code
+    except KeyboardInterrupt:
+        print("rollout: interrupted; the engine was stopped", file=sys.stderr, flush=True)
+        return 130

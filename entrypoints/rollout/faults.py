@@ -1,0 +1,122 @@
+"""Faults made on purpose: what a smoke test is worth shows only when something is broken.
+
+``rollout smoke --inject FAULT`` wraps the engine in :class:`Faulty`, which works for every backend;
+three faults need the engine's inside and are passed on to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rollout.backends import Completion, Engine
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault: the check that has to fail first because of it, and what happens."""
+
+    check: str
+    what: str
+
+
+FAULTS = {
+    "dropped-tensor": Fault("refit", "one tensor is never sent"),
+    "flipped-byte": Fault("refit", "one bit of one tensor changes on the way"),
+    "swapped-tensors": Fault("refit", "two tensors of one shape arrive under each other's name"),
+    "wrong-dtype": Fault("refit", "one tensor is sent as float16 bits and read as bfloat16"),
+    "partial-bucket": Fault("refit", "the last bucket arrives half empty"),
+    "refit-skipped": Fault("refit", "the refit reports success and does nothing"),
+    "stale-cache": Fault("refit", "the prefix cache is not reset after a refit"),
+    "oracle-of-other-weights": Fault("generation", "the oracle is given other weights"),
+    "sleep-frees-nothing": Fault("sleep-1", "sleep reports success and does nothing"),
+    "wake-restores-nothing": Fault("sleep-1", "wake brings the memory back, not the weights"),
+    "leak-per-cycle": Fault("sleep-1", "every cycle of sleep and wake keeps some memory"),
+    "lost-buffer": Fault("sleep-2", "wake does not restore what is not in a checkpoint"),
+}
+# Made inside the engine; the others are made at its protocol, whatever the engine is.
+_INSIDE = ("leak-per-cycle", "lost-buffer")
+
+
+class Faulty:
+    """An engine with one fault (see :class:`rollout.backends.Engine` for the methods)."""
+
+    def __init__(self, engine: Engine, fault: str) -> None:
+        self._engine = engine
+        self._fault = fault
+        self.device = engine.device
+
+    def start(self, model: Path, *, dummy: bool) -> None:
+        self._engine.start(model, dummy=dummy)
+        if self._fault in _INSIDE:
+            self._engine.inject(self._fault)
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
+        return self._engine.generate(prompts, tokens)
+
+    def sleep(self, level: int) -> None:
+        if self._fault == "sleep-frees-nothing":
+            return
+        # A level-2 sleep where level 1 was asked for is just that: memory returns, weights do not.
+        self._engine.sleep(2 if self._fault == "wake-restores-nothing" else level)
+
+    def wake(self, tags: Sequence[str]) -> None:
+        if self._fault != "sleep-frees-nothing":
+            self._engine.wake(tags)
+
+    def refit(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        if self._fault == "refit-skipped":
+            return sum(t.numel() * t.element_size() for _, t in tensors)
+        return self._engine.refit(spoil(tensors, self._fault))
+
+    def reset_prefix_cache(self) -> None:
+        if self._fault != "stale-cache":
+            self._engine.reset_prefix_cache()
+
+    def digests(self) -> dict[str, str]:
+        return self._engine.digests()
+
+    def held(self) -> int:
+        return self._engine.held()
+
+    def memory(self) -> int:
+        return self._engine.memory()
+
+    def inject(self, fault: str) -> None:
+        self._engine.inject(fault)
+
+    def stop(self) -> None:
+        self._engine.stop()
+
+
+def spoil(
+    tensors: Iterable[tuple[str, torch.Tensor]], fault: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stream of a refit with one fault in it; unchanged for faults of another kind."""
+    import torch
+
+    stream = list(tensors)
+    victim = len(stream) // 2
+    name, tensor = stream[victim]
+    if fault == "dropped-tensor":
+        del stream[victim]
+    elif fault == "flipped-byte":
+        bits = tensor.clone()
+        bits.view(torch.uint8).view(-1)[bits.numel()] ^= 1
+        stream[victim] = (name, bits)
+    elif fault == "swapped-tensors":
+        twin = next(i for i, (n, t) in enumerate(stream) if t.shape == tensor.shape and i != victim)
+        stream[victim], stream[twin] = (name, stream[twin][1]), (stream[twin][0], tensor)
+    elif fault == "wrong-dtype":
+        stream[victim] = (name, tensor.to(torch.float16).view(torch.bfloat16))
+    elif fault == "partial-bucket":
+        name, tensor = stream[-1]
+        half = tensor.clone()
+        half.view(-1)[half.numel() // 2 :] = 0
+        stream[-1] = (name, half)
+    yield from stream

@@ -1,0 +1,15 @@
+"""The one exception that a person is meant to read: a sentence and the exit code that goes with it."""
+
+from __future__ import annotations
+
+
+class Problem(Exception):
+    """A sentence for a person (what is wrong, where, what to do) and the exit code of the run.
+
+    Codes: 1 a check failed, 2 wrong usage, 3 cannot be proved here.
+    """
+
+    def __init__(self, sentence: str, code: int = 1) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+        self.code = code

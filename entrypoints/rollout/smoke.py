@@ -1,0 +1,203 @@
+"""The proof: start an engine, run the checks, print them as they finish, write the report."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rollout import preflight, report
+from rollout.faults import FAULTS
+from rollout.problem import Problem
+
+CHECKS = ("start", "refit", "generation", "sleep-1", "sleep-2", "cycle")
+SEED, OTHER_SEED = 20260708, 20260709
+PROMPTS = 8
+CYCLES = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``rollout smoke`` was asked for."""
+
+    only: tuple[str, ...] = ()
+    model: Path | None = None
+    cycles: int = CYCLES
+    inject: str | None = None
+
+
+def selected(only: Sequence[str], sleep_levels: Sequence[int]) -> list[str]:
+    """The checks to run, in their order.
+
+    Raises:
+        Problem: exit code 2 for a check that does not exist, with the nearest one that does.
+    """
+    available = [c for c in CHECKS if not c.startswith("sleep-") or int(c[-1]) in sleep_levels]
+    for name in only:
+        if name not in available:
+            near = difflib.get_close_matches(name, available, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(available)}"
+            raise Problem(f"--only: no check {name!r} in this image; {hint}", 2)
+    return [c for c in available if not only or c in only or c == "start"]
+
+
+def fault(name: str | None) -> str | None:
+    """The fault to inject, checked.
+
+    Raises:
+        Problem: exit code 2 for one that does not exist.
+    """
+    if name is not None and name not in FAULTS:
+        near = difflib.get_close_matches(name, FAULTS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FAULTS)}"
+        raise Problem(f"--inject: no fault {name!r}; {hint}", 2)
+    return name
+
+
+@contextmanager
+def _model_folder(given: Path | None) -> Iterator[Path]:
+    """The model's folder: the user's, or a temporary one that the probe is written to."""
+    if given is not None:
+        yield given
+        return
+    place = preflight.work_folder(os.environ)
+    if place is None:
+        raise Problem(f"no folder can be written; mount a writable one at {preflight.CACHE}", 3)
+    # What the engine's process writes goes the same way.
+    os.environ["TMPDIR"] = tempfile.tempdir = str(place)
+    with tempfile.TemporaryDirectory(prefix="rollout-probe-", dir=place) as folder:
+        yield Path(folder)
+
+
+def _trial(facts: dict[str, Any], options: Options, folder: Path) -> Any:
+    """Weights, prompts, oracles, and an engine that is not started yet."""
+    import torch
+
+    from rollout import backends, checks, oracle, probe
+    from rollout.faults import Faulty
+
+    engine = backends.create(facts["backend"])
+    if options.inject:
+        engine = Faulty(engine, options.inject)
+    if options.model is None:
+        config = probe.config("1b" if facts["cuda"] else "tiny")
+        weights = probe.weights(config, SEED)
+        probe.save(folder, config, weights)
+        torch.set_num_threads(1)  # as in the engine's process: for a tiny model more is slower
+    else:
+        config, weights = probe.load(folder)
+    others = probe.weights(config, OTHER_SEED)
+    device = "cuda" if facts["cuda"] else "cpu"
+    return checks.Trial(
+        engine=engine,
+        model=folder,
+        weights=weights,
+        others=others,
+        oracle=oracle.Oracle(config, weights, device),
+        other_oracle=oracle.Oracle(config, others, device),
+        prompts=probe.prompts(config, SEED, PROMPTS),
+        cycles=options.cycles,
+        bound=oracle.BOUND_BF16,
+        sleep_levels=facts["smoke"]["sleep_levels"],
+        fault=options.inject,
+    )
+
+
+def _attempt(name: str, action: Callable[[], dict[str, Any]]) -> report.Check:
+    """Run one check; whatever it raises becomes the reason of its failure."""
+    from rollout.backends import EngineError
+    from rollout.checks import Failed
+
+    start = time.perf_counter()
+    metrics: dict[str, Any] = {}
+    reason = None
+    try:
+        metrics = action()
+    except Failed as failed:
+        metrics, reason = failed.metrics, failed.reason
+    except EngineError as error:
+        reason = f"the engine reports: {error}"
+    except Problem:
+        raise
+    except Exception as error:  # a check that breaks has not passed
+        reason = f"{type(error).__name__}: {error}"
+    status = "failed" if reason else "passed"
+    return report.Check(name, status, time.perf_counter() - start, metrics, reason)
+
+
+def proof(
+    facts: dict[str, Any], options: Options, show: Callable[[report.Check], None]
+) -> tuple[list[report.Check], str | None]:
+    """Run the checks; returns them and the engine's device.
+
+    After the first failure the others are not run: an engine in an unknown state proves nothing.
+    """
+    from rollout.checks import CHECKS as FUNCTIONS
+
+    names = selected(options.only, facts["smoke"]["sleep_levels"])
+    done: list[report.Check] = []
+
+    def add(check: report.Check) -> None:
+        done.append(check)
+        show(check)
+
+    with _model_folder(options.model) as folder:
+        trial = _trial(facts, options, folder)
+        try:
+            for name in names:
+                broken = next((c.name for c in done if c.status == "failed"), None)
+                if broken:
+                    reason = f"not run: {broken} failed before it"
+                    add(report.Check(name, "unproved", 0.0, {}, reason))
+                elif name == "start":
+                    # Dummy weights only where a refit follows that fills them.
+                    add(_attempt(name, lambda: start(trial, dummy="refit" in names)))
+                else:
+                    add(_attempt(name, lambda name=name: FUNCTIONS[name](trial)))  # type: ignore[misc]
+        finally:
+            trial.engine.stop()
+        return done, trial.engine.device
+
+
+def start(trial: Any, *, dummy: bool) -> dict[str, Any]:
+    """Start the engine. Control: before, it must refuse to answer."""
+    from rollout.backends import EngineError
+    from rollout.checks import Failed
+
+    try:
+        trial.engine.generate(trial.prompts[:1], 1)
+    except EngineError:
+        pass
+    else:
+        raise Failed("control: an engine that was not started answers", {})
+    trial.engine.start(trial.model, dummy=dummy)
+    completion = trial.engine.generate(trial.prompts[:1], 1)
+    if len(completion) != 1 or len(completion[0].tokens) != 1:
+        raise Failed("asked for one token of one prompt, the engine gave something else", {})
+    return {"held_bytes": trial.engine.held(), "memory_bytes": trial.engine.memory()}
+
+
+def run(
+    data: dict[str, Any], options: Options, show: Callable[[report.Check], None]
+) -> tuple[list[report.Check], str | None]:
+    """``rollout smoke``: the checks as they ended, and the device they ran on.
+
+    Raises:
+        Problem: exit code 2 for wrong usage, 3 where this machine cannot prove anything.
+    """
+    selected(options.only, data["smoke"]["sleep_levels"])
+    fault(options.inject)
+    found = preflight.findings(data["cuda"], Path("/"), os.environ)
+    if found:
+        raise Problem(found[0], 3)
+    # Nothing is downloaded: a look-up in a hub is a bug, and is to fail at once.
+    os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+    if options.inject:
+        print(f"injecting {options.inject}: {FAULTS[options.inject].what}", flush=True)
+    return proof(data, options, show)

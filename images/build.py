@@ -1,0 +1,348 @@
+"""Third station: from a lock to an image.
+
+Pure functions compute the context, the arguments and the labels; :func:`build` runs them. The
+builder whose digests count is buildah; docker (BuildKit) builds the same Dockerfile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from packaging.utils import canonicalize_name
+
+from images import base, builder, catalog, host, lock
+from images.catalog import ROOT, Image
+from images.lock import Locked
+from images.problem import Problem
+
+BUILD = ROOT / "build"
+ENTRYPOINTS = ROOT / "entrypoints" / "rollout"
+INSTALL = ROOT / "images" / "base" / "install"
+BASE_DOCKERFILE = ROOT / "images" / "base" / "Dockerfile"
+# Layers in the order of the Dockerfiles, from slow to fast changing: images with the same torch
+# share the first ones to the byte.
+LAYERS = ("nvidia", "torch", "dependencies", "engine")
+TORCH = ("torch", "torchvision", "torchaudio", "triton")
+# One moment for every file of every image. A moment of its own for each would give two images with
+# the same torch two different torch layers.
+TIMESTAMP = base.EPOCH
+# Unpacked wheels, their second copy in the builder's cache, and the layers made of them.
+DISK_NEEDED = 4 << 30
+
+
+def layer_of(name: str, engine: str) -> str:
+    """The layer that a distribution belongs to."""
+    if name == engine:
+        return "engine"
+    if name in TORCH:
+        return "torch"
+    return "nvidia" if name.startswith("nvidia-") else "dependencies"
+
+
+def layers(locked: Sequence[Locked], engine: str) -> dict[str, str]:
+    """The lock, cut into the layers that hold anything: name to requirements text."""
+    texts: dict[str, str] = {}
+    for layer in LAYERS:
+        entries = [e for e in locked if layer_of(e.name, engine) == layer]
+        if entries:
+            texts[layer] = "".join(e.text for e in sorted(entries, key=lambda e: e.name))
+    return texts
+
+
+def facts(image: Image, locked: Sequence[Locked]) -> dict[str, object]:
+    """What ``rollout`` inside the image has to know of it (share/rollout/image.json)."""
+    versions = {entry.name: entry.version for entry in locked}
+    return {
+        "reference": image.reference,
+        "backend": image.backend,
+        "framework": image.framework,
+        "python": image.python,
+        "resolved_as_of": image.resolved_as_of.isoformat(),
+        "engine": {"name": image.backend, "distribution": image.engine},
+        "cuda": lock.cuda(versions),
+        "expect": dict(image.expect),
+        "smoke": {
+            "sleep_levels": list(image.smoke.sleep_levels),
+            "refit": list(image.smoke.refit),
+        },
+        "imports": ["torch", image.engine.replace("-", "_")],
+    }
+
+
+def immutable_tag(image: Image, locked: Sequence[Locked], lock_sha256: str) -> str:
+    """The tag that never moves: engine version, CUDA, Python and the lock it was built from."""
+    versions = {entry.name: entry.version for entry in locked}
+    cuda = lock.cuda(versions)
+    platform = f"cu{cuda.replace('.', '')}" if cuda else "cpu"
+    python = "py" + image.python.replace(".", "")
+    # A tag may not hold the plus sign of a local version.
+    version = versions[image.engine].replace("+", "-")
+    return f"{image.backend}-{version}-{platform}-{python}-{lock_sha256[:8]}"
+
+
+def labels(image: Image, locked: Sequence[Locked], lock_sha256: str, bottom: str) -> dict[str, str]:
+    """Labels of an image: the standard keys, and the catalog row under ``rollout.``."""
+    versions = {entry.name: entry.version for entry in locked}
+    engine = versions[image.engine]
+    return {
+        "org.opencontainers.image.title": image.reference,
+        "org.opencontainers.image.description": (
+            f"{image.backend} {engine} for {image.framework} rollout, with its own GPU proof"
+        ),
+        "org.opencontainers.image.version": immutable_tag(image, locked, lock_sha256),
+        "org.opencontainers.image.licenses": "Apache-2.0 AND LicenseRef-contents",
+        "rollout.backend": image.backend,
+        "rollout.base": bottom,
+        "rollout.cuda": lock.cuda(versions) or "none",
+        "rollout.engine.version": engine,
+        "rollout.framework": image.framework,
+        "rollout.lock.sha256": lock_sha256,
+        "rollout.python": image.python,
+        "rollout.resolved-as-of": image.resolved_as_of.isoformat(),
+        "rollout.torch": versions["torch"],
+    }
+
+
+def dockerfile(text: str, env: Mapping[str, str], labels: Mapping[str, str]) -> str:
+    """A Dockerfile with the catalog's variables and the labels behind it.
+
+    As one instruction each: given to the builder as options, every label would be a step.
+    """
+    parts = [text.rstrip("\n")]
+    for instruction, values in (("ENV", env), ("LABEL", labels)):
+        if values:
+            pairs = [f"{key}={json.dumps(value)}" for key, value in sorted(values.items())]
+            parts.append(f"{instruction} " + " \\\n    ".join(pairs))
+    return "\n\n".join(parts) + "\n"
+
+
+LAUNCHER = """#!/opt/rollout/bin/python -I
+from rollout.cli import main
+
+# The guard matters: the engine's process is spawned, and imports this file once more.
+if __name__ == "__main__":
+    raise SystemExit(main())
+"""
+
+
+def payload(image: Image, locked: Sequence[Locked]) -> dict[str, bytes]:
+    """The files of the last layer: our own package, the lock, and what the image is."""
+    modules = sorted(ENTRYPOINTS.rglob("*.py"))
+    data = json.dumps(facts(image, locked), indent=1, sort_keys=True) + "\n"
+    return {
+        **{f"rollout/{path.relative_to(ENTRYPOINTS)}": path.read_bytes() for path in modules},
+        "requirements.lock": image.lock.read_bytes(),
+        "image.json": data.encode(),
+        "launcher": LAUNCHER.encode(),
+        "python": image.python.encode(),
+    }
+
+
+def digest(*parts: str | bytes) -> str:
+    """sha256 over texts and bytes, each with its length, so that no two lists look alike."""
+    whole = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        whole.update(f"{len(data)}:".encode() + data)
+    return whole.hexdigest()
+
+
+def arguments(texts: Mapping[str, str], bottom: str, files: Mapping[str, bytes]) -> dict[str, str]:
+    """Build arguments: the base, and for each layer the sha256 of what it installs and how."""
+    install = INSTALL.read_bytes()
+    values = {name.upper(): digest(install, text) for name, text in texts.items()}
+    parts = [part for name, data in sorted(files.items()) for part in (name, data)]
+    return {"BASE": bottom, **values, "ENTRYPOINTS": digest(install, *parts)}
+
+
+def inputs(image: Image) -> str:
+    """sha256 of everything that decides the layers of an image; needs no build."""
+    locked = lock.read(image)
+    values = arguments(layers(locked, image.engine), base_name(), payload(image, locked))
+    return digest(json.dumps(values, sort_keys=True), image.dockerfile.read_bytes())
+
+
+def host_env(settings: Mapping[str, str], wheels: bool) -> str:
+    """The host's package settings as a file for the shell in the build container."""
+    inside = {k: v for k, v in settings.items() if not k.startswith(("UV_CACHE", "UV_LINK"))}
+    if "SSL_CERT_FILE" in inside:
+        inside["SSL_CERT_FILE"] = "/mnt/ca.crt"
+    # Folders of the host do not exist in there; their wheels travel in the context.
+    links = [v for v in inside.pop("UV_FIND_LINKS", "").split(",") if "://" in v]
+    if wheels:
+        links.append("/mnt/context/wheels")
+    if links:
+        inside["UV_FIND_LINKS"] = ",".join(links)
+    return "".join(f"export {k}={shlex.quote(v)}\n" for k, v in sorted(inside.items()))
+
+
+def _place(source: Path, target: Path) -> None:
+    """A file in the context without a second copy on the disk, where the file systems allow it."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+        target.chmod(source.stat().st_mode)
+
+
+def prepare(
+    folder: Path,
+    dockerfile: str,
+    texts: Mapping[str, str],
+    files: Mapping[str, bytes],
+    wheels: Sequence[Path],
+) -> None:
+    """Lay out a build context."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("tools", "layers", "wheels", "payload"):
+        (folder / name).mkdir(parents=True)
+    (folder / "Dockerfile").write_text(dockerfile, encoding="utf-8")
+    _place(INSTALL, folder / "install")
+    _place(Path(host.uv()), folder / "tools" / "uv")
+    for name, text in texts.items():
+        (folder / "layers" / f"{name}.txt").write_text(text, encoding="utf-8")
+    for name, data in files.items():
+        path = folder / "payload" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    for wheel in wheels:
+        _place(wheel, folder / "wheels" / wheel.name)
+
+
+def own_wheels(locked: Sequence[Locked], find_links: str) -> list[Path]:
+    """The wheels of a lock that lie in folders of this host; uv checks their sha256."""
+    versions = {entry.name: entry.version for entry in locked}
+    found = []
+    for wheel in lock.local_wheels(find_links, versions):
+        name, version, *_ = wheel.name.split("-")
+        if versions[canonicalize_name(name)] == version:
+            found.append(wheel)
+    return found
+
+
+@contextmanager
+def _secrets(folder: Path, wheels: bool) -> Iterator[dict[str, Path]]:
+    """The host's settings and CA bundle as files that the builder mounts; removed afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    files = {"host": folder / "host.env", "ca": folder / "ca.crt"}
+    bundle = host.ca_bundle(os.environ)
+    try:
+        files["host"].write_text(host_env(host.uv_environment(os.environ), wheels), "utf-8")
+        files["ca"].write_bytes(bundle.read_bytes() if bundle else b"")
+        yield files
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One build at a time in a checkout: two would write the same context."""
+    BUILD.mkdir(exist_ok=True)
+    with (BUILD / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            host.say("another build is running in this checkout; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def check_disk(folder: Path, needed: int = DISK_NEEDED) -> None:
+    """See that a build has room.
+
+    Raises:
+        Problem: exit code 3, with what is free, what is needed and where.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        numbers = f"{free / 2**30:.1f} GiB free, about {needed / 2**30:.0f} GiB needed"
+        raise Problem(f"no disk space for a build in {folder}: {numbers}; free some", 3)
+
+
+def base_name() -> str:
+    """The base image's name: a digest of its lock, its recipe and its Dockerfile."""
+    content = digest(base.identity(base.LOCK), BASE_DOCKERFILE.read_bytes())
+    return f"verl-rollout-base:{content[:12]}"
+
+
+def base_image(tool: builder.Builder, *, cache: bool = True) -> str:
+    """The base image in the builder's storage; made where it is not there yet."""
+    name = tool.local + base_name()
+    if cache and tool.inspect(name):
+        return name
+    tar = host.cache() / f"base-{base.identity(base.LOCK)}.tar"
+    if not tar.exists():
+        host.require("mmdebstrap", "apt-get", "dpkg-deb", "unshare")
+        host.say("making the Debian base (lockfiles/base.lock)")
+        base.make(base.LOCK, tar)
+    folder = BUILD / "contexts" / "base"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _place(tar, folder / "base.tar")
+    _place(BASE_DOCKERFILE, folder / "Dockerfile")
+    tool.build(builder.Recipe(folder, name, TIMESTAMP, cache=cache))
+    shutil.rmtree(folder)
+    return name
+
+
+def build(
+    image: Image, tool: builder.Builder, *, tag: str = "", cache: bool = True
+) -> builder.Built:
+    """Build one image.
+
+    The final tag is given by the builder after the last layer: an interrupted build leaves none.
+    """
+    locked = lock.read(image)
+    check_disk(tool.storage())
+    name = tool.local + (tag or image.reference)
+    texts, files = layers(locked, image.engine), payload(image, locked)
+    stamped = labels(image, locked, lock.digest(image.lock), base_name())
+    text = dockerfile(image.dockerfile.read_text(encoding="utf-8"), image.env, stamped)
+    find_links = host.uv_environment(os.environ).get("UV_FIND_LINKS", "")
+    wheels = own_wheels(locked, find_links)
+    with _alone():
+        bottom = base_image(tool, cache=cache)
+        folder = BUILD / "contexts" / image.repository / image.tag
+        prepare(folder, text, texts, files, wheels)
+        values = arguments(texts, bottom, files)
+        with _secrets(BUILD / "secrets", bool(wheels)) as secrets:
+            tool.build(builder.Recipe(folder, name, TIMESTAMP, values, secrets, cache=cache))
+        shutil.rmtree(folder)
+    built = tool.inspect(name)
+    if not built:
+        raise Problem(f"{tool.name} finished, but {name} is not in its storage")
+    host.say(f"{name} is {built.id}")
+    return built
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``nox -s build [-- REF … --builder docker --no-cache --tag NAME]``."""
+    parser = argparse.ArgumentParser(prog="nox -s build --", description="Build images.")
+    parser.add_argument("refs", nargs="*", metavar="REF", help="default: " + catalog.DEFAULT)
+    parser.add_argument("--builder", help="buildah (default) or docker")
+    parser.add_argument("--no-cache", action="store_true", help="build every layer anew")
+    parser.add_argument("--tag", default="", help="another name for the result")
+    given = parser.parse_args(list(arguments))
+    images = catalog.load()
+    chosen = [catalog.find(ref, images) for ref in given.refs or [catalog.DEFAULT]]
+    tool = builder.detect(given.builder)
+    for image in chosen:
+        build(image, tool, tag=given.tag, cache=not given.no_cache)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(host.guarded(main, sys.argv[1:]))

@@ -1,0 +1,264 @@
+"""The builders: buildah (the one whose digests count) and docker, behind one small interface.
+
+Methods ending in ``_argv`` are pure; the others run them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any, ClassVar
+
+from images import host
+from images.problem import Problem
+
+# What a failed build prints, and what it means for the person who reads it.
+_FAILURES = {
+    "no space left on device": "the disk is full; free some space and run it again",
+    "hash mismatch": "a downloaded file has another sha256 than the lock; "
+    "see the lines above for its name, and remake the lock only if you trust the new file",
+    "failed to fetch": "the package index cannot be reached; check the network and UV_*/PIP_*",
+    "error sending request": "the package index does not answer; check the network and UV_*/PIP_*",
+    "no solution found": "the index does not have a locked version, or not the locked file of it; "
+    "see the lines above for its name",
+}
+
+
+def meaning(output: Sequence[str], code: int) -> str:
+    """One sentence for a failed build, from its last lines of output."""
+    text = "\n".join(output).lower()
+    for sign, sentence in _FAILURES.items():
+        if sign in text:
+            return sentence
+    last = next((line.strip() for line in reversed(output) if line.strip()), "no output")
+    return f"the builder exited with {code}: {last}"
+
+
+def stream(argv: Sequence[str]) -> None:
+    """Run a long command, show its lines as they come, and keep the last ones to explain a failure.
+
+    Raises:
+        Problem: the command failed.
+    """
+    tail: deque[str] = deque(maxlen=40)
+    # A group of its own, so that the build's children end with it on Ctrl-C.
+    process = subprocess.Popen(
+        list(argv),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        for line in process.stdout or ():
+            sys.stdout.write(line)
+            sys.stdout.flush()
+            tail.append(line.rstrip())
+        code = process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    if code:
+        raise Problem(meaning(list(tail), code))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a builder needs to know to build: a context, and everything that is not in it."""
+
+    context: Path
+    name: str
+    timestamp: int  # of every file and of the image itself, in seconds since 1970
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, Path] = field(default_factory=dict)
+    cache: bool = True
+
+
+@dataclass(frozen=True)
+class Command:
+    """Something to run in a fresh container of an image."""
+
+    image: str
+    argv: Sequence[str]
+    user: str = ""
+    volumes: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Built:
+    """An image in a builder's storage. ``id`` is the sha256 of its configuration."""
+
+    id: str
+    config: Mapping[str, Any]
+    diff_ids: tuple[str, ...]
+
+
+class Builder(ABC):
+    """What a builder can do. ``local`` is the prefix of images in its own storage."""
+
+    name: ClassVar[str]
+    local: ClassVar[str] = ""
+
+    @abstractmethod
+    def storage(self) -> Path:
+        """The folder that holds its images."""
+
+    @abstractmethod
+    def build_argv(self, recipe: Recipe) -> list[str]:
+        """The command that builds a recipe and tags the result."""
+
+    @abstractmethod
+    def inspect(self, name: str) -> Built | None:
+        """An image of its storage, None where there is none of that name."""
+
+    @abstractmethod
+    def run(self, command: Command, *, capture: bool = False) -> CompletedProcess[str]:
+        """Run a command in a fresh container, and remove the container."""
+
+    def build(self, recipe: Recipe) -> None:
+        """Build a recipe, showing progress."""
+        stream(self.build_argv(recipe))
+
+
+def _pairs(flag: str, values: Mapping[str, str]) -> list[str]:
+    return [part for key, value in sorted(values.items()) for part in (flag, f"{key}={value}")]
+
+
+def _common(recipe: Recipe) -> list[str]:
+    """What buildah and docker call by the same names."""
+    secrets = {f"id={key},src": str(path) for key, path in recipe.secrets.items()}
+    return [
+        *([] if recipe.cache else ["--no-cache"]),
+        *_pairs("--build-arg", recipe.arguments),
+        *_pairs("--secret", secrets),
+        *("--tag", recipe.name, "--file", str(recipe.context / "Dockerfile"), str(recipe.context)),
+    ]
+
+
+def _run_options(command: Command) -> list[str]:
+    return [
+        *(["--user", command.user] if command.user else []),
+        *(p for s, t in sorted(command.volumes.items()) for p in ("--volume", f"{s}:{t}")),
+        *_pairs("--env", command.env),
+    ]
+
+
+class Buildah(Builder):
+    """buildah: no daemon, no registry, and a timestamp of our choice on every file."""
+
+    name = "buildah"
+    local = "localhost/"
+
+    def storage(self) -> Path:
+        info = host.run(["buildah", "info"], quiet=True).stdout
+        return Path(json.loads(info)["store"]["GraphRoot"])
+
+    def build_argv(self, recipe: Recipe) -> list[str]:
+        return [
+            # chroot: the isolation that needs no OCI runtime and works inside a container too.
+            *("buildah", "bud", "--isolation", "chroot", "--format", "oci", "--network", "host"),
+            # The identity label would put the version of buildah into every image.
+            *("--layers", "--timestamp", str(recipe.timestamp), "--identity-label=false"),
+            *_common(recipe),
+        ]
+
+    def inspect(self, name: str) -> Built | None:
+        done = host.run(["buildah", "inspect", "--type", "image", name], quiet=True, check=False)
+        if done.returncode:
+            return None
+        data = json.loads(done.stdout)
+        config, layers = data["OCIv1"]["config"], data["OCIv1"]["rootfs"]["diff_ids"]
+        return Built(data["FromImageID"], config, tuple(layers))
+
+    @contextmanager
+    def container(self, image: str) -> Iterator[str]:
+        """A working container of an image; removed at the end, whatever happened."""
+        name = f"rollout-{uuid.uuid4().hex[:12]}"
+        host.run(["buildah", "from", "--pull-never", "--name", name, image], quiet=True)
+        try:
+            yield name
+        finally:
+            host.run(["buildah", "rm", name], quiet=True, check=False)
+
+    def run_argv(self, command: Command, container: str) -> list[str]:
+        """The command that runs something in a working container."""
+        options = _run_options(command)
+        return ["buildah", "run", "--isolation", "chroot", *options, container, "--", *command.argv]
+
+    def run(self, command: Command, *, capture: bool = False) -> CompletedProcess[str]:
+        with self.container(command.image) as container:
+            return host.run(self.run_argv(command, container), quiet=capture, check=False)
+
+
+class Docker(Builder):
+    """docker with BuildKit: the same Dockerfile, for people who have it already."""
+
+    name = "docker"
+
+    def storage(self) -> Path:
+        info = host.run(["docker", "info", "--format", "{{.DockerRootDir}}"], quiet=True)
+        return Path(info.stdout.strip())
+
+    def build_argv(self, recipe: Recipe) -> list[str]:
+        return [
+            *("docker", "buildx", "build", "--network", "host", "--provenance=false"),
+            *("--output", "type=docker,rewrite-timestamp=true", "--progress", "plain"),
+            *("--build-arg", f"SOURCE_DATE_EPOCH={recipe.timestamp}"),
+            *_common(recipe),
+        ]
+
+    def inspect(self, name: str) -> Built | None:
+        done = host.run(["docker", "image", "inspect", name], quiet=True, check=False)
+        if done.returncode:
+            return None
+        data = json.loads(done.stdout)[0]
+        layers = tuple(data["RootFS"]["Layers"])
+        return Built(data["Id"].removeprefix("sha256:"), data["Config"], layers)
+
+    def run_argv(self, command: Command) -> list[str]:
+        """The command that runs something in a fresh container."""
+        entry, *rest = command.argv
+        options = _run_options(command)
+        return ["docker", "run", "--rm", "--entrypoint", entry, *options, command.image, *rest]
+
+    def run(self, command: Command, *, capture: bool = False) -> CompletedProcess[str]:
+        return host.run(self.run_argv(command), quiet=capture, check=False)
+
+
+BUILDERS = {"buildah": Buildah, "docker": Docker}
+
+
+def detect(wanted: str | None = None) -> Builder:
+    """The builder asked for, else buildah, installed where that is possible.
+
+    Raises:
+        Problem: exit code 2 for an unknown name, 3 where the builder cannot be had here.
+    """
+    if wanted and wanted not in BUILDERS:
+        raise Problem(f"unknown builder {wanted!r}; known are {', '.join(BUILDERS)}", 2)
+    choice = wanted or "buildah"
+    if choice == "docker":
+        if not shutil.which("docker"):
+            raise Problem("docker is not installed; install it, or leave out --builder docker", 3)
+        if host.run(["docker", "version"], quiet=True, check=False).returncode:
+            raise Problem("no docker engine answers; start it, or leave out --builder docker", 3)
+        if host.run(["docker", "buildx", "version"], quiet=True, check=False).returncode:
+            raise Problem("docker has no buildx; install it, or leave out --builder docker", 3)
+    else:
+        host.require("buildah")
+    return BUILDERS[choice]()

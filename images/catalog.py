@@ -1,0 +1,202 @@
+"""First station: the catalog, one TOML file for each released image.
+
+``images/catalog/<repository>/<tag>.toml`` is the only hand-written place for a version. Parsing is
+strict, because a key that is silently ignored is a setting that somebody believes to be in force.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
+from images.problem import Problem
+
+ROOT = Path(__file__).resolve().parent.parent
+CATALOG = ROOT / "images" / "catalog"
+DEFAULT = "verl-rollout:transformers-cpu"
+BACKENDS = ("vllm", "sglang", "tensorrt-llm", "transformers")
+TRANSPORTS = ("shared-memory", "cuda-ipc", "nccl", "disk")
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """What the proof of an image has to show."""
+
+    sleep_levels: tuple[int, ...]
+    refit: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Image:
+    """One released image, as its catalog file states it."""
+
+    repository: str
+    tag: str
+    backend: str
+    framework: str
+    python: str
+    resolved_as_of: datetime.date
+    requirements: tuple[str, ...]
+    expect: Mapping[str, str]
+    env: Mapping[str, str]
+    smoke: Smoke
+    path: Path
+
+    @property
+    def reference(self) -> str:
+        return f"{self.repository}:{self.tag}"
+
+    @property
+    def engine(self) -> str:
+        """The distribution that carries the engine: each backend has its name."""
+        return self.backend
+
+    @property
+    def lock(self) -> Path:
+        return ROOT / "lockfiles" / self.repository / f"{self.tag}.lock"
+
+    @property
+    def dockerfile(self) -> Path:
+        return ROOT / "images" / self.backend / "Dockerfile"
+
+
+# Key -> (type in TOML, required). Tables are checked by the functions below.
+_KEYS: dict[str, tuple[type, bool]] = {
+    "backend": (str, True),
+    "framework": (str, True),
+    "python": (str, True),
+    "resolved-as-of": (datetime.date, True),
+    "requirements": (list, True),
+    "expect": (dict, True),
+    "env": (dict, False),
+    "smoke": (dict, True),
+}
+_SMOKE_KEYS: dict[str, tuple[type, bool]] = {"sleep-levels": (list, True), "refit": (list, True)}
+_TYPE_NAMES = {str: "a string", list: "a list", dict: "a table", datetime.date: "a date"}
+
+
+def shown(path: Path) -> str:
+    """A path as people know it: relative to the checkout where it lies inside."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def _check_keys(
+    table: Mapping[str, Any], keys: Mapping[str, tuple[type, bool]], path: Path, prefix: str = ""
+) -> None:
+    for key, value in table.items():
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, 1)
+            hint = f"did you mean {prefix + near[0]!r}?" if near else "remove it"
+            raise Problem(f"{shown(path)}: unknown key {prefix + key!r}; {hint}", 2)
+        kind = keys[key][0]
+        # A TOML datetime is a date too, but uv wants the day alone.
+        if not isinstance(value, kind) or isinstance(value, datetime.datetime):
+            raise Problem(f"{shown(path)}: key {prefix + key!r} must be {_TYPE_NAMES[kind]}", 2)
+    for key, (_, required) in keys.items():
+        if required and key not in table:
+            raise Problem(f"{shown(path)}: key {prefix + key!r} is missing; add it", 2)
+
+
+def _strings(table: Mapping[str, Any], path: Path, prefix: str) -> dict[str, str]:
+    for key, value in table.items():
+        if not isinstance(value, str):
+            raise Problem(f"{shown(path)}: key '{prefix}.{key}' must be a string", 2)
+    return dict(table)
+
+
+def _chosen(values: Sequence[Any], known: Sequence[Any], path: Path, key: str) -> tuple[Any, ...]:
+    for value in values:
+        if value not in known:
+            choices = ", ".join(str(k) for k in known)
+            raise Problem(f"{shown(path)}: key {key!r} has {value!r}; known are {choices}", 2)
+    return tuple(values)
+
+
+def parse(path: Path) -> Image:
+    """Read one catalog file.
+
+    Raises:
+        Problem: exit code 2, naming the file and the key.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Problem(f"{shown(path)} is not valid TOML: {error}", 2) from None
+    except OSError as error:
+        raise Problem(f"{shown(path)} cannot be read: {error.strerror}", 2) from None
+    _check_keys(table, _KEYS, path)
+    _check_keys(table["smoke"], _SMOKE_KEYS, path, "smoke.")
+    backend = _chosen([table["backend"]], BACKENDS, path, "backend")[0]
+    for line in table["requirements"]:
+        try:
+            Requirement(line)
+        except (InvalidRequirement, TypeError):
+            message = f"{shown(path)}: key 'requirements' has {line!r}, not a requirement (PEP 508)"
+            raise Problem(message, 2) from None
+    image = Image(
+        repository=path.parent.name,
+        tag=path.stem,
+        backend=backend,
+        framework=table["framework"],
+        python=table["python"],
+        resolved_as_of=table["resolved-as-of"],
+        requirements=tuple(table["requirements"]),
+        expect=_strings(table["expect"], path, "expect"),
+        env=_strings(table.get("env", {}), path, "env"),
+        smoke=Smoke(
+            _chosen(table["smoke"]["sleep-levels"], (1, 2), path, "smoke.sleep-levels"),
+            _chosen(table["smoke"]["refit"], TRANSPORTS, path, "smoke.refit"),
+        ),
+        path=path,
+    )
+    names = {canonicalize_name(Requirement(line).name) for line in image.requirements}
+    if canonicalize_name(image.engine) not in names:
+        message = f"{shown(path)}: key 'requirements' does not ask for the engine {image.engine!r}"
+        raise Problem(message, 2)
+    return image
+
+
+def load(catalog: Path = CATALOG) -> list[Image]:
+    """All images, sorted by reference.
+
+    Raises:
+        Problem: a file that does not parse, or two files with one reference.
+    """
+    images: dict[str, Image] = {}
+    for path in sorted(catalog.glob("*/*.toml")):
+        image = parse(path)
+        # A registry does not tell `Verl:X` from `verl:x`, and some file systems do.
+        key = image.reference.lower()
+        if key in images:
+            other = shown(images[key].path)
+            raise Problem(f"{shown(path)} and {other} are one reference, {key}; rename one", 2)
+        images[key] = image
+    return [images[key] for key in sorted(images)]
+
+
+def find(reference: str, images: Sequence[Image]) -> Image:
+    """The image that a full (``verl-rollout:vllm-0.12``) or short (``vllm-0.12``) REF names."""
+    found = [i for i in images if reference in (i.reference, i.tag)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = " or ".join(i.reference for i in found)
+        raise Problem(f"REF {reference!r} is ambiguous; say {names}", 2)
+    known = [i.reference for i in images] + [i.tag for i in images]
+    near = difflib.get_close_matches(reference, known, 1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(known[: len(images)])
+    raise Problem(f"no image {reference!r} in {shown(CATALOG)}; {hint}", 2)
+
+
+def select(arguments: Sequence[str], images: Sequence[Image]) -> tuple[list[Image], list[str]]:
+    """Split a session's arguments into images (REF …) and the options that follow them."""
+    count = next((n for n, a in enumerate(arguments) if a.startswith("-")), len(arguments))
+    return [find(a, images) for a in arguments[:count]], list(arguments[count:])

@@ -1,0 +1,305 @@
+"""Second station: from a catalog file to a lock.
+
+A lock is ``uv pip compile`` output in requirements form: exact versions, the sha256 of the one file
+that the platform installs, and no index address, so it works with any mirror and the hash alone
+decides what is genuine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import os
+import re
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from images import base, catalog, host
+from images.catalog import ROOT, Image, shown
+from images.problem import Problem
+
+# glibc of Debian 12, the base image: wheels that need a newer one would not load there.
+PLATFORM = "x86_64-manylinux_2_36"
+DEV_LOCK = ROOT / "lockfiles" / "dev.lock"
+_PINNED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==(\S+)")
+_HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})(?: \\)?$")
+
+
+@dataclass(frozen=True)
+class Locked:
+    """One distribution of a lock."""
+
+    name: str
+    version: str
+    sha256: str
+
+    @property
+    def text(self) -> str:
+        """The requirement in pip's form, hash included."""
+        return f"{self.name}=={self.version} \\\n    --hash=sha256:{self.sha256}\n"
+
+
+def parse(text: str, path: Path) -> list[Locked]:
+    """The distributions of a lock, in file order.
+
+    Raises:
+        Problem: a line that is not ``uv pip compile`` output, named by file and line.
+    """
+    found: list[Locked] = []
+    name = version = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        bare = line.strip()
+        if not bare or bare.startswith("#"):
+            continue
+        pinned, hashed = _PINNED.match(bare), _HASH.search(bare)
+        if pinned and not name:
+            name, version = pinned[1], pinned[2]
+        elif hashed and name:
+            found.append(Locked(canonicalize_name(name), version, hashed[1]))
+            name = ""
+        else:
+            where = f"{shown(path)}, line {number}"
+            what = f"{name!r} has no sha256" if name and pinned else f"cannot read {bare!r}"
+            raise Problem(f"{where}: {what}; remake it with 'nox -s lock'", 2)
+    if name:
+        raise Problem(f"{shown(path)}: {name!r} has no sha256; remake it with 'nox -s lock'", 2)
+    return found
+
+
+def read(image: Image) -> list[Locked]:
+    """The lock of an image, held against what its catalog file claims.
+
+    Raises:
+        Problem: the lock is missing, malformed, or contradicts a key of ``[expect]``.
+    """
+    if not image.lock.exists():
+        command = f"nox -s lock -- {image.reference}"
+        raise Problem(f"{shown(image.lock)} does not exist; make it with '{command}'", 2)
+    locked = parse(image.lock.read_text(encoding="utf-8"), image.lock)
+    contradictions = claims_broken(image, {entry.name: entry.version for entry in locked})
+    if contradictions:
+        raise Problem(f"{shown(image.path)}: " + "; ".join(contradictions), 2)
+    return locked
+
+
+def claims_broken(image: Image, versions: Mapping[str, str]) -> list[str]:
+    """The keys of ``[expect]`` that a lock contradicts, each as a clause of a sentence."""
+    broken = []
+    for key, claim in image.expect.items():
+        locked = cuda(versions) if key == "cuda" else versions.get(canonicalize_name(key))
+        if locked != claim:
+            broken.append(f"key 'expect.{key}' says {claim}, the lock has {locked or 'none'}")
+    return broken
+
+
+def cuda(versions: Mapping[str, str]) -> str | None:
+    """The CUDA release (major.minor) of a lock, read off the runtime wheel that torch pins."""
+    for name in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime-cu13"):
+        if name in versions:
+            return ".".join(versions[name].split(".")[:2])
+    return None
+
+
+def local_wheels(find_links: str, names: Iterable[str]) -> list[Path]:
+    """Wheels of the named distributions in the host's own folders (find-links)."""
+    wanted = {canonicalize_name(n) for n in names}
+    folders = [f for f in find_links.split(",") if f and "://" not in f]
+    wheels = [wheel for folder in folders for wheel in sorted(Path(folder).glob("*.whl"))]
+    return [w for w in wheels if canonicalize_name(w.name.split("-")[0]) in wanted]
+
+
+def torch_arguments(requirements: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """What uv must be told about a torch with a local version, such as ``2.13.0+cpu``.
+
+    Such a build lives on PyTorch's own index, which uv knows by name (``--torch-backend``), unless
+    this host keeps the wheel in a folder of its own. Its upload date is not published there, so the
+    date limit must not apply to it; the pin says which one it is.
+    """
+    for requirement in map(Requirement, requirements):
+        version = str(requirement.specifier)
+        if requirement.name == "torch" and "+" in version:
+            arguments = ["--exclude-newer-package", "torch=false"]
+            if "UV_TORCH_BACKEND" not in environ and not local_wheels(
+                environ.get("UV_FIND_LINKS", ""), ["torch"]
+            ):
+                arguments += ["--torch-backend", version.split("+")[1]]
+            return arguments
+    return []
+
+
+def compile_argv(
+    uv: str, image: Image, source: Path, output: Path, extra: Sequence[str]
+) -> list[str]:
+    """The resolution of one image, as a command line."""
+    return [
+        *(uv, "pip", "compile", "--quiet", "--no-header", "--no-config"),
+        *("--python-version", image.python, "--python-platform", PLATFORM),
+        *("--exclude-newer", image.resolved_as_of.isoformat()),
+        *("--only-binary", ":all:"),  # a source distribution would run code of its own to build
+        *("--generate-hashes", "--output-file", str(output)),
+        *extra,
+        str(source),
+    ]
+
+
+def keep_hashes(text: str, chosen: set[str]) -> str:
+    """Drop the hashes of files that the platform does not install (other systems, sources)."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        hashed = _HASH.search(line)
+        if hashed and hashed[1] not in chosen:
+            continue
+        lines.append(line.removesuffix(" \\") if hashed else line)
+    return "\n".join(lines) + "\n"
+
+
+def header(command: str, facts: str) -> str:
+    """The first lines of a generated lock."""
+    return f"# GENERATED by '{command}'; do not edit.\n# {facts}\n"
+
+
+def resolve(image: Image) -> str:
+    """The text of the lock of an image, as the index has it today.
+
+    Raises:
+        Problem: nothing satisfies the requirements, or the index cannot be reached.
+    """
+    environ = host.uv_environment(os.environ)
+    extra = torch_arguments(image.requirements, environ)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "requirements.in"
+        source.write_text("\n".join(image.requirements) + "\n", encoding="utf-8")
+        texts = []
+        # Twice from one cache: pylock.toml names the one file that the platform installs, and the
+        # requirements form says which distribution wanted which.
+        for name in ("pylock.toml", "requirements.txt"):
+            output = Path(folder) / name
+            argv = compile_argv(host.uv(), image, source, output, extra)
+            done = host.run(argv, quiet=True, env={**os.environ, **environ}, check=False)
+            if done.returncode:
+                raise Problem(f"{image.reference} cannot be resolved: {_reason(done.stderr)}")
+            texts.append(output.read_text(encoding="utf-8"))
+    chosen = {
+        wheel["hashes"]["sha256"]
+        for package in tomllib.loads(texts[0])["packages"]
+        for wheel in package["wheels"]
+    }
+    facts = f"Python {image.python}, {PLATFORM}, resolved as of {image.resolved_as_of}"
+    # uv's "via" comments name the temporary input file.
+    body = re.sub(r"-r \S*requirements\.in", shown(image.path), texts[1])
+    return header(f"nox -s lock -- {image.reference}", facts) + keep_hashes(body, chosen)
+
+
+def _reason(stderr: str) -> str:
+    lines = [line.strip(" ×╰─▶├│") for line in stderr.strip().splitlines()]
+    lines = [line for line in lines if line]
+    return " ".join(lines[:4]) if lines else "uv said nothing; run it again with UV_VERBOSE=1"
+
+
+def resolve_dev() -> str:
+    """The text of lockfiles/dev.lock: the tools, for every Python and system people develop on."""
+    environ = {**os.environ, **host.uv_environment(os.environ)}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "dev.lock"
+        if DEV_LOCK.exists():  # uv keeps the versions of an existing output where they still fit
+            output.write_bytes(DEV_LOCK.read_bytes())
+        argv = [
+            *(host.uv(), "pip", "compile", "--quiet", "--no-header", "--universal"),
+            *("--python-version", "3.11", "--group", "pyproject.toml:dev", "--no-config"),
+            *("--generate-hashes", "--output-file", str(output)),
+        ]
+        done = host.run(argv, quiet=True, env=environ, check=False, cwd=ROOT)
+        if done.returncode:
+            raise Problem(f"pyproject.toml, group dev, cannot be resolved: {_reason(done.stderr)}")
+        body = output.read_text(encoding="utf-8")
+    return header("nox -s lock -- dev", "Python 3.11 or newer, any system") + body
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file in one step, so that an interrupted run leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def drift(path: Path, text: str) -> str:
+    """A unified diff from the file to the text that it should hold; empty where they agree."""
+    current = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = difflib.unified_diff(
+        current.splitlines(keepends=True),
+        text.splitlines(keepends=True),
+        f"{shown(path)} (committed)",
+        f"{shown(path)} (resolved now)",
+    )
+    return "".join(lines)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check(images: Sequence[Image]) -> list[str]:
+    """Resolve again and compare; what is returned are the diffs of the locks that drifted."""
+    diffs = []
+    for image in images:
+        read(image)
+        difference = drift(image.lock, resolve(image))
+        if difference:
+            diffs.append(difference)
+    return diffs
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``nox -s lock [-- REF … | base | dev | --check]``."""
+    parser = argparse.ArgumentParser(prog="nox -s lock --", description="Resolve or check locks.")
+    parser.add_argument("refs", nargs="*", metavar="REF", help="an image, 'base' or 'dev'")
+    parser.add_argument("--check", action="store_true", help="resolve again and compare")
+    parser.add_argument("--snapshot", metavar="DATE", help="base: Debian as of 20260101T000000Z")
+    given = parser.parse_args(list(arguments))
+    images = catalog.load()
+    chosen = [catalog.find(n, images) for n in given.refs if n not in ("base", "dev")]
+    if not given.refs:
+        chosen = images
+    dev = not given.refs or "dev" in given.refs
+    if given.check:
+        diffs = check(chosen) + ([drift(DEV_LOCK, resolve_dev())] if dev else [])
+        if not given.refs or "base" in given.refs:
+            base.check()
+        sys.stdout.write("".join(diffs))
+        if any(diffs):
+            raise Problem("locks have drifted (diff above); remake them with 'nox -s lock'")
+        host.say("locks are what their inputs resolve to")
+        return 0
+    for image in chosen:
+        text = resolve(image)
+        versions = {entry.name: entry.version for entry in parse(text, image.lock)}
+        broken = claims_broken(image, versions)
+        if broken:
+            raise Problem(f"{shown(image.path)}: " + "; ".join(broken), 2)
+        write(image.lock, text)
+        host.say(f"{shown(image.lock)}: {len(versions)} distributions")
+    if dev:
+        write(DEV_LOCK, resolve_dev())
+        host.say(shown(DEV_LOCK))
+    # Only when asked for: Debian's archive moves on, and a lock of it cannot be made again by date
+    # without a snapshot.
+    if "base" in given.refs:
+        base.relock(snapshot=given.snapshot)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(host.guarded(main, sys.argv[1:]))

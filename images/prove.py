@@ -1,0 +1,131 @@
+"""Fourth station: from an image to a proof.
+
+``nox -s prove``: the lock is what its inputs resolve to, the image is built where needed, ``rollout
+verify`` and ``rollout smoke`` run inside it, and their checks end as one report in
+build/reports/<repository>/<tag>.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from images import build, builder, catalog, host, layers, lock
+from images.catalog import ROOT, Image, shown
+from images.problem import Problem
+
+REPORTS = ROOT / "build" / "reports"
+sys.path.insert(
+    0, str(ROOT / "entrypoints")
+)  # the report contract lives in the image's own package
+
+from rollout import report  # noqa: E402
+
+
+def kept(image: Image) -> Path:
+    """Where the last report of an image is kept in the repository."""
+    return ROOT / "images" / "proofs" / image.repository / f"{image.tag}.json"
+
+
+def report_path(image: Image) -> Path:
+    """Where a run leaves its report."""
+    return REPORTS / image.repository / f"{image.tag}.json"
+
+
+def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One report from the reports of ``verify`` and ``smoke``, in this order.
+
+    The verdict is the weakest of theirs: failed before unproved before proved.
+    """
+    whole = dict(parts[-1])
+    whole["started"] = parts[0]["started"]
+    whole["seconds"] = sum(part["seconds"] for part in parts)
+    whole["checks"] = [check for part in parts for check in part["checks"]]
+    order = ("failed", "unproved", "proved")
+    whole["verdict"] = min((part["verdict"] for part in parts), key=order.index)
+    return whole
+
+
+def writer(folder: Path) -> str:
+    """The user of a container that has to write into a folder of this host."""
+    if os.geteuid() == 0:
+        os.chown(folder, 1000, 0)
+        return "1000:0"
+    return f"{os.geteuid()}:0"
+
+
+def _drift(image: Image) -> None:
+    difference = lock.drift(image.lock, lock.resolve(image))
+    if difference:
+        sys.stdout.write(difference)
+        command = f"nox -s lock -- {image.reference}"
+        raise Problem(f"{shown(image.lock)} has drifted (diff above); remake it with '{command}'")
+
+
+def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: bool) -> int:
+    """Prove one image; the options go to ``rollout smoke``. Returns the exit code of the proof.
+
+    With ``keep`` the report of a proof and the layers it holds for stay in the repository.
+    """
+    host.say(f"{image.reference}: is the lock what its inputs resolve to?")
+    lock.read(image)
+    _drift(image)
+    host.say(f"{image.reference}: build")
+    built = layers.Record(build.inputs(image), build.build(image, tool).diff_ids)
+    if tool.name == "buildah":
+        host.say(f"{image.reference}: {layers.compare(layers.read(image), built)}")
+    env = {"ROLLOUT_LAYERS": ",".join(built.diff_ids)}
+    parts: list[dict[str, Any]] = []
+    code = 0
+    with tempfile.TemporaryDirectory(prefix="rollout-report-") as name:
+        folder = Path(name)
+        user = writer(folder)
+        for command, extra in (("verify", []), ("smoke", list(options))):
+            host.say(f"\n{image.reference}: rollout {command}")
+            inside = ["rollout", command, "--report", f"/report/{command}.json", *extra]
+            name_here = tool.local + image.reference
+            done = tool.run(builder.Command(name_here, inside, user, {name: "/report"}, env))
+            path = folder / f"{command}.json"
+            if path.exists():
+                parts.append(json.loads(path.read_text(encoding="utf-8")))
+            code = code or done.returncode
+            if done.returncode:
+                break
+        if parts:
+            _leave(report_path(image), merge(parts))
+    if keep and not code:
+        layers.write(image, built)
+        lock.write(kept(image), report_path(image).read_text(encoding="utf-8"))
+        host.say(f"kept as {shown(kept(image))}; 'nox -s docs' renews the README's table")
+    return code
+
+
+def _leave(path: Path, data: dict[str, Any]) -> None:
+    wrong = report.validate(data)
+    if wrong:
+        raise Problem(f"the report breaks its own schema: {'; '.join(wrong[:3])}")
+    lock.write(path, json.dumps(data, indent=1) + "\n")
+    host.say(f"{data['image']}: {data['verdict']}; report in {shown(path)}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """``nox -s prove [-- REF … OPTIONS]``; ``--keep`` keeps the report, the rest is for smoke."""
+    images = catalog.load()
+    chosen, options = catalog.select(argv, images)
+    keeping = "--keep" in options
+    options = [option for option in options if option != "--keep"]
+    tool = builder.detect()
+    code = 0
+    for image in chosen or [catalog.find(catalog.DEFAULT, images)]:
+        found = prove(image, tool, options, keep=keeping)
+        code = code or found
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(host.guarded(main, sys.argv[1:]))

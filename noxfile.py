@@ -1,0 +1,66 @@
+"""Sessions: what a person or CI can ask for. The work is in images/, a module for each station."""
+
+import sys
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "tests"]
+
+if sys.version_info < (3, 11):  # noqa: UP036 - whoever has an older one reads this sentence
+    raise SystemExit("rollout images need Python 3.11 or newer to run nox; this is an older one")
+
+
+def station(session: nox.Session, module: str, *arguments: str) -> None:
+    """Run one station with the locked tools."""
+    tools(session)
+    session.run("python", "-m", f"images.{module}", *arguments, *session.posargs)
+
+
+def tools(session: nox.Session) -> None:
+    """The development environment, exactly as locked."""
+    session.env["PYTHONPATH"] = None  # the README's command puts nox itself on it
+    session.install("--require-hashes", "-r", "lockfiles/dev.lock")
+
+
+@nox.session
+def lock(session: nox.Session) -> None:
+    """Resolve catalog files into locks: [REF … | base | dev] [--check]."""
+    station(session, "lock")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build images: [REF …] [--builder docker] [--no-cache] [--tag NAME]."""
+    station(session, "build")
+
+
+@nox.session
+def prove(session: nox.Session) -> None:
+    """Check the lock, build, verify and smoke-test images: [REF …] [options of rollout smoke]."""
+    station(session, "prove")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Renew the generated part of the README: [--check]."""
+    station(session, "docs")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Formatting, lint, types, and generated files that are fresh."""
+    tools(session)
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("mypy")
+    session.run("python", "-m", "images.docs", "--check")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests; what they need is built first. Arguments go to pytest."""
+    tools(session)
+    session.run("pytest", *session.posargs)
