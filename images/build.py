@@ -29,6 +29,7 @@ BUILD = ROOT / "build"
 ENTRYPOINTS = ROOT / "entrypoints" / "rollout"
 INSTALL = ROOT / "images" / "base" / "install"
 BASE_DOCKERFILE = ROOT / "images" / "base" / "Dockerfile"
+BASE = "verl-rollout-base"
 # Layers in the order of the Dockerfiles, from slow to fast changing: images with the same torch
 # share the first ones to the byte.
 LAYERS = ("nvidia", "torch", "dependencies", "engine")
@@ -274,27 +275,30 @@ def check_disk(folder: Path, needed: int = DISK_NEEDED) -> None:
 
 def base_name() -> str:
     """The base image's name: a digest of its lock, its recipe and its Dockerfile."""
-    content = digest(base.identity(base.LOCK), BASE_DOCKERFILE.read_bytes())
-    return f"verl-rollout-base:{content[:12]}"
+    return f"{BASE}:{digest(base.identity(base.LOCK), BASE_DOCKERFILE.read_bytes())[:12]}"
 
 
 def base_image(tool: builder.Builder, *, cache: bool = True) -> str:
     """The base image in the builder's storage; made where it is not there yet."""
     name = tool.local + base_name()
-    if cache and tool.inspect(name):
-        return name
-    tar = host.cache() / f"base-{base.identity(base.LOCK)}.tar"
-    if not tar.exists():
-        host.require("mmdebstrap", "apt-get", "dpkg-deb", "unshare")
-        host.say("making the Debian base (lockfiles/base.lock)")
-        base.make(base.LOCK, tar)
-    folder = BUILD / "contexts" / "base"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    _place(tar, folder / "base.tar")
-    _place(BASE_DOCKERFILE, folder / "Dockerfile")
-    tool.build(builder.Recipe(folder, name, TIMESTAMP, cache=cache))
-    shutil.rmtree(folder)
+    found = tool.inspect(name) if cache else None
+    if not found:
+        host.require("mmdebstrap", "apt-get", "apt-cache", "dpkg-deb")
+        tar = base.tarball()
+        folder = BUILD / "contexts" / "base"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        _place(tar, folder / "base.tar")
+        # The label makes bases of other inputs other images even where their files are the same:
+        # else layers cached on one would be taken for the other's, and carry its name and history.
+        text = dockerfile(BASE_DOCKERFILE.read_text("utf-8"), {}, {"rollout.base": base_name()})
+        (folder / "Dockerfile").write_text(text, encoding="utf-8")
+        tool.build(builder.Recipe(folder, name, TIMESTAMP, cache=cache))
+        shutil.rmtree(folder)
+        found = tool.inspect(name)
+    if not found:
+        raise Problem(f"{tool.name} finished, but {name} is not in its storage")
+    tool.sweep(found)
     return name
 
 
@@ -309,12 +313,12 @@ def build(
     check_disk(tool.storage())
     name = tool.local + (tag or image.reference)
     texts, files = layers(locked, image.engine), payload(image, locked)
-    stamped = labels(image, locked, lock.digest(image.lock), base_name())
-    text = dockerfile(image.dockerfile.read_text(encoding="utf-8"), image.env, stamped)
     find_links = host.uv_environment(os.environ).get("UV_FIND_LINKS", "")
     wheels = own_wheels(locked, find_links)
     with _alone():
         bottom = base_image(tool, cache=cache)
+        stamped = labels(image, locked, lock.digest(image.lock), base_name())
+        text = dockerfile(image.dockerfile.read_text(encoding="utf-8"), image.env, stamped)
         folder = BUILD / "contexts" / image.repository / image.tag
         prepare(folder, text, texts, files, wheels)
         values = arguments(texts, bottom, files)

@@ -134,6 +134,10 @@ class Builder(ABC):
         """Build a recipe, showing progress."""
         stream(self.build_argv(recipe))
 
+    @abstractmethod
+    def sweep(self, base: Built) -> None:
+        """Remove what a killed build on this base has left in the storage."""
+
 
 def _pairs(flag: str, values: Mapping[str, str]) -> list[str]:
     return [part for key, value in sorted(values.items()) for part in (flag, f"{key}={value}")]
@@ -195,6 +199,14 @@ class Buildah(Builder):
         finally:
             host.run(["buildah", "rm", name], quiet=True, check=False)
 
+    def sweep(self, base: Built) -> None:
+        listed = host.run(["buildah", "containers", "--json"], quiet=True).stdout
+        for entry in json.loads(listed) or []:
+            found = self.inspect(entry["imageid"]) if unfinished(entry) else None
+            # Other people build on this machine too: only what stands on our base is ours.
+            if found and found.diff_ids[: len(base.diff_ids)] == base.diff_ids:
+                host.run(["buildah", "rm", entry["id"]], quiet=True, check=False)
+
     def run_argv(self, command: Command, container: str) -> list[str]:
         """The command that runs something in a working container."""
         options = _run_options(command)
@@ -203,6 +215,13 @@ class Buildah(Builder):
     def run(self, command: Command, *, capture: bool = False) -> CompletedProcess[str]:
         with self.container(command.image) as container:
             return host.run(self.run_argv(command, container), quiet=capture, check=False)
+
+
+def unfinished(container: Mapping[str, str]) -> bool:
+    """Whether an entry of ``buildah containers --json`` is a build's own, not a person's."""
+    image = container["imagename"]
+    nameless = not image or image in container["imageid"] or "verl-rollout-base" in image
+    return nameless and container["containername"].endswith("-working-container")
 
 
 class Docker(Builder):
@@ -229,6 +248,9 @@ class Docker(Builder):
         data = json.loads(done.stdout)[0]
         layers = tuple(data["RootFS"]["Layers"])
         return Built(data["Id"].removeprefix("sha256:"), data["Config"], layers)
+
+    def sweep(self, base: Built) -> None:
+        """Nothing: the engine removes what a build has left by itself."""
 
     def run_argv(self, command: Command) -> list[str]:
         """The command that runs something in a fresh container."""

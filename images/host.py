@@ -19,11 +19,7 @@ PACKAGES = {
     "buildah": "buildah",
     "docker": "docker.io",
     "dpkg-deb": "dpkg",
-    "git": "git",
     "mmdebstrap": "mmdebstrap",
-    "newuidmap": "uidmap",
-    "unshare": "util-linux",
-    "zstd": "zstd",
 }
 # pip's variables and uv's names for the same settings. uv does not read pip's, and a host that is
 # set up for pip (a mirror, a folder of wheels) must not need a second set-up for us.

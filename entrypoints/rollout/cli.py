@@ -75,7 +75,7 @@ def _conclude(
             lock_sha256=facts["lock_sha256"],
             # A container does not know its layers; who starts it may say them (nox -s prove does).
             layers=[layer for layer in os.environ.get("ROLLOUT_LAYERS", "").split(",") if layer],
-            engine=report.Engine(facts["engine"]["name"], facts["engine"]["version"]),
+            engine=report.Engine(facts["engine"]["name"], facts["engine"]["version"] or "none"),
             torch=facts["torch"],
             cuda=facts["cuda"],
             driver=preflight.driver() if facts["cuda"] else None,
@@ -103,9 +103,7 @@ def _verify(path: Path | None) -> int:
         report.writable(path)
     started, clock = report.now(), time.perf_counter()
     print(report.header(), flush=True)
-    checks = verify.run(info.prefix())
-    for check in checks:
-        _show(check)
+    checks = verify.run(info.prefix(), progress=_show)
     return _conclude(checks, verify.CHECKS, None, path, started, time.perf_counter() - clock)
 
 
@@ -160,6 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; a :class:`Problem` becomes one sentence and its exit code."""
     # A container is stopped with SIGTERM; the engine has to be ended then too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # With a read-only root /tmp cannot be written, and torch.compile fails where nothing can.
+    place = preflight.work_folder(os.environ)
+    if place:
+        os.environ["TMPDIR"] = str(place)
     try:
         return _dispatch(sys.argv[1:] if argv is None else argv)
     except Problem as problem:

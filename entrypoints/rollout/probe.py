@@ -34,18 +34,20 @@ _SIZES: dict[str, Config] = {
     # Shapes that the oldest engines serve: head_dim 64 or 128, vocabulary a multiple of 64.
     "tiny": {
         "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 3,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 2048,
     },
-    # Few layers as wide as those of an 8 B model: engines run the kernels that users run, and one
-    # tensor out of 51 is easier to miss than one out of 300, so no single one may drown.
+    # Two layers, wide ones: widths are what kernels are chosen by, and engines run those that
+    # users run. Depth would only blunt the instrument: at four layers the constant that all the
+    # biases add up to drowns the tokens (seen: the same ten tokens for every prompt, and a lost
+    # q_proj moved the divergence by 0.15 only).
     "1b": {
         "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 4,
+        "intermediate_size": 32768,
+        "num_hidden_layers": 2,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "vocab_size": 8192,
@@ -54,17 +56,31 @@ _SIZES: dict[str, Config] = {
 
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
-# How the weights are scaled. Standard deviations, for an input of unit root mean square.
-# Found with `python -m rollout.calibrate`; see there for what they are judged by.
-_QUERY_KEY = 1.0  # of a query or key element, weight and bias each
-_VALUE_BIAS = 0.3  # averaging over positions shrinks values, not their bias
-_MLP_BIAS = 1.0  # of gate and up
-_ATTENTION = 1.5  # power that attention adds, relative to the stream it is added to
-_MLP = 0.7  # the same for the MLP
-_SHARE = 0.4  # of that power, what comes from the bias
-_LOGIT = 1.5  # of the logits
-_READ_O = 0.65
-_READ_D = 1.25
+# How the weights are scaled: standard deviations for an input of unit root mean square, found with
+# `python -m rollout.calibrate`, which says what they are judged by. Two demands pull against each
+# other: biases large enough to be missed, and hidden states that vary from token to token.
+_QUERY_KEY = 2.1  # a query or key element, from weight and bias each: attention that selects
+_VALUE_BIAS = 0.65  # less than the weight's 1: averaging over positions shrinks values, not this
+_GATE_BIAS = 0.75  # of gate and up
+_ATTENTION = 1.5  # power that attention adds, relative to the power of the stream it is added to
+_MLP = 0.8  # the same of the MLP
+_ATTENTION_SHARE = 0.3  # of the power that attention adds, what o_proj's bias makes
+_MLP_SHARE = 0.35  # the same of down_proj
+_ATTENDED = 0.82  # root mean square of what o_proj reads, as measured
+_GATED = 0.85  # the same of down_proj
+_GATED_UNBIASED = 0.6
+# Of a logit. The greatest of 2048 then lies near 4, where bfloat16 resolves 1 / 64; twice the
+# spread would double that error too. Without biases hidden states vary more and need less.
+_LOGIT = 1.25
+_LOGIT_UNBIASED = 0.9
+
+_BIASES = {
+    "q_proj": _QUERY_KEY,
+    "k_proj": _QUERY_KEY,
+    "v_proj": _VALUE_BIAS,
+    "gate_proj": _GATE_BIAS,
+    "up_proj": _GATE_BIAS,
+}
 
 
 def config(size: str, *, mlp_bias: bool = True) -> Config:
@@ -193,50 +209,38 @@ def dummy(config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 def spread(config: Mapping[str, Any], name: str) -> float:
     """Standard deviation of the tensor `name` of the probe (norm weights: their root mean square).
 
-    The rule, for an input of unit root mean square:
-    - a linear layer's bias is as large as its product, so that losing either one shows;
-    - queries and keys give attention scores of a few units: attention looks at some positions
-      more than at others, without becoming a switch that rounding could throw;
-    - a sublayer adds the share `_GAIN` of the power of the stream it is added to. The stream so
-      grows with depth, and the last sublayer is as audible as the first, whatever the depth.
+    The rule:
+    - a linear layer's bias is not small beside its product, so that losing either one shows;
+    - queries and keys make attention select a few positions: an average over many would hide
+      them, and a shift of scores by rounding moves a clear choice less than an even one;
+    - a sublayer adds a fixed share of the power of the stream it is added to. The stream so grows
+      with depth, and the last sublayer is as audible as the first.
       (Equal contributions, the usual choice, would leave each 1 / (2 * layers + 1).)
     """
-    hidden = _size(config, "hidden_size")
+    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     leaf = ".".join(name.split(".")[-2:])
-    if leaf.endswith("norm.weight") or leaf == "embed_tokens.weight":
+    kind, _, part = leaf.partition(".")
+    mlp_bias = bool(config.get("mlp_bias"))
+    if kind.endswith("norm") or kind == "embed_tokens":
         return 1.0
-    if leaf == "lm_head.weight":
-        return _LOGIT / math.sqrt(hidden)
-    flat = {
-        "q_proj.weight": _QUERY_KEY / math.sqrt(hidden),
-        "q_proj.bias": _QUERY_KEY,
-        "k_proj.weight": _QUERY_KEY / math.sqrt(hidden),
-        "k_proj.bias": _QUERY_KEY,
-        "v_proj.weight": 1.0 / math.sqrt(hidden),
-        "v_proj.bias": _VALUE_BIAS,
-        "gate_proj.weight": 1.0 / math.sqrt(hidden),
-        "gate_proj.bias": _MLP_BIAS,
-        "up_proj.weight": 1.0 / math.sqrt(hidden),
-        "up_proj.bias": _MLP_BIAS,
-    }
-    if leaf in flat:
-        return flat[leaf]
+    if kind == "lm_head":
+        return (_LOGIT if mlp_bias else _LOGIT_UNBIASED) / math.sqrt(hidden)
+    if kind in _BIASES:
+        scale = _QUERY_KEY if kind in ("q_proj", "k_proj") else 1.0
+        return _BIASES[kind] if part == "bias" else scale / math.sqrt(hidden)
     # o_proj and down_proj write into the stream. What they read is measured, not unit: an average
     # of values over positions, or a product of a gate and a value.
     power = ((1.0 + _ATTENTION) * (1.0 + _MLP)) ** int(name.split(".")[2])
-    heads = _size(config, "num_attention_heads")
-    if leaf.startswith("o_proj"):
+    if kind == "o_proj":
         power *= _ATTENTION
-        biased, inputs, read = "attention_bias", heads * _size(config, "head_dim"), _READ_O
+        share = _ATTENTION_SHARE if config.get("attention_bias") else 0.0
+        inputs, read = heads * _size(config, "head_dim", hidden // heads), _ATTENDED
     else:
-        power *= _MLP * (1.0 + _ATTENTION)
-        biased, inputs, read = (
-            "mlp_bias",
-            _size(config, "intermediate_size"),
-            _READ_D if config.get("mlp_bias") else 0.6,
-        )
-    share = _SHARE if config.get(biased) else 0.0
-    if leaf.endswith(".bias"):
+        power *= (1.0 + _ATTENTION) * _MLP
+        share = _MLP_SHARE if mlp_bias else 0.0
+        inputs = _size(config, "intermediate_size")
+        read = _GATED if mlp_bias else _GATED_UNBIASED
+    if part == "bias":
         return math.sqrt(power * share)
     return math.sqrt(power * (1.0 - share) / inputs) / read
 

@@ -1,4 +1,4 @@
-"""The one exception that a person is meant to read: a sentence and the exit code that goes with it."""
+"""The one exception that a person gets to read: a sentence and its exit code."""
 
 from __future__ import annotations
 

@@ -66,12 +66,7 @@ def _model_folder(given: Path | None) -> Iterator[Path]:
     if given is not None:
         yield given
         return
-    place = preflight.work_folder(os.environ)
-    if place is None:
-        raise Problem(f"no folder can be written; mount a writable one at {preflight.CACHE}", 3)
-    # What the engine's process writes goes the same way.
-    os.environ["TMPDIR"] = tempfile.tempdir = str(place)
-    with tempfile.TemporaryDirectory(prefix="rollout-probe-", dir=place) as folder:
+    with tempfile.TemporaryDirectory(prefix="rollout-probe-") as folder:
         yield Path(folder)
 
 

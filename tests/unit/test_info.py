@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from rollout import info
 from rollout.problem import Problem
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rollout import report
 from rollout.problem import Problem
 from rollout.report import Check, Engine, Report

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+
 from rollout import verify
 from rollout.problem import Problem
 from rollout.report import Check, row

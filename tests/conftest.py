@@ -1,0 +1,92 @@
+"""A checkout of a toy: catalog file, lock and Dockerfile in a temporary folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from images.catalog import Image
+
+KEYS = {
+    "backend": '"vllm"',
+    "framework": '"verl"',
+    "python": '"3.11"',
+    "resolved-as-of": "2025-12-20",
+    "requirements": '["vllm==0.12.0", "ray[default]>=2.41"]',
+    "expect": '{ torch = "2.9.0", cuda = "12.8" }',
+    "env": '{ VLLM_WORKER_MULTIPROC_METHOD = "spawn" }',
+    "smoke": '{ sleep-levels = [1, 2], refit = ["cuda-ipc"] }',
+}
+VERSIONS = {
+    "nvidia-cuda-runtime-cu12": "12.8.90",
+    "nvidia-nccl-cu12": "2.27.5",
+    "ray": "2.52.1",
+    "torch": "2.9.0",
+    "triton": "3.5.0",
+    "vllm": "0.12.0",
+}
+
+
+def sha256(text: str) -> str:
+    """A sha256 that looks like one."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """What the stations take for the repository."""
+
+    root: Path
+
+    def file(
+        self,
+        changes: Mapping[str, str | None] | None = None,
+        tag: str = "vllm-0.12",
+        repository: str = "verl-rollout",
+    ) -> Path:
+        """A catalog file; a change to None leaves the key out."""
+        keys = KEYS | dict(changes or {})
+        path = self.root / "images" / "catalog" / repository / f"{tag}.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{k} = {v}\n" for k, v in keys.items() if v is not None))
+        return path
+
+    def image(
+        self,
+        changes: Mapping[str, str | None] | None = None,
+        tag: str = "vllm-0.12",
+        repository: str = "verl-rollout",
+        versions: Mapping[str, str] = VERSIONS,
+    ) -> Image:
+        """An image with its lock and its Dockerfile."""
+        from images import catalog, lock
+
+        found = catalog.parse(self.file(changes, tag, repository))
+        entries = [lock.Locked(n, v, sha256(n + v)) for n, v in sorted(versions.items())]
+        found.lock.parent.mkdir(parents=True, exist_ok=True)
+        head = lock.header(f"nox -s lock -- {found.reference}", "of a test")
+        found.lock.write_text(head + "".join(entry.text for entry in entries))
+        found.dockerfile.parent.mkdir(parents=True, exist_ok=True)
+        found.dockerfile.write_text("ARG BASE\nFROM ${BASE}\n")
+        return found
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
+    """The stations work on a folder of the test instead of this repository."""
+    from images import build, catalog, docs, prove
+
+    for module in (catalog, docs, prove):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(catalog, "CATALOG", tmp_path / "images" / "catalog")
+    monkeypatch.setattr(catalog.load, "__defaults__", (catalog.CATALOG,))
+    monkeypatch.setattr(build, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(prove, "REPORTS", tmp_path / "build" / "reports")
+    monkeypatch.setattr(docs, "README", tmp_path / "README.md")
+    return Checkout(tmp_path)

@@ -1,0 +1,129 @@
+"""A built image, and ways to run it: as a container, and sealed off as a strict cluster would.
+
+The image is built first where it is not there yet. What cannot be built here (no root, no Debian)
+skips these tests with the sentence that says why.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from images import build, builder, catalog
+from images.problem import Problem
+
+Result = subprocess.CompletedProcess[str]
+
+
+@dataclass
+class Container:
+    """A working container: its file system is writable, and thrown away at the end."""
+
+    name: str
+    root: Path
+    tool: builder.Buildah
+
+    def run(self, *argv: str, user: str = "") -> Result:
+        """Run a command in it, its output kept."""
+        argv_here = self.tool.run_argv(builder.Command("", argv, user), self.name)
+        return subprocess.run(argv_here, capture_output=True, text=True, check=False)
+
+
+@dataclass
+class Sealed:
+    """How an image runs on a strict cluster: read-only root, no network, a UID of its own."""
+
+    root: Path
+    cache: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    def run(self, *argv: str, uid: int = 12345) -> Result:
+        """Run a command without HOME, with the cache folder alone to write into."""
+        root, cache = shlex.quote(str(self.root)), shlex.quote(str(self.cache))
+        steps = [
+            f"mount --bind {root} {root}",
+            f"mount -t proc proc {root}/proc",
+            f"mount --rbind /dev {root}/dev",
+            f"mount -t tmpfs -o size=64m shm {root}/dev/shm",  # what container engines give
+            f"mount --bind {cache} {root}/var/cache/rollout",
+            f"mount -o remount,bind,ro {root}",
+        ]
+        env = [f"{k}={v}" for k, v in self.env.items() if k != "HOME"]
+        chroot = ["chroot", f"--userspec={uid}:0", "--groups=", str(self.root)]
+        script = "; ".join(
+            [*steps, "exec " + shlex.join([*chroot, "/usr/bin/env", "-i", *env, *argv])]
+        )
+        command = ["unshare", "--mount", "--net", "--pid", "--fork", "sh", "-euc", script]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="session")
+def image() -> catalog.Image:
+    """The default image of the catalog."""
+    return catalog.find(catalog.DEFAULT, catalog.load())
+
+
+@pytest.fixture(scope="session")
+def tool() -> builder.Buildah:
+    """The builder whose digests count."""
+    if os.geteuid() != 0:
+        pytest.skip("these tests enter images by chroot, which needs root")
+    try:
+        found = builder.detect("buildah")
+    except Problem as problem:
+        pytest.skip(problem.sentence)
+    assert isinstance(found, builder.Buildah)
+    return found
+
+
+@pytest.fixture(scope="session")
+def built(image: catalog.Image, tool: builder.Buildah) -> builder.Built:
+    """The default image, built; from the cache where nothing changed."""
+    return build.build(image, tool)
+
+
+@pytest.fixture
+def container(
+    image: catalog.Image,
+    tool: builder.Buildah,
+    built: builder.Built,  # noqa: ARG001 - a container needs the image
+) -> Iterator[Callable[[], Container]]:
+    """Makes working containers, and removes them."""
+    made: list[str] = []
+
+    def make() -> Container:
+        name = f"test-{uuid.uuid4().hex[:12]}"
+        argv = ["buildah", "from", "--pull-never", "--name", name, tool.local + image.reference]
+        subprocess.run(argv, check=True, capture_output=True)
+        made.append(name)
+        mounted = subprocess.run(
+            ["buildah", "mount", name], check=True, capture_output=True, text=True
+        )
+        return Container(name, Path(mounted.stdout.strip()), tool)
+
+    yield make
+    for name in made:
+        subprocess.run(["buildah", "rm", name], check=False, capture_output=True)
+
+
+@pytest.fixture
+def sealed(container: Callable[[], Container], built: builder.Built, tmp_path: Path) -> Sealed:
+    """The image as a strict cluster runs it."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o2775)
+    os.chown(cache, 0, 0)
+    env = dict(pair.split("=", 1) for pair in built.config["Env"])
+    return Sealed(container().root, cache, env)
+
+
+def lines(result: Result) -> Sequence[str]:
+    """Everything that a command printed, by lines."""
+    return (result.stdout + result.stderr).splitlines()

@@ -1,0 +1,56 @@
+"""``rollout smoke`` in the real image: it proves a sound engine, and each fault makes it fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from rollout import report
+from rollout.faults import FAULTS
+from rollout.smoke import CHECKS
+
+from .conftest import Container, Sealed, lines
+
+pytestmark = pytest.mark.image
+
+
+def test_a_sound_image_is_proved_read_only_offline_by_any_uid_without_home(sealed: Sealed) -> None:
+    done = sealed.run("rollout", "smoke", "--report", "/var/cache/rollout/report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    data = json.loads((sealed.cache / "report.json").read_text())
+    assert report.validate(data) == []
+    assert data["verdict"] == "proved"
+    assert [check["name"] for check in data["checks"]] == list(CHECKS)
+    assert not list(sealed.cache.glob("rollout-*")), "temporary files were left behind"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_injected_fault_fails_its_check(
+    container: Callable[[], Container], fault: str
+) -> None:
+    here = container()
+    path = here.root / "var/cache/rollout/report.json"
+    done = here.run(
+        *("rollout", "smoke", "--inject", fault, "--report", "/var/cache/rollout/report.json")
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    data = json.loads(path.read_text())
+    assert report.validate(data) == []
+    assert data["verdict"] == "failed"
+    failed = [check["name"] for check in data["checks"] if check["status"] == "failed"]
+    assert failed == [FAULTS[fault].check]
+    assert any(line.startswith(FAULTS[fault].check) and "failed" in line for line in lines(done))
+
+
+def test_some_checks_alone_prove_no_image(container: Callable[[], Container]) -> None:
+    done = container().run("rollout", "smoke", "--only", "generation")
+    assert done.returncode == 3
+    assert any(": unproved in " in line for line in lines(done))
+
+
+def test_the_probe_keeps_its_margins(container: Callable[[], Container]) -> None:
+    """Noise far below the bound, the loss of any single tensor at least tenfold above it."""
+    done = container().run("/opt/rollout/bin/python", "-m", "rollout.calibrate")
+    assert done.returncode == 0, done.stdout + done.stderr

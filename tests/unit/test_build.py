@@ -1,0 +1,389 @@
+"""What a build promises: every distribution in one layer, a name for it, and no trace of the host."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from images import build, builder, catalog, host, lock
+from images.catalog import Image
+from images.lock import Locked
+from images.problem import Problem
+
+from ..conftest import VERSIONS, Checkout, sha256
+
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+SHA = sha256("lock")
+
+
+def locked(versions: Mapping[str, str] = VERSIONS) -> list[Locked]:
+    return [Locked(name, version, sha256(name)) for name, version in versions.items()]
+
+
+# layers
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("nvidia-nccl-cu12", "nvidia"),
+        ("torch", "torch"),
+        ("triton", "torch"),
+        ("torchvision", "torch"),
+        ("torchao", "dependencies"),
+        ("ray", "dependencies"),
+        ("vllm", "engine"),
+    ],
+)
+def test_a_distribution_lies_where_what_changes_as_often_lies(name: str, layer: str) -> None:
+    assert build.layer_of(name, "vllm") == layer
+
+
+def test_an_engine_by_any_name_is_the_engine() -> None:
+    assert build.layer_of("nvidia-engine", "nvidia-engine") == "engine"
+
+
+@pytest.mark.parametrize("image", catalog.load(), ids=lambda image: image.reference)
+def test_layers_hold_every_distribution_of_a_lock_once(image: Image) -> None:
+    entries = lock.read(image)
+    texts = build.layers(entries, image.engine)
+    found = Counter(e for text in texts.values() for e in lock.parse(text, image.lock))
+    assert found == Counter(entries)
+    assert list(texts) == [layer for layer in build.LAYERS if layer in texts]
+    assert [e.name for e in lock.parse(texts["engine"], image.lock)] == [image.engine]
+
+
+def test_a_layer_does_not_depend_on_the_order_of_the_lock() -> None:
+    assert build.layers(locked(), "vllm") == build.layers(locked()[::-1], "vllm")
+
+
+def test_a_layer_that_would_be_empty_is_none() -> None:
+    versions = {"torch": "2.9.0+cpu", "vllm": "0.12.0"}
+    assert list(build.layers(locked(versions), "vllm")) == ["torch", "engine"]
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    ("versions", "tag"),
+    [
+        (VERSIONS, f"vllm-0.12.0-cu128-py311-{SHA[:8]}"),
+        ({"torch": "2.9.0", "vllm": "0.12.0+cpu"}, f"vllm-0.12.0-cpu-cpu-py311-{SHA[:8]}"),
+        ({"vllm": "0.12.0rc1.post1.dev3+g0a1"}, f"vllm-0.12.0rc1.post1.dev3-g0a1-cpu-py311-{SHA[:8]}"),
+    ],
+)
+def test_the_immutable_tag_is_one_that_a_registry_takes(
+    checkout: Checkout, versions: dict[str, str], tag: str
+) -> None:
+    found = build.immutable_tag(checkout.image(), locked(versions), SHA)
+    assert found == tag
+    assert TAG.fullmatch(found)
+
+
+@pytest.mark.parametrize("image", catalog.load(), ids=lambda image: image.reference)
+def test_every_name_of_the_catalog_is_one_that_a_registry_takes(image: Image) -> None:
+    assert TAG.fullmatch(image.tag)
+    assert TAG.fullmatch(build.immutable_tag(image, lock.read(image), SHA))
+    assert re.fullmatch(r"[a-z0-9]+([._-][a-z0-9]+)*", image.repository)
+
+
+def test_labels_are_the_row_of_the_catalog(checkout: Checkout) -> None:
+    found = build.labels(checkout.image(), locked(), SHA, "base:1")
+    assert {k: v for k, v in found.items() if k.startswith("rollout.")} == {
+        "rollout.backend": "vllm",
+        "rollout.base": "base:1",
+        "rollout.cuda": "12.8",
+        "rollout.engine.version": "0.12.0",
+        "rollout.framework": "verl",
+        "rollout.lock.sha256": SHA,
+        "rollout.python": "3.11",
+        "rollout.resolved-as-of": "2025-12-20",
+        "rollout.torch": "2.9.0",
+    }
+    assert found["org.opencontainers.image.title"] == "verl-rollout:vllm-0.12"
+    assert found["org.opencontainers.image.version"] == build.immutable_tag(
+        checkout.image(), locked(), SHA
+    )
+
+
+def test_an_image_without_cuda_says_so(checkout: Checkout) -> None:
+    versions = {"torch": "2.9.0+cpu", "vllm": "0.12.0"}
+    assert build.labels(checkout.image(), locked(versions), SHA, "")["rollout.cuda"] == "none"
+    assert build.facts(checkout.image(), locked(versions))["cuda"] is None
+
+
+# the Dockerfile's end
+
+
+def test_variables_and_labels_are_one_instruction_each_behind_the_dockerfile() -> None:
+    text = build.dockerfile("FROM x\n\n\n", {"B": "2", "A": "1"}, {"l": "3", "k": "4"})
+    assert text == 'FROM x\n\nENV A="1" \\\n    B="2"\n\nLABEL k="4" \\\n    l="3"\n'
+
+
+def test_nothing_to_set_is_no_instruction() -> None:
+    assert build.dockerfile("FROM x", {}, {}) == "FROM x\n"
+
+
+@pytest.mark.parametrize(
+    ("value", "quoted"),
+    [
+        ("a b", r'"a b"'),
+        ('{"a": 1}', r'"{\"a\": 1}"'),
+        ("back\\slash", r'"back\\slash"'),
+        ("it's # no comment", '"it\'s # no comment"'),
+        ("", '""'),
+        ("ZÜRICH", '"ZÜRICH"'),  # Docker knows no \u
+    ],
+)
+def test_a_value_reaches_the_image_as_the_catalog_has_it(value: str, quoted: str) -> None:
+    assert build.dockerfile("FROM x", {"A": value}, {}) == f"FROM x\n\nENV A={quoted}\n"
+
+
+# what decides a layer
+
+
+def test_parts_are_told_apart_by_more_than_their_bytes_in_a_row() -> None:
+    assert build.digest("ab", "c") != build.digest("a", "bc") != build.digest("abc")
+    assert build.digest("a") == build.digest(b"a")
+
+
+@pytest.fixture
+def own(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with an install script and entrypoints of its own."""
+    (checkout.root / "entrypoints/backends").mkdir(parents=True)
+    for name in ("cli.py", "backends/vllm.py", "backends/notes.txt"):
+        (checkout.root / "entrypoints" / name).write_text(f"# {name}\n")
+    (checkout.root / "install").write_text("#!/bin/sh\n")
+    monkeypatch.setattr(build, "ENTRYPOINTS", checkout.root / "entrypoints")
+    monkeypatch.setattr(build, "INSTALL", checkout.root / "install")
+    return checkout.root
+
+
+def arguments(image: Image) -> dict[str, str]:
+    entries = lock.read(image)
+    texts, files = build.layers(entries, image.engine), build.payload(image, entries)
+    return build.arguments(texts, "base:1", files)
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {key for key in before if before[key] != after[key]}
+
+
+def test_there_is_an_argument_for_each_layer_and_the_base(checkout: Checkout) -> None:
+    values = arguments(checkout.image())
+    assert list(values) == ["BASE", "NVIDIA", "TORCH", "DEPENDENCIES", "ENGINE", "ENTRYPOINTS"]
+    assert values["BASE"] == "base:1"
+
+
+def test_a_byte_of_the_install_script_changes_every_layer(checkout: Checkout, own: Path) -> None:
+    before = arguments(checkout.image())
+    (own / "install").write_text("#!/bin/sh \n")
+    assert changed(before, arguments(checkout.image())) == set(before) - {"BASE"}
+
+
+def test_a_byte_of_an_entrypoint_changes_that_layer_alone(checkout: Checkout, own: Path) -> None:
+    before = arguments(checkout.image())
+    (own / "entrypoints/backends/notes.txt").write_text("not a module\n")
+    assert changed(before, arguments(checkout.image())) == set()
+    (own / "entrypoints/backends/vllm.py").write_text("# backends/vllm.pi\n")
+    assert changed(before, arguments(checkout.image())) == {"ENTRYPOINTS"}
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("nvidia-nccl-cu12", "NVIDIA"),
+        ("triton", "TORCH"),
+        ("ray", "DEPENDENCIES"),
+        ("vllm", "ENGINE"),
+    ],
+)
+def test_another_version_changes_its_layer_and_the_last_one(
+    checkout: Checkout, name: str, layer: str
+) -> None:
+    before = arguments(checkout.image())
+    after = arguments(checkout.image(versions=VERSIONS | {name: "99"}))
+    assert changed(before, after) == {layer, "ENTRYPOINTS"}  # the last one holds the lock
+
+
+def test_the_inputs_of_an_image_change_with_its_dockerfile_and_its_base(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = checkout.image()
+    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    before = build.inputs(image)
+    assert build.inputs(image) == before
+    monkeypatch.setattr(build, "base_name", lambda: "base:2")
+    other_base = build.inputs(image)
+    image.dockerfile.write_text("FROM scratch\n")
+    assert len({before, other_base, build.inputs(image)}) == 3
+
+
+def test_the_last_layer_holds_our_package_the_lock_and_what_the_image_is(
+    checkout: Checkout, own: Path
+) -> None:
+    image = checkout.image()
+    files = build.payload(image, lock.read(image))
+    assert sorted(files) == [
+        *("image.json", "launcher", "python", "requirements.lock"),
+        *("rollout/backends/vllm.py", "rollout/cli.py"),
+    ]
+    assert files["rollout/cli.py"] == (own / "entrypoints/cli.py").read_bytes()
+    assert files["requirements.lock"] == image.lock.read_bytes()
+    assert files["python"] == b"3.11"
+    assert json.loads(files["image.json"]) == build.facts(image, lock.read(image))
+
+
+def test_the_image_knows_what_it_has_to_prove(checkout: Checkout) -> None:
+    changes = {"backend": '"tensorrt-llm"', "requirements": '["tensorrt-llm"]'}
+    found = build.facts(checkout.image(changes), locked())
+    assert found["reference"] == "verl-rollout:vllm-0.12"
+    assert found["engine"] == {"name": "tensorrt-llm", "distribution": "tensorrt-llm"}
+    assert found["imports"] == ["torch", "tensorrt_llm"]
+    assert found["smoke"] == {"sleep_levels": [1, 2], "refit": ["cuda-ipc"]}
+    assert (found["cuda"], found["resolved_as_of"]) == ("12.8", "2025-12-20")
+
+
+# the host's settings
+
+
+def exported(settings: Mapping[str, str], *, wheels: bool = False) -> dict[str, str]:
+    """The settings as the shell in the build container reads them."""
+    words = shlex.split(build.host_env(settings, wheels))
+    assert words[::2] == ["export"] * (len(words) // 2)
+    return dict(word.split("=", 1) for word in words[1::2])
+
+
+def test_settings_reach_the_build_whatever_is_in_them() -> None:
+    settings = {"UV_DEFAULT_INDEX": "https://u:p$w'd@mirror.example/a b", "no_proxy": "*"}
+    assert exported(settings) == settings
+
+
+def test_a_ca_bundle_of_the_host_is_the_mounted_one() -> None:
+    assert exported({"SSL_CERT_FILE": "/home/me/ca.pem"}) == {"SSL_CERT_FILE": "/mnt/ca.crt"}
+
+
+def test_the_hosts_cache_is_not_the_builds() -> None:
+    assert exported({"UV_CACHE_DIR": "/home/me", "UV_LINK_MODE": "hardlink"}) == {}
+
+
+@pytest.mark.parametrize("folder", ["/home/me/wheels", "wheels", "file:///home/me/wheels"])
+def test_a_folder_of_the_host_is_not_looked_for_in_the_build(folder: str) -> None:
+    links = f"{folder},https://wheels.example/x"
+    assert exported({"UV_FIND_LINKS": folder}) == {}
+    assert exported({"UV_FIND_LINKS": links}) == {"UV_FIND_LINKS": "https://wheels.example/x"}
+
+
+def test_wheels_of_the_host_are_found_in_the_context() -> None:
+    found = exported({"UV_FIND_LINKS": "/home/me/wheels,https://wheels.example/x"}, wheels=True)
+    assert found == {"UV_FIND_LINKS": "https://wheels.example/x,/mnt/context/wheels"}
+
+
+def test_a_wheel_of_the_host_is_taken_at_the_locked_version_alone(tmp_path: Path) -> None:
+    for name in ("torch-2.9.0", "torch-2.9.1", "vllm-0.12.0", "Other-1"):
+        (tmp_path / f"{name}-py3-none-any.whl").touch()
+    found = build.own_wheels(locked({"torch": "2.9.0", "ray": "1", "other": "2"}), str(tmp_path))
+    assert [wheel.name for wheel in found] == ["torch-2.9.0-py3-none-any.whl"]
+
+
+def test_too_little_disk_is_said_with_numbers_and_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=3 << 29)
+    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: free)
+    build.check_disk(tmp_path, 3 << 29)
+    with pytest.raises(Problem) as caught:
+        build.check_disk(tmp_path / "not/there", 4 << 30)
+    assert caught.value.code == 3
+    numbers = "1.5 GiB free, about 4 GiB needed"
+    assert caught.value.sentence == f"no disk space for a build in {tmp_path}: {numbers}; free some"
+
+
+# a whole build, with a builder that builds nothing
+
+
+class Fake(builder.Buildah):
+    """Looks at what it is given to build."""
+
+    def __init__(self, *, interrupted: bool = False) -> None:
+        self.seen: dict[str, Any] = {}
+        self.interrupted = interrupted
+
+    def storage(self) -> Path:
+        return build.BUILD.parent
+
+    def build(self, recipe: builder.Recipe) -> None:
+        files = {str(p.relative_to(recipe.context)) for p in recipe.context.rglob("*.*")}
+        self.seen = {
+            "recipe": recipe,
+            "files": files,
+            "context": {p: p.read_bytes() for p in recipe.context.rglob("*") if p.is_file()},
+            "secrets": {key: path.read_text() for key, path in recipe.secrets.items()},
+            "modes": {path.parent.stat().st_mode & 0o777 for path in recipe.secrets.values()},
+        }
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def inspect(self, name: str) -> builder.Built | None:
+        return builder.Built("0" * 64, {}, ()) if name == self.seen["recipe"].name else None
+
+
+@pytest.fixture
+def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
+    """An image, on a host with an index of its own, credentials and a CA bundle."""
+    monkeypatch.setattr(build, "base_image", lambda *_, **__: "localhost/base:1")
+    monkeypatch.setattr(build, "check_disk", lambda _: None)
+    (checkout.root / "uv").write_text("uv")
+    (checkout.root / "ca.pem").write_text("the company's root")
+    monkeypatch.setattr(host, "uv", lambda: str(checkout.root / "uv"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(checkout.root / "ca.pem"))
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "https://me:secret@mirror.example/simple")
+    monkeypatch.setenv("UV_FIND_LINKS", "")
+    return checkout.image()
+
+
+def test_a_build_mounts_the_hosts_settings_and_keeps_them_out_of_the_context(image: Image) -> None:
+    tool = Fake()
+    build.build(image, tool)
+    seen = tool.seen
+    assert "secret@mirror.example" in seen["secrets"]["host"]
+    assert seen["secrets"]["ca"] == "the company's root"
+    assert seen["modes"] == {0o700}, "nobody else on this host reads the credentials"
+    for path, data in seen["context"].items():
+        assert b"secret" not in data and b"company" not in data, path
+    assert "layers/nvidia.txt" in seen["files"]
+    assert seen["recipe"].name == "localhost/verl-rollout:vllm-0.12"
+    assert seen["recipe"].timestamp == build.TIMESTAMP
+    assert seen["recipe"].arguments["BASE"] == "localhost/base:1"
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_build_leaves_no_settings_behind(image: Image, interrupted: bool) -> None:
+    tool = Fake(interrupted=interrupted)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            build.build(image, tool)
+    else:
+        build.build(image, tool)
+    assert tool.seen["secrets"]
+    left = [p for p in build.BUILD.rglob("*") if p.is_file() and b"secret" in p.read_bytes()]
+    assert left == []
+    assert not (build.BUILD / "secrets").exists()
+
+
+def test_a_build_without_its_image_is_a_failure(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fake, "inspect", lambda *_: None)
+    with pytest.raises(Problem, match="finished, but localhost/mine:1 is not in its storage"):
+        build.build(image, Fake(), tag="mine:1")

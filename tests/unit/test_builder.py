@@ -1,0 +1,239 @@
+"""What a builder is told to do, and what a person is told when it fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from images import builder, host
+from images.builder import Buildah, Command, Docker, Recipe
+from images.problem import Problem
+
+RECIPE = Recipe(
+    Path("/context"),
+    "localhost/verl-rollout:toy",
+    1686355200,
+    {"TORCH": "2", "BASE": "b:1"},
+    {"host": Path("/secrets/host.env"), "ca": Path("/secrets/ca.crt")},
+)
+# What both take, in one order whatever the order of the mappings.
+COMMON = [
+    *("--build-arg", "BASE=b:1", "--build-arg", "TORCH=2"),
+    *("--secret", "id=ca,src=/secrets/ca.crt", "--secret", "id=host,src=/secrets/host.env"),
+    *("--tag", "localhost/verl-rollout:toy", "--file", "/context/Dockerfile", "/context"),
+]
+COMMAND = Command(
+    "toy:1", ["rollout", "verify"], "1000:0", {"/here": "/report"}, {"B": "2", "A": "x y"}
+)
+OPTIONS = [
+    *("--user", "1000:0", "--volume", "/here:/report", "--env", "A=x y", "--env", "B=2"),
+]
+
+
+def test_buildah_builds_with_one_timestamp_and_no_trace_of_itself() -> None:
+    argv = Buildah().build_argv(RECIPE)
+    assert argv == [
+        *("buildah", "bud", "--isolation", "chroot", "--format", "oci", "--network", "host"),
+        *("--layers", "--timestamp", "1686355200", "--identity-label=false", *COMMON),
+    ]
+
+
+def test_docker_builds_the_same_dockerfile_with_the_same_timestamp() -> None:
+    argv = Docker().build_argv(RECIPE)
+    assert argv[:3] == ["docker", "buildx", "build"]
+    assert argv[-len(COMMON) :] == COMMON
+    assert "SOURCE_DATE_EPOCH=1686355200" in argv
+    assert "type=docker,rewrite-timestamp=true" in argv
+    assert "--provenance=false" in argv, "provenance records who built it, and when"
+
+
+@pytest.mark.parametrize("tool", [Buildah(), Docker()])
+def test_the_cache_is_left_out_where_that_is_asked_for(tool: builder.Builder) -> None:
+    recipe = Recipe(Path("/context"), "toy:1", 0, cache=False)
+    assert "--no-cache" in tool.build_argv(recipe)
+    assert "--no-cache" not in tool.build_argv(RECIPE)
+
+
+def test_a_command_runs_in_a_container_of_buildah() -> None:
+    argv = Buildah().run_argv(COMMAND, "working")
+    start = ["buildah", "run", "--isolation", "chroot"]
+    assert argv == [*start, *OPTIONS, "working", "--", "rollout", "verify"]
+
+
+def test_a_command_runs_in_a_container_of_docker() -> None:
+    argv = Docker().run_argv(COMMAND)
+    start = ["docker", "run", "--rm", "--entrypoint", "rollout"]
+    assert argv == [*start, *OPTIONS, "toy:1", "verify"]
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
+    """What commands answer, by a word in them: exit code and output; ``calls`` keeps their lines."""
+    table: dict[str, tuple[int, str]] = {}
+
+    def run(argv: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        line = " ".join(argv)
+        table["calls"] = (0, table.get("calls", (0, ""))[1] + line + "\n")
+        code, out = next((a for word, a in table.items() if word in line), (0, ""))
+        return subprocess.CompletedProcess(argv, code, out, "")
+
+    monkeypatch.setattr(host, "run", run)
+    return table
+
+
+BUILDAH_SAYS = """{"FromImageID": "0123", "OCIv1":
+    {"config": {"User": "1000:0"}, "rootfs": {"diff_ids": ["sha256:a", "sha256:b"]}}}"""
+DOCKER_SAYS = """[{"Id": "sha256:0123", "Config": {"User": "1000:0"},
+    "RootFS": {"Layers": ["sha256:a", "sha256:b"]}}]"""
+
+
+@pytest.mark.parametrize(("tool", "says"), [(Buildah(), BUILDAH_SAYS), (Docker(), DOCKER_SAYS)])
+def test_both_builders_describe_an_image_alike(
+    tool: builder.Builder, says: str, answers: dict[str, tuple[int, str]]
+) -> None:
+    answers["inspect"] = (0, says)
+    found = tool.inspect("toy:1")
+    assert found == builder.Built("0123", {"User": "1000:0"}, ("sha256:a", "sha256:b"))
+    answers["inspect"] = (1, "")
+    assert tool.inspect("toy:1") is None
+
+
+def test_a_working_container_is_removed_whatever_happened(
+    answers: dict[str, tuple[int, str]],
+) -> None:
+    with pytest.raises(ZeroDivisionError), Buildah().container("toy:1") as name:
+        raise ZeroDivisionError
+    made, removed = answers["calls"][1].splitlines()
+    assert made == f"buildah from --pull-never --name {name} toy:1", "nothing is downloaded"
+    assert removed == f"buildah rm {name}"
+
+
+# which one
+
+
+def test_an_unknown_builder_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(Problem) as caught:
+        builder.detect("kaniko")
+    assert caught.value.code == 2
+    assert caught.value.sentence == "unknown builder 'kaniko'; known are buildah, docker"
+
+
+def test_a_missing_docker_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(Problem) as caught:
+        builder.detect("docker")
+    assert caught.value.code == 3
+    way_out = "install it, or leave out --builder docker"
+    assert caught.value.sentence == f"docker is not installed; {way_out}"
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("docker version", "no docker engine answers; start it, or leave out --builder docker"),
+        ("buildx", "docker has no buildx; install it, or leave out --builder docker"),
+    ],
+)
+def test_a_docker_that_cannot_build_is_said_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+    answers: dict[str, tuple[int, str]],
+    word: str,
+    sentence: str,
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/docker")
+    assert isinstance(builder.detect("docker"), Docker)
+    answers.clear()
+    answers[word] = (1, "")
+    with pytest.raises(Problem) as caught:
+        builder.detect("docker")
+    assert (caught.value.code, caught.value.sentence) == (3, sentence)
+
+
+def test_buildah_is_taken_and_asked_for_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    required: list[str] = []
+    monkeypatch.setattr(host, "require", required.append)
+    assert isinstance(builder.detect(), Buildah)
+    assert required == ["buildah"]
+
+
+# when it fails
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("cp: write error: No space left on device", "the disk is full"),
+        ("error: Hash mismatch for `torch==2.9.0`", "another sha256 than the lock"),
+        ("error: Failed to fetch: `http://x`", "the package index cannot be reached"),
+        ("error sending request for url (http://x)", "the package index does not answer"),
+        ("× No solution found when resolving dependencies", "does not have a locked version"),
+    ],
+)
+def test_a_known_failure_is_said_in_plain_words(line: str, sentence: str) -> None:
+    assert sentence in builder.meaning(["step 1", line, "the builder's own last word"], 1)
+
+
+def test_an_unknown_failure_is_said_with_its_last_line() -> None:
+    said = builder.meaning(["step 1", " it broke ", "", " "], 125)
+    assert said == "the builder exited with 125: it broke"
+    assert builder.meaning([], 1) == "the builder exited with 1: no output"
+
+
+def test_a_failed_command_shows_its_lines_and_raises_the_last(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = "echo one; echo two >&2; printf '\\377'; echo three; exit 5"
+    with pytest.raises(Problem, match="the builder exited with 5: .three$"):
+        builder.stream(["sh", "-c", script])
+    assert capsys.readouterr().out.startswith("one\ntwo\n")
+
+
+def test_a_command_that_succeeds_raises_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    builder.stream(["sh", "-c", "echo no space left on device"])
+    assert capsys.readouterr().out == "no space left on device\n"
+
+
+class Interrupted:
+    """A terminal in front of which somebody presses Ctrl-C at the first line."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> None:
+        self.text += text
+        raise KeyboardInterrupt
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone within five seconds; one that nobody waited for counts as gone."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_ctrl_c_ends_the_builder_and_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Interrupted()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    script = "sleep 60 & echo $$ $!; wait"
+    with pytest.raises(KeyboardInterrupt):
+        builder.stream(["sh", "-c", script])
+    parent, child = map(int, terminal.text.split())
+    assert os.getpid() not in (parent, child)
+    assert ended(parent)
+    assert ended(child)

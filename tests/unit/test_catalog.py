@@ -1,0 +1,272 @@
+"""What the catalog promises: nothing in a file is ignored, and what is wrong is named."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from images import catalog
+from images.catalog import Image
+from images.problem import Problem
+
+from ..conftest import KEYS, Checkout
+
+NAME = "images/catalog/verl-rollout/vllm-0.12.toml"
+
+
+def refused(path: Path) -> str:
+    """The sentence for a file that does not parse; it must name the file, and blame the user."""
+    with pytest.raises(Problem) as caught:
+        catalog.parse(path)
+    assert caught.value.code == 2
+    assert caught.value.sentence.startswith(NAME)
+    return caught.value.sentence.removeprefix(NAME).lstrip(": ")
+
+
+def test_a_file_is_read_into_an_image(checkout: Checkout) -> None:
+    image = catalog.parse(checkout.file())
+    assert (image.reference, image.engine) == ("verl-rollout:vllm-0.12", "vllm")
+    assert (image.framework, image.python) == ("verl", "3.11")
+    assert image.resolved_as_of == datetime.date(2025, 12, 20)
+    assert image.requirements == ("vllm==0.12.0", "ray[default]>=2.41")
+    assert image.expect == {"torch": "2.9.0", "cuda": "12.8"}
+    assert image.env == {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    assert image.smoke == catalog.Smoke((1, 2), ("cuda-ipc",))
+    assert image.lock == checkout.root / "lockfiles/verl-rollout/vllm-0.12.lock"
+    assert image.dockerfile == checkout.root / "images/vllm/Dockerfile"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        pytest.param(
+            {"frame-work": '"verl"'},
+            "unknown key 'frame-work'; did you mean 'framework'?",
+            id="with the nearest one",
+        ),
+        pytest.param({"zzz": "1"}, "unknown key 'zzz'; remove it", id="with what to do"),
+        pytest.param(
+            {"smoke": '{ sleep-level = [1], refit = ["disk"] }'},
+            "unknown key 'smoke.sleep-level'; did you mean 'smoke.sleep-levels'?",
+            id="in a table",
+        ),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_file(
+    checkout: Checkout, changes: dict[str, str], sentence: str
+) -> None:
+    assert refused(checkout.file(changes)) == sentence
+
+
+@pytest.mark.parametrize("key", sorted(set(KEYS) - {"env"}))
+def test_a_missing_key_is_named_with_its_file(checkout: Checkout, key: str) -> None:
+    assert refused(checkout.file({key: None})) == f"key '{key}' is missing; add it"
+
+
+@pytest.mark.parametrize("key", ["sleep-levels", "refit"])
+def test_a_missing_key_of_the_smoke_table_is_named(checkout: Checkout, key: str) -> None:
+    rest = {"sleep-levels": "sleep-levels = [1]", "refit": 'refit = ["disk"]'}
+    del rest[key]
+    path = checkout.file({"smoke": "{ " + "".join(rest.values()) + " }"})
+    assert refused(path) == f"key 'smoke.{key}' is missing; add it"
+
+
+def test_variables_may_be_left_out(checkout: Checkout) -> None:
+    assert catalog.parse(checkout.file({"env": None})).env == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("python", "3.11", "key 'python' must be a string"),
+        ("requirements", '"vllm"', "key 'requirements' must be a list"),
+        ("expect", "[]", "key 'expect' must be a table"),
+        ("smoke", "true", "key 'smoke' must be a table"),
+        ("smoke", '{ sleep-levels = 1, refit = ["disk"] }', "key 'smoke.sleep-levels' must be a"),
+        ("resolved-as-of", '"2025-12-20"', "key 'resolved-as-of' must be a date"),
+        ("resolved-as-of", "2025-12-20T00:00:00Z", "key 'resolved-as-of' must be a date"),
+        ("expect", "{ torch = 2.9 }", "key 'expect.torch' must be a string"),
+        ("env", "{ WORKERS = 1 }", "key 'env.WORKERS' must be a string"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(
+    checkout: Checkout, key: str, value: str, sentence: str
+) -> None:
+    assert refused(checkout.file({key: value})).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("backend", '"vlm"', "key 'backend' has 'vlm'; known are vllm, sglang, tensorrt-llm, "),
+        (
+            "smoke",
+            '{ sleep-levels = [1], refit = ["carrier-pigeon"] }',
+            "key 'smoke.refit' has 'carrier-pigeon'; known are shared-memory, cuda-ipc, nccl, disk",
+        ),
+        (
+            "smoke",
+            '{ sleep-levels = [1, 3], refit = ["disk"] }',
+            "key 'smoke.sleep-levels' has 3; known are 1, 2",
+        ),
+    ],
+)
+def test_an_unknown_choice_is_answered_with_the_known_ones(
+    checkout: Checkout, key: str, value: str, sentence: str
+) -> None:
+    assert refused(checkout.file({key: value})).startswith(sentence)
+
+
+@pytest.mark.parametrize("line", ['"vllm=0.12"', '"vllm 0.12"', '""', "12", "[]"])
+def test_what_is_no_requirement_is_quoted(checkout: Checkout, line: str) -> None:
+    value = tomllib.loads(f"x = {line}")["x"]
+    sentence = refused(checkout.file({"requirements": f'["vllm", {line}]'}))
+    assert sentence == f"key 'requirements' has {value!r}, not a requirement (PEP 508)"
+
+
+def test_the_engine_has_to_be_asked_for(checkout: Checkout) -> None:
+    sentence = refused(checkout.file({"requirements": '["torch"]'}))
+    assert sentence == "key 'requirements' does not ask for the engine 'vllm'"
+
+
+def test_the_engine_is_known_under_any_spelling(checkout: Checkout) -> None:
+    changes = {"backend": '"tensorrt-llm"', "requirements": '["TensorRT_LLM==1.1"]'}
+    assert catalog.parse(checkout.file(changes)).engine == "tensorrt-llm"
+
+
+@pytest.mark.parametrize("content", [b"backend = ", b"backend = 1\nbackend = 2", b"\xff\xfe"])
+def test_a_file_that_is_no_toml_is_named(checkout: Checkout, content: bytes) -> None:
+    path = checkout.file()
+    path.write_bytes(content)
+    assert refused(path).startswith("is not valid TOML: ")
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_cause(checkout: Checkout) -> None:
+    path = checkout.file()
+    path.unlink()
+    assert refused(path) == "cannot be read: No such file or directory"
+    path.mkdir()
+    assert refused(path) == "cannot be read: Is a directory"
+
+
+def test_two_files_of_one_reference_are_both_named(checkout: Checkout) -> None:
+    checkout.file(tag="vLLM-0.12")
+    checkout.file(tag="vllm-0.12")
+    if len(list(checkout.root.glob("images/catalog/*/*"))) == 1:
+        pytest.skip("this file system does not tell upper from lower case")
+    with pytest.raises(Problem, match="are one reference, verl-rollout:vllm-0.12; rename") as found:
+        catalog.load()
+    assert found.value.code == 2
+    assert NAME in found.value.sentence
+    assert NAME.replace("vllm-", "vLLM-") in found.value.sentence
+
+
+def test_images_come_sorted_by_reference(checkout: Checkout) -> None:
+    for tag, repository in (("b", "two"), ("a", "two"), ("c", "one")):
+        checkout.file(tag=tag, repository=repository)
+    assert [i.reference for i in catalog.load()] == ["one:c", "two:a", "two:b"]
+
+
+# REF, as people give it
+
+
+@pytest.fixture
+def images(checkout: Checkout) -> list[Image]:
+    for tag, repository in (("vllm-0.12", "verl-rollout"), ("vllm-0.12", "roll-rollout")):
+        checkout.file(tag=tag, repository=repository)
+    checkout.file(tag="vllm-0.13")
+    return catalog.load()
+
+
+@pytest.mark.parametrize("reference", ["verl-rollout:vllm-0.13", "vllm-0.13"])
+def test_a_reference_may_be_full_or_short(images: list[Image], reference: str) -> None:
+    assert catalog.find(reference, images).reference == "verl-rollout:vllm-0.13"
+
+
+def test_an_ambiguous_reference_is_answered_with_the_full_ones(images: list[Image]) -> None:
+    with pytest.raises(Problem) as caught:
+        catalog.find("vllm-0.12", images)
+    assert caught.value.code == 2
+    choices = "roll-rollout:vllm-0.12 or verl-rollout:vllm-0.12"
+    assert caught.value.sentence == f"REF 'vllm-0.12' is ambiguous; say {choices}"
+
+
+@pytest.mark.parametrize(
+    ("reference", "hint"),
+    [
+        ("vllm-0.31", "did you mean 'vllm-0.13'?"),
+        ("verl-rolout:vllm-0.13", "did you mean 'verl-rollout:vllm-0.13'?"),
+        ("§§", "known are roll-rollout:vllm-0.12, verl-rollout:vllm-0.12, verl-rollout:vllm-0.13"),
+    ],
+)
+def test_a_flipped_reference_suggests_the_nearest(
+    images: list[Image], reference: str, hint: str
+) -> None:
+    with pytest.raises(Problem) as caught:
+        catalog.find(reference, images)
+    assert caught.value.code == 2
+    assert caught.value.sentence == f"no image {reference!r} in images/catalog; {hint}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tags", "options"),
+    [
+        ([], [], []),
+        (["vllm-0.13"], ["vllm-0.13"], []),
+        (["--inject", "vllm-0.13"], [], ["--inject", "vllm-0.13"]),
+        (["vllm-0.13", "--only", "refit"], ["vllm-0.13"], ["--only", "refit"]),
+        (["vllm-0.13", "roll-rollout:vllm-0.12", "-x"], ["vllm-0.13", "vllm-0.12"], ["-x"]),
+    ],
+)
+def test_options_begin_with_the_first_dash(
+    images: list[Image], arguments: list[str], tags: list[str], options: list[str]
+) -> None:
+    chosen, rest = catalog.select(arguments, images)
+    assert ([image.tag for image in chosen], rest) == (tags, options)
+
+
+# The catalog of this repository
+
+COMMITTED = sorted(catalog.CATALOG.glob("*/*.toml"))
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+def test_the_committed_catalog_loads_and_has_the_default() -> None:
+    images = catalog.load()
+    assert [image.path for image in images] != []
+    assert catalog.find(catalog.DEFAULT, images).reference == catalog.DEFAULT
+
+
+def test_no_toml_file_lies_where_the_catalog_does_not_look() -> None:
+    assert sorted(catalog.CATALOG.rglob("*.toml")) == COMMITTED
+
+
+def unexplained(text: str) -> list[str]:
+    """Requirements and variables of a catalog file without a comment beside or above them."""
+    table = tomllib.loads(text)
+    wanted = {f'"{line}"' for line in table["requirements"]}
+    wanted |= {f"{key} =" for key in table.get("env", {})}
+    explained, above = set(), False
+    for line in text.splitlines():
+        here = {sign for sign in wanted if sign in line}
+        reason = "#" in _STRING.sub("", line)
+        # One reason for several on a line says of none why it is there.
+        if len(here) == 1 and (reason or above):
+            explained |= here
+        above = line.lstrip().startswith("#")
+    return sorted(wanted - explained)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_every_requirement_and_variable_has_its_reason(path: Path) -> None:
+    assert unexplained(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_missing_reason_is_found() -> None:
+    text = 'requirements = [\n "a",  # because\n "b", "c",  # both\n "d #",\n]\n[env]\nE = "#"\n'
+    assert unexplained(text) == ['"b"', '"c"', '"d #"', "E ="]
+    assert unexplained('requirements = [\n # why\n "a",\n]\n[env]\nE = "1"  # why\n') == []

@@ -1,0 +1,206 @@
+"""What the building machine's settings become, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from images import host
+from images.problem import Problem
+
+DEBIAN = 'PRETTY_NAME="Debian GNU/Linux 12"\nID=debian\n'
+UBUNTU = 'NAME="Ubuntu"\nID=ubuntu\nID_LIKE=debian\n'
+MINT = 'ID=linuxmint\nID_LIKE="ubuntu debian"\n'
+FEDORA = 'NAME="Fedora Linux"\nID=fedora\nPRETTY_NAME="not debian"\n\n# a comment\n'
+
+
+@pytest.fixture(autouse=True)
+def no_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without a CA bundle, unless a test makes one."""
+    monkeypatch.setattr(host, "_CA_BUNDLES", ())
+
+
+@pytest.mark.parametrize(
+    ("pip", "uv", "value"),
+    [
+        ("PIP_INDEX_URL", "UV_DEFAULT_INDEX", "https://mirror.example/simple"),
+        ("PIP_EXTRA_INDEX_URL", "UV_INDEX", "https://a.example https://b.example"),
+        ("PIP_NO_INDEX", "UV_NO_INDEX", "1"),
+        ("PIP_TRUSTED_HOST", "UV_INSECURE_HOST", "mirror.example"),
+        ("PIP_DEFAULT_TIMEOUT", "UV_HTTP_TIMEOUT", "60"),
+    ],
+)
+def test_a_setting_for_pip_is_one_for_uv(pip: str, uv: str, value: str) -> None:
+    assert host.uv_environment({pip: value, "HOME": "/x"}) == {uv: value}
+    assert host.uv_environment({pip: ""}) == {}
+
+
+def test_folders_of_wheels_are_separated_as_uv_wants_them() -> None:
+    found = host.uv_environment({"PIP_FIND_LINKS": "/a  /b\nhttps://c.example"})
+    assert found == {"UV_FIND_LINKS": "/a,/b,https://c.example"}
+
+
+@pytest.mark.parametrize("name", ["UV_DEFAULT_INDEX", "UV_INDEX_URL"])
+def test_a_setting_made_for_uv_wins(name: str) -> None:
+    given = {"PIP_INDEX_URL": "https://pip.example", name: "https://uv.example"}
+    # uv itself prefers UV_DEFAULT_INDEX to UV_INDEX_URL, its older name.
+    assert host.uv_environment(given) == {name: "https://uv.example"}
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"])
+def test_a_proxy_is_honoured_in_capitals_and_without(name: str) -> None:
+    both = {name: "one.example", name.lower(): "two.example"}
+    assert host.uv_environment(both) == both
+    assert host.uv_environment({name.lower(): "two.example"}) == {name.lower(): "two.example"}
+
+
+@pytest.mark.parametrize(
+    "name", ["SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"]
+)
+def test_a_ca_bundle_is_honoured_by_any_of_its_names(name: str, tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").touch()
+    found = host.uv_environment({name: str(tmp_path / "ca.pem")})
+    assert found == {"SSL_CERT_FILE": str(tmp_path / "ca.pem"), "UV_SYSTEM_CERTS": "1"}
+
+
+def test_a_ca_bundle_that_is_not_there_gives_way_to_the_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "system.crt").touch()
+    monkeypatch.setattr(host, "_CA_BUNDLES", (str(tmp_path / "system.crt"),))
+    assert host.ca_bundle({"PIP_CERT": str(tmp_path / "none")}) == tmp_path / "system.crt"
+
+
+def test_nothing_else_of_the_host_reaches_uv() -> None:
+    assert host.uv_environment({"HOME": "/x", "PYTHONPATH": "y", "PIP_TARGET": "z"}) == {}
+
+
+# missing tools
+
+
+@pytest.mark.parametrize(
+    ("text", "debian"),
+    [(DEBIAN, True), (UBUNTU, True), (MINT, True), (FEDORA, False), ("", False)],
+)
+def test_debian_and_its_children_are_known(text: str, debian: bool) -> None:
+    assert host.is_debian(text) is debian
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A machine without tools: its release, its user, and the commands it was made to run."""
+    state: dict[str, Any] = {"release": DEBIAN, "user": 1000, "tools": set(), "ran": []}
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in state["tools"] else None)
+    monkeypatch.setattr(os, "geteuid", lambda: state["user"])
+    monkeypatch.setattr(host, "is_debian", lambda _: state["release"] != FEDORA)
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: state["release"])
+    monkeypatch.setattr(host, "run", lambda argv, **_: state["ran"].append(list(argv)))
+    return state
+
+
+@pytest.mark.parametrize(
+    ("release", "user", "tools", "how"),
+    [
+        (DEBIAN, 1000, {"apt-get"}, "run 'sudo apt-get install buildah mmdebstrap'"),
+        (DEBIAN, 0, set(), "run 'sudo apt-get install buildah mmdebstrap'"),
+        (FEDORA, 0, {"apt-get"}, "install them for your system"),
+    ],
+    ids=["not root", "no apt-get", "not Debian"],
+)
+def test_what_may_not_be_installed_is_said(
+    machine: dict[str, Any], release: str, user: int, tools: set[str], how: str
+) -> None:
+    machine.update(release=release, user=user, tools=tools)
+    with pytest.raises(Problem) as caught:
+        host.require("mmdebstrap", "buildah")
+    assert caught.value.code == 3
+    needs = "building needs buildah mmdebstrap, not found on this machine"
+    assert caught.value.sentence == f"{needs}; {how}"
+    assert machine["ran"] == []
+
+
+def test_what_is_missing_is_installed_by_root_on_debian(
+    machine: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.update(user=0, tools={"apt-get"})
+    host.require("buildah", "apt-get")
+    update, install = machine["ran"]
+    assert update[:2] == ["apt-get", "update"]
+    assert install[:2] == ["apt-get", "install"]
+    assert "buildah" in install
+    assert "--no-install-recommends" in install
+    assert "apt" not in install, "what is there is left alone"
+    assert capsys.readouterr().out == "installing with apt-get: buildah\n"
+
+
+def test_what_is_there_is_not_asked_for_again(machine: dict[str, Any]) -> None:
+    machine.update(user=0, tools={"buildah", "apt-get"})
+    host.require("buildah")
+    assert machine["ran"] == []
+
+
+# commands
+
+
+def test_a_failed_command_is_said_with_its_last_line() -> None:
+    argv = ["sh", "-c", "echo one >&2; echo two >&2; exit 4"]
+    with pytest.raises(Problem, match=r"^'sh -c .*' exited with 4: two$") as caught:
+        host.run(argv, quiet=True)
+    assert caught.value.code == 1
+    assert host.run(argv, quiet=True, check=False).returncode == 4
+
+
+def test_a_command_that_is_not_there_is_named() -> None:
+    with pytest.raises(Problem, match="command 'no-such-command' is not installed") as caught:
+        host.run(["no-such-command"])
+    assert caught.value.code == 3
+
+
+def test_a_missing_uv_is_answered_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uv", None)
+    with pytest.raises(Problem, match="the pinned uv is missing; run this through nox") as caught:
+        host.uv()
+    assert caught.value.code == 3
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (Problem("this is wrong", 3), 3, "error: this is wrong\n"),
+        (KeyboardInterrupt(), 130, "interrupted; run it again to go on\n"),
+        (
+            OSError(errno.ENOSPC, "full", "/x/y"),
+            1,
+            "error: no disk space left (/x/y); free some and run it again\n",
+        ),
+        (OSError(errno.EDQUOT, "q"), 1, "error: no disk space left; free some and run it again\n"),
+    ],
+)
+def test_what_a_station_raises_is_one_sentence_and_an_exit_code(
+    raised: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(_: Sequence[str]) -> int:
+        raise raised
+
+    assert host.guarded(main, []) == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_what_nobody_expected_keeps_its_traceback() -> None:
+    def main(_: Sequence[str]) -> int:
+        raise PermissionError(errno.EACCES, "denied")
+
+    with pytest.raises(PermissionError):
+        host.guarded(main, [])
+
+
+def test_a_station_gets_its_arguments_and_gives_its_code() -> None:
+    assert host.guarded(len, ["a", "b"]) == 2
