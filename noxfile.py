@@ -50,6 +50,12 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def measure(session: nox.Session) -> None:
+    """Measure the numbers of the README on this machine: [REF]."""
+    station(session, "measure")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Formatting, lint, types, and generated files that are fresh."""
     tools(session)

@@ -18,13 +18,9 @@ from typing import Any
 from images import build, builder, catalog, host, layers, lock
 from images.catalog import ROOT, Image, shown
 from images.problem import Problem
+from rollout import report
 
 REPORTS = ROOT / "build" / "reports"
-sys.path.insert(
-    0, str(ROOT / "entrypoints")
-)  # the report contract lives in the image's own package
-
-from rollout import report  # noqa: E402
 
 
 def kept(image: Image) -> Path:

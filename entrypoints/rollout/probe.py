@@ -34,11 +34,11 @@ _SIZES: dict[str, Config] = {
     # Shapes that the oldest engines serve: head_dim 64 or 128, vocabulary a multiple of 64.
     "tiny": {
         "hidden_size": 256,
-        "intermediate_size": 1536,
+        "intermediate_size": 2048,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": 2048,
+        "vocab_size": 1024,
     },
     # Two layers, wide ones: widths are what kernels are chosen by, and engines run those that
     # users run. Depth would only blunt the instrument: at four layers the constant that all the
@@ -59,20 +59,20 @@ _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", 
 # How the weights are scaled: standard deviations for an input of unit root mean square, found with
 # `python -m rollout.calibrate`, which says what they are judged by. Two demands pull against each
 # other: biases large enough to be missed, and hidden states that vary from token to token.
-_QUERY_KEY = 2.1  # a query or key element, from weight and bias each: attention that selects
-_VALUE_BIAS = 0.65  # less than the weight's 1: averaging over positions shrinks values, not this
-_GATE_BIAS = 0.75  # of gate and up
-_ATTENTION = 1.5  # power that attention adds, relative to the power of the stream it is added to
-_MLP = 0.8  # the same of the MLP
-_ATTENTION_SHARE = 0.3  # of the power that attention adds, what o_proj's bias makes
+_QUERY_KEY = 2.3  # a query or key element, from weight and bias each: attention that selects
+_VALUE_BIAS = 0.82  # less than the weight's 1: averaging over positions shrinks values, not this
+_GATE_BIAS = 0.88  # of gate and up
+_ATTENTION = 1.7  # power that attention adds, relative to the power of the stream it is added to
+_MLP = 1.1  # the same of the MLP
+_ATTENTION_SHARE = 0.38  # of the power that attention adds, what o_proj's bias makes
 _MLP_SHARE = 0.35  # the same of down_proj
-_ATTENDED = 0.82  # root mean square of what o_proj reads, as measured
+_ATTENDED = 0.92  # root mean square of what o_proj reads, as measured
 _GATED = 0.85  # the same of down_proj
 _GATED_UNBIASED = 0.6
-# Of a logit. The greatest of 2048 then lies near 4, where bfloat16 resolves 1 / 64; twice the
-# spread would double that error too. Without biases hidden states vary more and need less.
-_LOGIT = 1.25
-_LOGIT_UNBIASED = 0.9
+# Of a logit. The greatest of 1024 then lies just under 4, where bfloat16 resolves 1 / 64; above 4
+# it resolves half as much. Without biases hidden states vary more and need less.
+_LOGIT = 1.16
+_LOGIT_UNBIASED = 0.8
 
 _BIASES = {
     "q_proj": _QUERY_KEY,

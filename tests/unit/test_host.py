@@ -7,8 +7,8 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -93,17 +93,25 @@ def test_debian_and_its_children_are_known(text: str, debian: bool) -> None:
     assert host.is_debian(text) is debian
 
 
+@dataclass
+class Machine:
+    """A machine: its release, its user, its tools, and the commands it was made to run."""
+
+    release: Path
+    user: int = 1000
+    tools: set[str] = field(default_factory=set)
+    ran: list[list[str]] = field(default_factory=list)
+
+
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A machine without tools: its release, its user, and the commands it was made to run."""
-    state: dict[str, Any] = {"release": DEBIAN, "user": 1000, "tools": set(), "ran": []}
-    monkeypatch.setattr(shutil, "which", lambda name: name if name in state["tools"] else None)
-    monkeypatch.setattr(os, "geteuid", lambda: state["user"])
-    monkeypatch.setattr(host, "is_debian", lambda _: state["release"] != FEDORA)
-    monkeypatch.setattr(Path, "exists", lambda _: True)
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: state["release"])
-    monkeypatch.setattr(host, "run", lambda argv, **_: state["ran"].append(list(argv)))
-    return state
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    made = Machine(tmp_path / "os-release")
+    made.release.write_text(DEBIAN)
+    monkeypatch.setattr(host, "Path", {"/etc/os-release": made.release}.__getitem__)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in made.tools else None)
+    monkeypatch.setattr(os, "geteuid", lambda: made.user)
+    monkeypatch.setattr(host, "run", lambda argv, **_: made.ran.append(list(argv)))
+    return made
 
 
 @pytest.mark.parametrize(
@@ -116,23 +124,24 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     ids=["not root", "no apt-get", "not Debian"],
 )
 def test_what_may_not_be_installed_is_said(
-    machine: dict[str, Any], release: str, user: int, tools: set[str], how: str
+    machine: Machine, release: str, user: int, tools: set[str], how: str
 ) -> None:
-    machine.update(release=release, user=user, tools=tools)
+    machine.release.write_text(release)
+    machine.user, machine.tools = user, tools
     with pytest.raises(Problem) as caught:
         host.require("mmdebstrap", "buildah")
     assert caught.value.code == 3
     needs = "building needs buildah mmdebstrap, not found on this machine"
     assert caught.value.sentence == f"{needs}; {how}"
-    assert machine["ran"] == []
+    assert machine.ran == []
 
 
 def test_what_is_missing_is_installed_by_root_on_debian(
-    machine: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    machine: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    machine.update(user=0, tools={"apt-get"})
+    machine.user, machine.tools = 0, {"apt-get"}
     host.require("buildah", "apt-get")
-    update, install = machine["ran"]
+    update, install = machine.ran
     assert update[:2] == ["apt-get", "update"]
     assert install[:2] == ["apt-get", "install"]
     assert "buildah" in install
@@ -141,10 +150,10 @@ def test_what_is_missing_is_installed_by_root_on_debian(
     assert capsys.readouterr().out == "installing with apt-get: buildah\n"
 
 
-def test_what_is_there_is_not_asked_for_again(machine: dict[str, Any]) -> None:
-    machine.update(user=0, tools={"buildah", "apt-get"})
+def test_what_is_there_is_not_asked_for_again(machine: Machine) -> None:
+    machine.user, machine.tools = 0, {"buildah", "apt-get"}
     host.require("buildah")
-    assert machine["ran"] == []
+    assert machine.ran == []
 
 
 # commands

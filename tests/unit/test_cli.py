@@ -1,0 +1,293 @@
+"""What the command ``rollout`` promises: its exit codes, its sentences, and to stand aside."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from images.catalog import ROOT
+from rollout import cli, report, smoke, verify
+from rollout.problem import Problem
+from rollout.report import Check
+
+FACTS = {
+    "reference": "verl-rollout:transformers-cpu",
+    "backend": "transformers",
+    "framework": "verl",
+    "python": "3.11",
+    "resolved_as_of": "2026-07-08",
+    "engine": {"name": "transformers", "distribution": "transformers"},
+    "cuda": None,
+    "smoke": {"sleep_levels": [1, 2], "refit": ["shared-memory"]},
+    "imports": ["torch", "transformers"],
+}
+
+
+@pytest.fixture
+def prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An image's environment, and ``rollout`` in it."""
+    (tmp_path / "share/rollout").mkdir(parents=True)
+    (tmp_path / "share/rollout/image.json").write_text(json.dumps(FACTS))
+    (tmp_path / "share/rollout/requirements.lock").write_text("")
+    site = tmp_path / "lib/python3.11/site-packages"
+    for name in ("torch-2.13.0+cpu", "transformers-5.13.0"):
+        (site / f"{name}.dist-info").mkdir(parents=True)
+    monkeypatch.setenv("ROLLOUT_PREFIX", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def handler() -> Iterator[None]:
+    """``main`` takes over SIGTERM, which is pytest's here."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def rollout(*argv: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as the launcher in an image starts it."""
+    code = "from rollout.cli import main; raise SystemExit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "entrypoints")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+# info
+
+
+@pytest.mark.usefixtures("prefix")
+@pytest.mark.parametrize("argv", [["info"], []], ids=["asked for", "said nothing"])
+def test_info_says_what_the_image_is(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    for fact in ("verl-rollout:transformers-cpu", "transformers 5.13.0", "2.13.0+cpu"):
+        assert fact in out
+
+
+@pytest.mark.usefixtures("prefix")
+def test_info_is_json_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["engine"] == {"name": "transformers", "version": "5.13.0"}
+
+
+@pytest.mark.parametrize("argv", [["info"], ["smoke"], ["serve"], ["/bin/true"]])
+def test_outside_of_an_image_it_says_what_is_missing(
+    argv: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ROLLOUT_PREFIX", str(tmp_path))
+    monkeypatch.delattr(os, "execvp")  # else a mistake would replace pytest by /bin/true: passed
+    assert cli.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"rollout: {tmp_path}/share/rollout/image.json cannot be read")
+    assert said.count("\n") == 1
+
+
+# wrong usage
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["smoke", "--cycles", "0"], "argument --cycles: invalid positive value: '0'"),
+        (["smoke", "--cycles", "many"], "argument --cycles: invalid positive value: 'many'"),
+        (["smoke", "--colour"], "unrecognized arguments: --colour"),
+        (["info", "--xml"], "unrecognized arguments: --xml"),
+        (["verify", "--report"], "argument --report: expected one argument"),
+    ],
+)
+def test_a_bad_option_is_wrong_usage(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("prefix")
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (
+            ["smoke", "--only", "start,refits"],
+            "--only: no check 'refits' in this image; did you mean 'refit'?",
+        ),
+        (
+            ["smoke", "--inject", "fliped-byte"],
+            "--inject: no fault 'fliped-byte'; did you mean 'flipped-byte'?",
+        ),
+        (
+            ["smoke", "--report", "/nowhere/report.json"],
+            "The report cannot be written to /nowhere/report.json: No such file or directory.",
+        ),
+        (
+            ["verify", "--report", "/nowhere/report.json"],
+            "The report cannot be written to /nowhere/report.json: No such file or directory.",
+        ),
+        (
+            ["serve", "--port", "8000"],
+            "the transformers backend has no server of its own; use an image with an engine",
+        ),
+    ],
+)
+def test_wrong_usage_is_one_sentence(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    assert capsys.readouterr().err == f"rollout: {said}\n"
+
+
+def test_the_help_names_every_command_and_every_exit_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for text in ("info", "verify", "smoke", "serve", "Anything else is executed as given"):
+        assert text in out
+    for code in ("0 proved", "1 a check failed", "2 wrong usage", "3 cannot be proved here"):
+        assert code in out
+
+
+# smoke and verify
+
+
+def left(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text())
+    assert report.validate(data) == []
+    return data
+
+
+ALL = [Check(name, "passed", 1.0) for name in smoke.CHECKS]
+FAILED = Check("refit", "failed", 1.0, {}, "lost a tensor")
+
+
+@pytest.mark.parametrize(
+    ("checks", "code", "last"),
+    [
+        (ALL, 0, "verl-rollout:transformers-cpu: proved in "),
+        (ALL[:2], 3, "verl-rollout:transformers-cpu: unproved in "),
+        ([ALL[0], FAILED], 1, "verl-rollout:transformers-cpu: failed (refit) in "),
+    ],
+    ids=["all checks", "some checks", "a failed check"],
+)
+def test_the_exit_code_is_the_verdict(
+    prefix: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    checks: list[Check],
+    code: int,
+    last: str,
+) -> None:
+    asked: list[smoke.Options] = []
+
+    def run(_: Any, options: smoke.Options, __: Any) -> tuple[list[Check], str]:
+        asked.append(options)
+        return checks, "a CPU"
+
+    monkeypatch.setattr(smoke, "run", run)
+    monkeypatch.setenv("ROLLOUT_LAYERS", f"sha256:{'a' * 64},sha256:{'b' * 64}")
+    path = prefix / "report.json"
+    argv = ["smoke", "--only", "start,refit", "--cycles", "2", "--report", str(path)]
+    assert cli.main([*argv, "--inject", "flipped-byte"]) == code
+    assert asked == [smoke.Options(("start", "refit"), None, 2, "flipped-byte")]
+    assert capsys.readouterr().out.splitlines()[-1].startswith(last)
+    data = left(path)
+    assert [check["name"] for check in data["checks"]] == [check.name for check in checks]
+    assert data["layers"] == [f"sha256:{'a' * 64}", f"sha256:{'b' * 64}"]
+    assert (data["device"], data["driver"], data["cuda"]) == ("a CPU", None, None)
+
+
+@pytest.mark.parametrize(("status", "code"), [("passed", 0), ("failed", 1)])
+def test_verify_is_proved_by_all_of_its_checks(
+    prefix: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: str,
+    code: int,
+) -> None:
+    reason = None if status == "passed" else "one byte is another"
+    checks = [Check(verify.CHECKS[0], status, 1.0, {}, reason)]
+    checks += [Check(name, "passed", 1.0) for name in verify.CHECKS[1:]]
+    monkeypatch.setattr(verify, "run", lambda *_, **__: checks)
+    assert cli.main(["verify", "--report", str(prefix / "report.json")]) == code
+    assert left(prefix / "report.json")["verdict"] == ("failed" if code else "proved")
+
+
+@pytest.mark.usefixtures("prefix")
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (Problem("no GPU here", 3), 3, "rollout: no GPU here\n"),
+        (KeyboardInterrupt(), 130, "rollout: interrupted; the engine was stopped\n"),
+    ],
+)
+def test_what_ends_a_proof_early_is_a_sentence_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    def run(*_: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(smoke, "run", run)
+    assert cli.main(["smoke"]) == code
+    assert capsys.readouterr().err == said
+
+
+# anything else
+
+
+@pytest.mark.usefixtures("prefix")
+def test_anything_else_is_executed_as_given() -> None:
+    done = rollout("/bin/sh", "-c", 'printf "%s|" "$0" "$@"; exit 7', "a b", "--help", "")
+    assert (done.returncode, done.stdout) == (7, "a b|--help||")
+
+
+@pytest.mark.usefixtures("prefix")
+def test_a_warning_comes_before_what_is_executed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    done = rollout("true")
+    assert done.returncode == 0
+    assert "rollout: warning: PYTORCH_ALLOC_CONF has expandable_segments:True" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no-such-command", "no command 'no-such-command' in this image; 'rollout --help' lists"),
+        ("--verbose", "no command '--verbose' in this image; 'rollout --help' lists its own"),
+        ("{prefix}/share", "'{prefix}/share' cannot be executed"),
+        ("{prefix}/garbage", "'{prefix}/garbage' cannot be executed"),
+        ("{prefix}/garbage/x", "'{prefix}/garbage/x'"),
+        ("", "''"),
+    ],
+    ids=["unknown", "option", "folder", "garbage", "below a file", "empty"],
+)
+def test_what_cannot_be_executed_is_wrong_usage_in_a_sentence(
+    prefix: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    (prefix / "garbage").write_text("neither a script nor a program")
+    (prefix / "garbage").chmod(0o755)
+    assert cli.main([name.format(prefix=prefix)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("rollout: ")
+    assert said.format(prefix=prefix) in last

@@ -1,0 +1,248 @@
+"""What a proof promises: one report of this run, no better than its weakest part."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from images import build, builder, layers, prove
+from images.builder import Built, Command
+from images.catalog import Image
+from images.problem import Problem
+from rollout import report
+
+from ..conftest import Checkout, sha256
+
+LAYERS = (f"sha256:{sha256('a')}", f"sha256:{sha256('b')}")
+
+
+def part(verdict: str, *names: str, **changes: Any) -> dict[str, Any]:
+    """A report as ``rollout verify`` or ``rollout smoke`` leaves it."""
+    status = {"proved": "passed"}.get(verdict, verdict)
+    reason = None if status == "passed" else "because"
+    checks = [report.Check(name, status, 1.0, {}, reason) for name in names]
+    engine = report.Engine("vllm", "0.12.0")
+    whole = report.Report(
+        *("verl-rollout:vllm-0.12", sha256("lock"), list(LAYERS), engine, "2.9.0", "12.8"),
+        *("550.54.15", "a GPU", "2026-01-02T03:04:05Z", 2.5, checks, verdict),
+    )
+    return report.document(whole) | changes
+
+
+VERDICTS = ("failed", "unproved", "proved")  # from weak to strong
+
+
+@pytest.mark.parametrize("one", VERDICTS)
+@pytest.mark.parametrize("two", VERDICTS)
+def test_two_reports_are_worth_what_the_weaker_is(one: str, two: str) -> None:
+    merged = prove.merge([part(one, "files"), part(two, "start")])
+    assert merged["verdict"] == min(one, two, key=VERDICTS.index)
+    assert report.validate(merged) == []
+
+
+def test_two_reports_become_one_with_all_checks_in_order() -> None:
+    verify = part("proved", "files", "imports", device=None, started="2026-01-01T00:00:00Z")
+    merged = prove.merge([verify, part("proved", "start", "refit")])
+    assert [check["name"] for check in merged["checks"]] == ["files", "imports", "start", "refit"]
+    assert merged["started"] == "2026-01-01T00:00:00Z"
+    assert merged["seconds"] == 5.0
+    assert merged["device"] == "a GPU"
+    assert report.validate(merged) == []
+
+
+def test_reports_lie_where_the_readme_says(checkout: Checkout) -> None:
+    image = checkout.image()
+    here = checkout.root
+    assert prove.report_path(image) == here / "build/reports/verl-rollout/vllm-0.12.json"
+    assert prove.kept(image) == here / "images/proofs/verl-rollout/vllm-0.12.json"
+
+
+@pytest.mark.parametrize(("user", "writer"), [(0, "1000:0"), (1234, "1234:0")])
+def test_the_container_writes_as_somebody_who_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: int, writer: str
+) -> None:
+    owners: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(os, "chown", lambda _, uid, gid: owners.append((uid, gid)))
+    assert prove.writer(tmp_path) == writer
+    assert owners == ([(1000, 0)] if user == 0 else [])
+
+
+# a whole proof, in a container that is none
+
+Outcome = tuple[int, dict[str, Any] | None]  # exit code, report
+
+
+class Fake(builder.Buildah):
+    """Leaves the reports that it was given where ``--report`` says."""
+
+    def __init__(self, **outcomes: Outcome) -> None:
+        self.outcomes = outcomes
+        self.ran: list[Command] = []
+
+    def run(
+        self,
+        command: Command,
+        *,
+        capture: bool = False,  # noqa: ARG002 - the builder's signature
+    ) -> subprocess.CompletedProcess[str]:
+        self.ran.append(command)
+        code, left = self.outcomes[command.argv[1]]
+        inside = Path(command.argv[command.argv.index("--report") + 1])
+        outside = next(h for h, i in command.volumes.items() if i == str(inside.parent))
+        if left is not None:
+            Path(outside, inside.name).write_text(json.dumps(left))
+        return subprocess.CompletedProcess([], code, "", "")
+
+
+SOUND = {"verify": (0, part("proved", "files")), "smoke": (0, part("proved", "start", "refit"))}
+
+
+@pytest.fixture
+def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
+    """An image that is built already, from a lock that has not drifted."""
+    found = checkout.image()
+    text = found.lock.read_text()
+    monkeypatch.setattr(prove.lock, "resolve", lambda _: text)
+    monkeypatch.setattr(build, "inputs", lambda _: "inputs")
+    monkeypatch.setattr(build, "build", lambda *_: Built("0" * 64, {}, LAYERS))
+    return found
+
+
+def left(image: Image) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(prove.report_path(image).read_text())
+    assert report.validate(data) == []
+    return data
+
+
+def test_a_sound_image_leaves_one_report_of_both_commands(image: Image) -> None:
+    tool = Fake(**SOUND)
+    assert prove.prove(image, tool, ["--cycles", "2"], keep=False) == 0
+    assert left(image)["verdict"] == "proved"
+    assert [check["name"] for check in left(image)["checks"]] == ["files", "start", "refit"]
+    verify, smoke = tool.ran
+    assert list(verify.argv) == ["rollout", "verify", "--report", "/report/verify.json"]
+    assert list(smoke.argv)[1:] == ["smoke", "--report", "/report/smoke.json", "--cycles", "2"]
+    assert verify.image == smoke.image == "localhost/verl-rollout:vllm-0.12"
+    assert smoke.env == {"ROLLOUT_LAYERS": ",".join(LAYERS)}
+    assert not prove.kept(image).exists()
+
+
+def test_what_verify_finds_ends_the_proof(image: Image) -> None:
+    tool = Fake(verify=(1, part("failed", "files")))
+    assert prove.prove(image, tool, [], keep=True) == 1
+    assert [command.argv[1] for command in tool.ran] == ["verify"]
+    assert left(image)["verdict"] == "failed"
+    assert not prove.kept(image).exists()
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 137])
+def test_a_smoke_that_left_no_report_is_never_called_proved(
+    image: Image, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # No GPU, wrong usage, killed for memory: verify alone proves no image.
+    tool = Fake(verify=SOUND["verify"], smoke=(code, None))
+    assert prove.prove(image, tool, [], keep=True) == code
+    assert ": proved;" not in capsys.readouterr().out
+    if prove.report_path(image).exists():
+        assert left(image)["verdict"] != "proved"
+
+
+def test_a_report_of_an_earlier_run_is_not_left_as_this_ones(image: Image) -> None:
+    assert prove.prove(image, Fake(**SOUND), [], keep=False) == 0
+    assert prove.prove(image, Fake(verify=(137, None)), [], keep=False) == 137
+    assert not prove.report_path(image).exists() or left(image)["verdict"] != "proved"
+
+
+@pytest.mark.parametrize("verdict", ["failed", "unproved"])
+def test_what_is_not_proved_is_not_kept(image: Image, verdict: str) -> None:
+    code = report.exit_code(verdict)
+    tool = Fake(verify=SOUND["verify"], smoke=(code, part(verdict, "start")))
+    assert prove.prove(image, tool, [], keep=True) == code
+    assert left(image)["verdict"] == verdict
+    assert not prove.kept(image).exists()
+    assert layers.read(image) is None
+
+
+def test_a_proof_is_kept_with_the_layers_it_holds_for(image: Image) -> None:
+    assert prove.prove(image, Fake(**SOUND), [], keep=True) == 0
+    assert json.loads(prove.kept(image).read_text()) == left(image)
+    assert layers.read(image) == layers.Record("inputs", LAYERS)
+
+
+def test_a_report_that_breaks_its_schema_is_no_report(image: Image) -> None:
+    smoke = part("proved", "start", device=7)
+    with pytest.raises(Problem, match="the report breaks its own schema: device: 7"):
+        prove.prove(image, Fake(verify=SOUND["verify"], smoke=(0, smoke)), [], keep=True)
+    assert not prove.report_path(image).exists()
+    assert not prove.kept(image).exists()
+
+
+def test_a_drifted_lock_is_found_before_anything_is_built(
+    image: Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prove.lock, "resolve", lambda _: "ray==2.53.0\n")
+    monkeypatch.delattr(build, "build")
+    with pytest.raises(Problem) as caught:
+        prove.prove(image, Fake(), [], keep=False)
+    assert caught.value.code == 1
+    command = "nox -s lock -- verl-rollout:vllm-0.12"
+    assert f"has drifted (diff above); remake it with '{command}'" in caught.value.sentence
+    assert "\n+ray==2.53.0\n" in capsys.readouterr().out
+
+
+# the session's arguments
+
+Call = tuple[str, list[str], bool]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], list[Call]]:
+    """Makes proofs end with the given exit codes; the list fills with what they were asked for."""
+
+    def codes(values: Sequence[int]) -> list[Call]:
+        made: list[Call] = []
+        rest = list(values)
+
+        def proved(image: Image, _: object, options: list[str], *, keep: bool) -> int:
+            made.append((image.tag, options, keep))
+            return rest.pop(0)
+
+        monkeypatch.setattr(builder, "detect", lambda: None)
+        monkeypatch.setattr(prove, "prove", proved)
+        return made
+
+    return codes
+
+
+def test_options_behind_the_reference_go_to_smoke(
+    checkout: Checkout, calls: Callable[[Sequence[int]], list[Call]]
+) -> None:
+    checkout.image()
+    made = calls([0])
+    assert prove.main(["vllm-0.12", "--inject", "flipped-byte", "--keep"]) == 0
+    assert made == [("vllm-0.12", ["--inject", "flipped-byte"], True)]
+
+
+def test_one_image_that_fails_fails_the_session_and_the_others_run(
+    checkout: Checkout, calls: Callable[[Sequence[int]], list[Call]]
+) -> None:
+    for tag in ("a", "b", "c"):
+        checkout.image(tag=tag)
+    made = calls([0, 3, 0])
+    assert prove.main(["a", "b", "c"]) == 3
+    assert [tag for tag, _, _ in made] == ["a", "b", "c"]
+
+
+def test_the_default_is_what_any_machine_can_prove(
+    calls: Callable[[Sequence[int]], list[Call]],
+) -> None:
+    made = calls([0])
+    assert prove.main([]) == 0
+    assert [tag for tag, _, _ in made] == ["transformers-cpu"]

@@ -1,0 +1,266 @@
+"""What the proof promises of itself: the right checks, honest ends, and no engine left running."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rollout import checks, preflight, smoke
+from rollout.backends import Completion, EngineError
+from rollout.checks import Failed
+from rollout.problem import Problem
+from rollout.report import Check
+
+ALL = ["start", "refit", "generation", "sleep-1", "sleep-2", "cycle"]
+FACTS: dict[str, Any] = {
+    "backend": "transformers",
+    "cuda": None,
+    "smoke": {"sleep_levels": [1, 2], "refit": ["shared-memory"]},
+}
+
+
+# which checks
+
+
+@pytest.mark.parametrize(
+    ("only", "levels", "names"),
+    [
+        ([], [1, 2], ALL),
+        ([], [1], [name for name in ALL if name != "sleep-2"]),
+        (["cycle", "refit"], [1, 2], ["start", "refit", "cycle"]),
+        (["start"], [1, 2], ["start"]),
+    ],
+    ids=["all", "one level", "some, in their order", "start alone"],
+)
+def test_checks_run_in_their_order_behind_start(
+    only: list[str], levels: list[int], names: list[str]
+) -> None:
+    assert smoke.selected(only, levels) == names
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("generations", "did you mean 'generation'?"),
+        ("sleep-2", "did you mean 'sleep-1'?"),
+        ("xyz", "known are start, refit, generation, sleep-1, cycle"),
+    ],
+)
+def test_an_unknown_check_is_answered_with_the_nearest(name: str, hint: str) -> None:
+    with pytest.raises(Problem) as caught:
+        smoke.selected(["refit", name], [1])
+    assert caught.value.code == 2
+    assert caught.value.sentence == f"--only: no check {name!r} in this image; {hint}"
+
+
+def test_every_check_has_its_function() -> None:
+    assert ["start", *checks.CHECKS] == list(smoke.CHECKS)
+
+
+def test_a_known_fault_is_taken() -> None:
+    assert smoke.fault("flipped-byte") == "flipped-byte"
+    assert smoke.fault(None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("lost-bufer", "did you mean 'lost-buffer'?"), ("xyz", "known are dropped-tensor, ")],
+)
+def test_an_unknown_fault_is_answered_with_the_nearest(name: str, hint: str) -> None:
+    with pytest.raises(Problem) as caught:
+        smoke.fault(name)
+    assert caught.value.code == 2
+    assert caught.value.sentence.startswith(f"--inject: no fault {name!r}; {hint}")
+
+
+# whether it can be proved here
+
+
+@pytest.fixture
+def environment() -> Iterator[None]:
+    """What a run sets for its own process is the test's process here."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.usefixtures("environment")
+def test_wrong_usage_is_said_before_what_this_machine_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preflight, "findings", lambda *_: ["no GPU", "little memory"])
+    for options in (smoke.Options(only=("refits",)), smoke.Options(inject="x")):
+        with pytest.raises(Problem) as caught:
+            smoke.run(FACTS, options, print)
+        assert caught.value.code == 2
+    with pytest.raises(Problem, match="^no GPU$") as caught:
+        smoke.run(FACTS, smoke.Options(), print)
+    assert caught.value.code == 3
+
+
+@pytest.mark.usefixtures("environment")
+def test_nothing_is_looked_up_in_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(preflight, "findings", lambda *_: [])
+    monkeypatch.setattr(smoke, "proof", lambda *_: seen.update(os.environ))
+    smoke.run(FACTS, smoke.Options(), print)
+    assert (seen["HF_HUB_OFFLINE"], seen["TRANSFORMERS_OFFLINE"]) == ("1", "1")
+
+
+# a run, with checks that check nothing
+
+
+class Engine:
+    """Answers once it is started; ``ready`` is an engine that answers too early."""
+
+    device = "paper"
+
+    def __init__(self, *, ready: bool = False) -> None:
+        self.ready = ready
+        self.dummy: bool | None = None
+        self.stopped = 0
+        self.answer = [Completion((1,), (0.0,))]
+
+    def start(self, _: Path, *, dummy: bool) -> None:
+        self.ready, self.dummy = True, dummy
+
+    def generate(self, _: object, __: int) -> list[Completion]:
+        if not self.ready:
+            raise EngineError("the engine is not started")
+        return self.answer
+
+    def held(self) -> int:
+        return 10
+
+    def memory(self) -> int:
+        return 20
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
+    """An engine on which every check passes, unless a test replaces one."""
+    made = Engine()
+    trial = SimpleNamespace(engine=made, prompts=[[1]], model=tmp_path)
+    monkeypatch.setattr(smoke, "_trial", lambda *_: trial)
+    for name in checks.CHECKS:
+        monkeypatch.setitem(checks.CHECKS, name, lambda _: {"value": 1})
+    return made
+
+
+def proof(tmp_path: Path, *only: str) -> list[Check]:
+    shown: list[Check] = []
+    done, device = smoke.proof(FACTS, smoke.Options(only=only, model=tmp_path), shown.append)
+    assert shown == done, "every check is shown as it finishes"
+    assert device == "paper"
+    return done
+
+
+def test_a_sound_engine_passes_every_check_and_is_stopped(engine: Engine, tmp_path: Path) -> None:
+    done = proof(tmp_path)
+    assert [(check.name, check.status) for check in done] == [(name, "passed") for name in ALL]
+    assert done[0].metrics == {"held_bytes": 10, "memory_bytes": 20}
+    assert done[1].metrics == {"value": 1}
+    assert engine.stopped == 1
+
+
+def fails(_: Any) -> dict[str, Any]:
+    raise Failed("lost a tensor", {"lost": 1})
+
+
+def engine_fails(_: Any) -> dict[str, Any]:
+    raise EngineError("the engine process ended")
+
+
+def breaks(_: Any) -> dict[str, Any]:
+    raise IndexError("list index out of range")
+
+
+@pytest.mark.parametrize(
+    ("check", "reason", "metrics"),
+    [
+        (fails, "lost a tensor", {"lost": 1}),
+        (engine_fails, "the engine reports: the engine process ended", {}),
+        (breaks, "IndexError: list index out of range", {}),
+    ],
+)
+def test_after_a_failure_nothing_is_proved_any_more(
+    engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    check: Callable[[Any], dict[str, Any]],
+    reason: str,
+    metrics: dict[str, int],
+) -> None:
+    monkeypatch.setitem(checks.CHECKS, "generation", check)
+    done = {result.name: result for result in proof(tmp_path)}
+    assert list(done) == ALL
+    assert (done["refit"].status, done["generation"].status) == ("passed", "failed")
+    assert (done["generation"].reason, done["generation"].metrics) == (reason, metrics)
+    for name in ALL[3:]:
+        assert done[name].status == "unproved"
+        assert done[name].reason == "not run: generation failed before it"
+    assert engine.stopped == 1
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(143), Problem("full", 3)])
+def test_the_engine_is_stopped_whatever_ends_the_run(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException
+) -> None:
+    def ends(_: Any) -> dict[str, Any]:
+        raise raised
+
+    monkeypatch.setitem(checks.CHECKS, "refit", ends)
+    with pytest.raises(type(raised)):
+        proof(tmp_path)
+    assert engine.stopped == 1
+
+
+@pytest.mark.parametrize(("only", "dummy"), [((), True), (("generation",), False)])
+def test_dummy_weights_are_for_those_who_refit(
+    engine: Engine, tmp_path: Path, only: tuple[str, ...], dummy: bool
+) -> None:
+    proof(tmp_path, *only)
+    assert engine.dummy is dummy
+
+
+def test_an_engine_that_answers_before_it_is_started_fails(engine: Engine, tmp_path: Path) -> None:
+    engine.ready = True
+    first = proof(tmp_path)[0]
+    assert (first.status, first.reason) == (
+        "failed",
+        "control: an engine that was not started answers",
+    )
+
+
+@pytest.mark.parametrize("answer", [[], [Completion((1, 2), (0.0, 0.0))]])
+def test_an_engine_that_answers_something_else_fails(
+    engine: Engine, tmp_path: Path, answer: list[Completion]
+) -> None:
+    engine.answer = answer
+    first = proof(tmp_path)[0]
+    assert first.status == "failed"
+    assert first.reason == "asked for one token of one prompt, the engine gave something else"
+
+
+@pytest.mark.usefixtures("engine")
+def test_the_probes_folder_does_not_outlive_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+    trial = smoke._trial
+
+    def remembers(facts: dict[str, Any], options: smoke.Options, folder: Path) -> Any:
+        assert folder.is_dir()
+        folders.append(folder)
+        return trial(facts, options, folder)
+
+    monkeypatch.setattr(smoke, "_trial", remembers)
+    smoke.proof(FACTS, smoke.Options(), lambda _: None)
+    assert [folder.exists() for folder in folders] == [False]

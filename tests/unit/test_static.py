@@ -1,0 +1,231 @@
+"""What holds for the text of this repository: no host, no moving name, no second place for versions."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from images import build, catalog, docs, lock
+from images.catalog import ROOT, Image
+
+IMAGES = catalog.load()
+ENTRYPOINTS = ROOT / "entrypoints"
+
+
+def ignored() -> set[str]:
+    """Folders that git does not know, and git's own."""
+    lines = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    return {line.strip("/") for line in lines} | {".git", ".venv", "venv"}
+
+
+def texts(root: Path, skip: set[str]) -> Iterator[tuple[Path, str]]:
+    """Every text file of the repository."""
+    for path in sorted(root.iterdir()):
+        if path.name in skip or path.is_symlink():
+            continue
+        if path.is_dir():
+            yield from texts(path, skip)
+            continue
+        try:
+            yield path, path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+
+
+FILES = dict(texts(ROOT, ignored()))
+
+
+def found(pattern: str) -> list[str]:
+    """Where a pattern stands: file and line."""
+    sign = re.compile(pattern, re.IGNORECASE)
+    return [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path, text in FILES.items()
+        if sign.search(text)
+        for number, line in enumerate(text.splitlines(), 1)
+        if sign.search(line)
+    ]
+
+
+# Each in pieces, or this file would be the first to name them.
+HOSTS = [
+    ("pypi", "org"),
+    ("pythonhosted", "org"),
+    ("pypi.nvidia", "com"),
+    ("download.pytorch", "org"),
+    ("wheels.vllm", "ai"),
+    ("anaconda", "org"),
+    ("deb.debian", "org"),
+    ("security.debian", "org"),
+    ("snapshot.debian", "org"),
+    ("archive.ubuntu", "com"),
+    ("registry.npmjs", "org"),
+    ("proxy.golang", "org"),
+    ("crates", "io"),
+]
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: ".".join(host[:-1]))
+def test_no_file_names_a_package_registry(host: tuple[str, str]) -> None:
+    assert found(r"(?<![\w-])" + re.escape(".".join(host)) + r"(?![\w-])") == []
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [":" + r"latest\b", r"apt(-get)?\s+(-\S+\s+)*(dist-|full-)?" + "upgrade"],
+    ids=["moving tag", "upgrade"],
+)
+def test_nothing_depends_on_the_day_of_a_build(pattern: str) -> None:
+    assert found(pattern) == []
+
+
+def test_what_is_looked_for_would_be_found() -> None:
+    assert re.search(r"(?<![\w-])b\.c(?![\w-])", "https://a.b.c/d")
+    assert {"noxfile.py", "README.md", ".gitignore"} <= {path.name for path in FILES}
+    assert Path(__file__) in FILES
+    assert found(r"^FROM \$\{BASE\}")
+
+
+# Dockerfiles
+
+DOCKERFILES = sorted((ROOT / "images").glob("*/Dockerfile"))
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    """The instructions of a Dockerfile, continued lines joined, in order."""
+    text = re.sub(r"^\s*#.*\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    lines = [line for line in re.sub(r"\\\n", " ", text).splitlines() if line.strip()]
+    return [(line.split()[0].upper(), line.split(None, 1)[1].strip()) for line in lines]
+
+
+def test_every_backend_of_the_catalog_has_its_dockerfile() -> None:
+    assert {image.dockerfile for image in IMAGES} <= set(DOCKERFILES)
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=lambda image: image.reference)
+def test_a_dockerfile_installs_each_layer_of_a_lock_behind_its_argument(image: Image) -> None:
+    layers = [*build.layers(lock.read(image), image.engine), "entrypoints"]
+    steps = [step for step in instructions(image.dockerfile) if step[0] in ("ARG", "RUN")]
+    assert steps.pop(0) == ("ARG", "BASE")
+    arguments = [value for name, value in steps[::2] if name == "ARG"]
+    installed = [shlex.split(value)[-1] for name, value in steps[1::2] if name == "RUN"]
+    # A layer that this lock does not fill needs no step; a step needs its layer.
+    assert arguments == [name.upper() for name in installed] == [name.upper() for name in layers]
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
+def test_every_step_of_a_dockerfile_is_a_call_of_the_install_script(path: Path) -> None:
+    steps = [shlex.split(value) for name, value in instructions(path) if name == "RUN"]
+    commands = [[w for w in words if not w.startswith("--mount=")] for words in steps]
+    if path == build.BASE_DOCKERFILE:
+        # Its one step makes the user and the folders, from nothing but the base itself.
+        (command,) = commands
+        assert {"/etc/passwd", "/opt/rollout", "/var/cache/rollout"} <= set(command)
+        assert not {"apt-get", "apt", "curl", "wget", "pip", "uv", "useradd"} & set(command)
+        return
+    assert commands != []
+    for command in commands:
+        assert command[:2] == ["sh", "/mnt/context/install"]
+        assert len(command) == 3
+    froms = [value for name, value in instructions(path) if name == "FROM"]
+    assert froms == ["${BASE}"], "the base is an argument, and there is one stage"
+    assert instructions(path)[-1] == ("USER", "1000:0")
+    assert not [name for name, _ in instructions(path) if name in ("ADD", "COPY")]
+
+
+# the package inside an image
+
+
+def imported(nodes: list[ast.stmt]) -> Iterator[str]:
+    """The modules that a file imports when it is imported itself."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "rollout" if node.level else str(node.module)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from imported(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inner = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)]
+            handlers = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.ExceptHandler)]
+            yield from imported(inner + [n for h in handlers for n in h.body])
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ENTRYPOINTS.rglob("*.py")), ids=lambda path: path.relative_to(ENTRYPOINTS).name
+)
+def test_the_package_in_an_image_imports_the_standard_library_alone(path: Path) -> None:
+    # `rollout info` answers without torch, and no engine is imported before it is asked for.
+    names = {name.split(".")[0] for name in imported(ast.parse(path.read_bytes()).body)}
+    assert names - set(sys.stdlib_module_names) - {"rollout"} == set()
+
+
+def test_an_import_is_found_wherever_it_runs() -> None:
+    code = """
+import a.b
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import hidden
+else:
+    import c
+try:
+    import d
+except ImportError:
+    import e
+class C:
+    from f import g
+    def m(self):
+        import hidden
+"""
+    assert list(imported(ast.parse(code).body)) == ["a.b", "typing", "c", "d", "e", "f"]
+
+
+# versions
+
+
+def versions(image: Image) -> set[str]:
+    """The versions and the day that a catalog file states; Python's is Debian's, not its own."""
+    table = tomllib.loads(image.path.read_text(encoding="utf-8"))
+    wanted = {str(image.resolved_as_of), *table["expect"].values()}
+    for line in image.requirements:
+        wanted |= {specifier.version for specifier in Requirement(line).specifier}
+    return wanted | {version.split("+")[0] for version in wanted}
+
+
+def handwritten() -> dict[Path, str]:
+    """README, Dockerfiles, the install script and the stations; no generated part."""
+    readme = FILES.get(docs.README, "")
+    before, _, rest = readme.partition(docs.BEGIN)
+    chosen = {docs.README: before + rest.partition(docs.END)[2]} if rest else {docs.README: readme}
+    for path, text in FILES.items():
+        inside = path.is_relative_to(ROOT / "images") and path.suffix in (".py", "")
+        if inside or path.name == "noxfile.py":
+            chosen[path] = text
+    return chosen
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=lambda image: image.reference)
+def test_a_version_is_written_by_hand_in_the_catalog_alone(image: Image) -> None:
+    pattern = "|".join(re.escape(version) for version in sorted(versions(image)))
+    sign = re.compile(rf"(?<![\w.])({pattern})(?![\w]|\.\d)")
+    places = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path, text in handwritten().items()
+        for number, line in enumerate(text.splitlines(), 1)
+        if sign.search(line)
+    ]
+    assert places == []
+
+
+def test_the_stations_and_dockerfiles_are_looked_at() -> None:
+    names = {str(path.relative_to(ROOT)) for path in handwritten()}
+    assert {"README.md", "images/lock.py", "images/base/Dockerfile", "images/base/install"} <= names
+    assert not [name for name in names if name.startswith("images/catalog/")]
