@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -122,7 +123,10 @@ def dockerfile(text: str, env: Mapping[str, str], labels: Mapping[str, str]) -> 
     parts = [text.rstrip("\n")]
     for instruction, values in (("ENV", env), ("LABEL", labels)):
         if values:
-            pairs = [f"{key}={json.dumps(value)}" for key, value in sorted(values.items())]
+            quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
+            # A bare dollar sign would name a variable of the build.
+            escaped = {key: value.replace("$", r"\$") for key, value in quoted.items()}
+            pairs = [f"{key}={value}" for key, value in sorted(escaped.items())]
             parts.append(f"{instruction} " + " \\\n    ".join(pairs))
     return "\n\n".join(parts) + "\n"
 
@@ -173,13 +177,26 @@ def inputs(image: Image) -> str:
     return digest(json.dumps(values, sort_keys=True), image.dockerfile.read_bytes())
 
 
+# Settings of uv that say where packages come from. The others speak of the host's own projects,
+# folders and files, which do not exist in the build container.
+_TRAVELS = re.compile(
+    "UV_(DEFAULT_INDEX|INDEX(_.*)?|EXTRA_INDEX_URL|FIND_LINKS|NO_INDEX|OFFLINE|INSECURE_HOST|"
+    "HTTP_.*|SYSTEM_CERTS|NATIVE_TLS|CONCURRENT_.*|TORCH_BACKEND)$"
+)
+
+
 def host_env(settings: Mapping[str, str], wheels: bool) -> str:
     """The host's package settings as a file for the shell in the build container."""
-    inside = {k: v for k, v in settings.items() if not k.startswith(("UV_CACHE", "UV_LINK"))}
+    inside = {k: v for k, v in settings.items() if not k.startswith("UV_") or _TRAVELS.match(k)}
+    # Nor is an index that is a folder of the host one in there.
+    local = [k for k, v in inside.items() if "INDEX" in k and re.match(r"([^/]+=)?(/|\.|file:)", v)]
+    for name in local:
+        del inside[name]
     if "SSL_CERT_FILE" in inside:
         inside["SSL_CERT_FILE"] = "/mnt/ca.crt"
     # Folders of the host do not exist in there; their wheels travel in the context.
-    links = [v for v in inside.pop("UV_FIND_LINKS", "").split(",") if "://" in v]
+    links = inside.pop("UV_FIND_LINKS", "").split(",")
+    links = [link for link in links if "://" in link and not link.startswith("file:")]
     if wheels:
         links.append("/mnt/context/wheels")
     if links:
@@ -232,14 +249,14 @@ def own_wheels(locked: Sequence[Locked], find_links: str) -> list[Path]:
 
 
 @contextmanager
-def _secrets(folder: Path, wheels: bool) -> Iterator[dict[str, Path]]:
+def _secrets(folder: Path, settings: Mapping[str, str], wheels: bool) -> Iterator[dict[str, Path]]:
     """The host's settings and CA bundle as files that the builder mounts; removed afterwards."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     files = {"host": folder / "host.env", "ca": folder / "ca.crt"}
     bundle = host.ca_bundle(os.environ)
     try:
-        files["host"].write_text(host_env(host.uv_environment(os.environ), wheels), "utf-8")
+        files["host"].write_text(host_env(settings, wheels), "utf-8")
         files["ca"].write_bytes(bundle.read_bytes() if bundle else b"")
         yield files
     finally:
@@ -313,8 +330,11 @@ def build(
     check_disk(tool.storage())
     name = tool.local + (tag or image.reference)
     texts, files = layers(locked, image.engine), payload(image, locked)
-    find_links = host.uv_environment(os.environ).get("UV_FIND_LINKS", "")
-    wheels = own_wheels(locked, find_links)
+    settings = host.uv_environment(os.environ)
+    wheels = own_wheels(locked, settings.get("UV_FIND_LINKS", ""))
+    backend = lock.torch_backend([f"{e.name}=={e.version}" for e in locked], settings)
+    if backend:
+        settings["UV_TORCH_BACKEND"] = backend
     with _alone():
         bottom = base_image(tool, cache=cache)
         stamped = labels(image, locked, lock.digest(image.lock), base_name())
@@ -322,7 +342,7 @@ def build(
         folder = BUILD / "contexts" / image.repository / image.tag
         prepare(folder, text, texts, files, wheels)
         values = arguments(texts, bottom, files)
-        with _secrets(BUILD / "secrets", bool(wheels)) as secrets:
+        with _secrets(BUILD / "secrets", settings, bool(wheels)) as secrets:
             tool.build(builder.Recipe(folder, name, TIMESTAMP, values, secrets, cache=cache))
         shutil.rmtree(folder)
     built = tool.inspect(name)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,8 +28,6 @@ from images.problem import Problem
 # What a failed build prints, and what it means for the person who reads it.
 _FAILURES = {
     "no space left on device": "the disk is full; free some space and run it again",
-    "hash mismatch": "a downloaded file has another sha256 than the lock; "
-    "see the lines above for its name, and remake the lock only if you trust the new file",
     "failed to fetch": "the package index cannot be reached; check the network and UV_*/PIP_*",
     "error sending request": "the package index does not answer; check the network and UV_*/PIP_*",
     "no solution found": "the index does not have a locked version, or not the locked file of it; "
@@ -38,7 +37,11 @@ _FAILURES = {
 
 def meaning(output: Sequence[str], code: int) -> str:
     """One sentence for a failed build, from its last lines of output."""
-    text = "\n".join(output).lower()
+    text = "\n".join(output)
+    if mismatch := re.search(r"Hash mismatch for `([^`]+)`", text):
+        what = f"the file of {mismatch[1]} has another sha256 than the lock"
+        return f"{what}; restore the lock, or remake it if you trust the new file"
+    text = text.lower()
     for sign, sentence in _FAILURES.items():
         if sign in text:
             return sentence
@@ -130,6 +133,10 @@ class Builder(ABC):
     def run(self, command: Command, *, capture: bool = False) -> CompletedProcess[str]:
         """Run a command in a fresh container, and remove the container."""
 
+    @abstractmethod
+    def writer(self, folder: Path) -> str:
+        """The user of a container that has to write into a folder of this host, made so it can."""
+
     def build(self, recipe: Recipe) -> None:
         """Build a recipe, showing progress."""
         stream(self.build_argv(recipe))
@@ -199,6 +206,12 @@ class Buildah(Builder):
         finally:
             host.run(["buildah", "rm", name], quiet=True, check=False)
 
+    def writer(self, folder: Path) -> str:
+        if os.geteuid() != 0:
+            return "0:0"  # without root, this host's user is root inside, and only there
+        os.chown(folder, 1000, 0)
+        return "1000:0"
+
     def sweep(self, base: Built) -> None:
         listed = host.run(["buildah", "containers", "--json"], quiet=True).stdout
         for entry in json.loads(listed) or []:
@@ -221,7 +234,8 @@ def unfinished(container: Mapping[str, str]) -> bool:
     """Whether an entry of ``buildah containers --json`` is a build's own, not a person's."""
     image = container["imagename"]
     nameless = not image or image in container["imageid"] or "verl-rollout-base" in image
-    return nameless and container["containername"].endswith("-working-container")
+    name = container["containername"]
+    return nameless and re.search(r"-working-container(-\d+)?$", name) is not None
 
 
 class Docker(Builder):
@@ -248,6 +262,9 @@ class Docker(Builder):
         data = json.loads(done.stdout)[0]
         layers = tuple(data["RootFS"]["Layers"])
         return Built(data["Id"].removeprefix("sha256:"), data["Config"], layers)
+
+    def writer(self, folder: Path) -> str:
+        return f"{folder.stat().st_uid}:0"
 
     def sweep(self, base: Built) -> None:
         """Nothing: the engine removes what a build has left by itself."""

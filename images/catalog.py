@@ -114,7 +114,8 @@ def _strings(table: Mapping[str, Any], path: Path, prefix: str) -> dict[str, str
 
 def _chosen(values: Sequence[Any], known: Sequence[Any], path: Path, key: str) -> tuple[Any, ...]:
     for value in values:
-        if value not in known:
+        # True equals 1, and is no level.
+        if value not in known or isinstance(value, bool):
             choices = ", ".join(str(k) for k in known)
             raise Problem(f"{shown(path)}: key {key!r} has {value!r}; known are {choices}", 2)
     return tuple(values)

@@ -31,6 +31,8 @@ _PIP_TO_UV = {
     "PIP_TRUSTED_HOST": "UV_INSECURE_HOST",
     "PIP_DEFAULT_TIMEOUT": "UV_HTTP_TIMEOUT",
 }
+# What uv called two of them before, and still reads.
+_OLD_NAMES = {"UV_DEFAULT_INDEX": "UV_INDEX_URL", "UV_INDEX": "UV_EXTRA_INDEX_URL"}
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 _CA_VARIABLES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _CA_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
@@ -83,7 +85,7 @@ def uv_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that make uv see the package settings of this host, pip's included."""
     settings = {k: v for k, v in environ.items() if k.startswith("UV_")}
     for pip, uv in _PIP_TO_UV.items():
-        if environ.get(pip):
+        if environ.get(pip) and not environ.get(_OLD_NAMES.get(uv, uv)):
             value = environ[pip]
             # pip separates folders by blanks, uv by commas.
             settings.setdefault(uv, ",".join(value.split()) if uv == "UV_FIND_LINKS" else value)
@@ -142,7 +144,7 @@ def run(
             stdout=subprocess.PIPE if quiet else None,
             stderr=subprocess.PIPE if quiet else None,
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # PATH may hold folders that are closed to us
         raise Problem(f"command {argv[0]!r} is not installed", 3) from None
     if check and done.returncode:
         said = (done.stderr or done.stdout or "").strip().splitlines()

@@ -111,28 +111,41 @@ def cuda(versions: Mapping[str, str]) -> str | None:
 def local_wheels(find_links: str, names: Iterable[str]) -> list[Path]:
     """Wheels of the named distributions in the host's own folders (find-links)."""
     wanted = {canonicalize_name(n) for n in names}
-    folders = [f for f in find_links.split(",") if f and "://" not in f]
+    links = [link.removeprefix("file://") for link in find_links.split(",")]
+    folders = [link for link in links if link and "://" not in link]
     wheels = [wheel for folder in folders for wheel in sorted(Path(folder).glob("*.whl"))]
     return [w for w in wheels if canonicalize_name(w.name.split("-")[0]) in wanted]
 
 
-def torch_arguments(requirements: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """What uv must be told about a torch with a local version, such as ``2.13.0+cpu``.
-
-    Such a build lives on PyTorch's own index, which uv knows by name (``--torch-backend``), unless
-    this host keeps the wheel in a folder of its own. Its upload date is not published there, so the
-    date limit must not apply to it; the pin says which one it is.
-    """
+def torch_build(requirements: Sequence[str]) -> str | None:
+    """The local version of the torch asked for (``cpu`` of ``+cpu``), None of a plain one."""
     for requirement in map(Requirement, requirements):
-        version = str(requirement.specifier)
-        if requirement.name == "torch" and "+" in version:
-            arguments = ["--exclude-newer-package", "torch=false"]
-            if "UV_TORCH_BACKEND" not in environ and not local_wheels(
-                environ.get("UV_FIND_LINKS", ""), ["torch"]
-            ):
-                arguments += ["--torch-backend", version.split("+")[1]]
-            return arguments
-    return []
+        if requirement.name == "torch" and "+" in str(requirement.specifier):
+            return str(requirement.specifier).split("+")[1]
+    return None
+
+
+def torch_backend(requirements: Sequence[str], environ: Mapping[str, str]) -> str | None:
+    """The index of PyTorch's that uv has to be sent to, by the name that uv knows it by.
+
+    None where the plain index has the build, where this host keeps the wheel in a folder of its
+    own, or where the host's settings (UV_TORCH_BACKEND) have chosen already.
+    """
+    kept = local_wheels(environ.get("UV_FIND_LINKS", ""), ["torch"])
+    return None if kept or "UV_TORCH_BACKEND" in environ else torch_build(requirements)
+
+
+def torch_arguments(requirements: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """What uv must be told to resolve a torch with a local version.
+
+    PyTorch's own index publishes no upload dates, so the date limit must not apply to such a build;
+    the pin says which one it is.
+    """
+    if torch_build(requirements) is None:
+        return []
+    backend = torch_backend(requirements, environ)
+    limit = ["--exclude-newer-package", "torch=false"]
+    return limit + (["--torch-backend", backend] if backend else [])
 
 
 def compile_argv(
@@ -199,8 +212,10 @@ def resolve(image: Image) -> str:
 
 
 def _reason(stderr: str) -> str:
+    if "Failed to fetch" in stderr or "error sending request" in stderr:
+        return "the package index cannot be reached; check the network and UV_*/PIP_*"
     lines = [line.strip(" ×╰─▶├│") for line in stderr.strip().splitlines()]
-    lines = [line for line in lines if line]
+    lines = [line.removeprefix("error: ") for line in lines if line]
     return " ".join(lines[:4]) if lines else "uv said nothing; run it again with UV_VERBOSE=1"
 
 

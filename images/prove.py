@@ -8,7 +8,6 @@ build/reports/<repository>/<tag>.json.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -47,14 +46,6 @@ def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-def writer(folder: Path) -> str:
-    """The user of a container that has to write into a folder of this host."""
-    if os.geteuid() == 0:
-        os.chown(folder, 1000, 0)
-        return "1000:0"
-    return f"{os.geteuid()}:0"
-
-
 def _drift(image: Image) -> None:
     difference = lock.drift(image.lock, lock.resolve(image))
     if difference:
@@ -78,22 +69,25 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
     env = {"ROLLOUT_LAYERS": ",".join(built.diff_ids)}
     parts: list[dict[str, Any]] = []
     code = 0
+    # A report of an earlier run must not be taken for this one's, however this one ends.
+    report_path(image).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="rollout-report-") as name:
         folder = Path(name)
-        user = writer(folder)
+        user = tool.writer(folder)
         for command, extra in (("verify", []), ("smoke", list(options))):
             host.say(f"\n{image.reference}: rollout {command}")
             inside = ["rollout", command, "--report", f"/report/{command}.json", *extra]
-            name_here = tool.local + image.reference
-            done = tool.run(builder.Command(name_here, inside, user, {name: "/report"}, env))
+            local = tool.local + image.reference
+            done = tool.run(builder.Command(local, inside, user, {name: "/report"}, env))
+            code = done.returncode
             path = folder / f"{command}.json"
-            if path.exists():
-                parts.append(json.loads(path.read_text(encoding="utf-8")))
-            code = code or done.returncode
-            if done.returncode:
+            if not path.exists():
+                host.say(f"rollout {command} exited with {code} and left no report")
+                return code or 1
+            parts.append(json.loads(path.read_text(encoding="utf-8")))
+            if code:
                 break
-        if parts:
-            _leave(report_path(image), merge(parts))
+    _leave(report_path(image), merge(parts))
     if keep and not code:
         layers.write(image, built)
         lock.write(kept(image), report_path(image).read_text(encoding="utf-8"))

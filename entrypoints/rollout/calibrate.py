@@ -59,10 +59,11 @@ class Engine:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        make: Any = AutoModelForCausalLM.from_config  # some versions have types for it
         # The type comes from the config. Model.to(bfloat16) would round the rotary frequencies as
         # well, which no engine does and which doubles the noise (seen: 1.024 instead of 1.013).
         known = AutoConfig.for_model(**{**config, "torch_dtype": "bfloat16"})
-        model = AutoModelForCausalLM.from_config(known, attn_implementation="sdpa")
+        model = make(known, attn_implementation="sdpa")
         model.load_state_dict(dict(weights))
         self._torch = torch
         self._device = torch.device(device)
@@ -92,8 +93,8 @@ class Engine:
         places = (columns[None] - pads[:, None]).clamp(min=0)
         cache = None
         begin, end = 0, longest
-        chosen: list[torch.Tensor] = []
-        reported: list[torch.Tensor] = []
+        chosen: list[Any] = []
+        reported: list[Any] = []
         with torch.no_grad():
             for _ in range(tokens):
                 out = self._model(
@@ -165,14 +166,15 @@ def margins_hold(report: Mapping[str, Any]) -> list[str]:
             f"The loss of {name} as {way} was not measured." for way in WAYS if way not in ways
         ]
         found += [
-            f"The loss of {name} ({way}) diverges by {value:.3f} only: tenfold the bound is {least:.2f}."
+            f"The loss of {name} ({way}) diverges by {value:.3f} only: at least {least:.2f}, "
+            "tenfold the bound, is wanted."
             for way, value in ways.items()
             if not value >= least
         ]
     if not margin["median_in_noise"] >= CLEAR:
         found.append(
-            f"The top token leads by {margin['median_in_noise']:.1f} times the noise in the median: "
-            f"at least {CLEAR:.0f} is wanted."
+            f"The top token leads by {margin['median_in_noise']:.1f} times the noise only "
+            f"(median): at least {CLEAR:.0f} is wanted."
         )
     if not report["text"]["distinct_mean"] >= VARIED:
         found.append(
@@ -287,15 +289,16 @@ def _part(values: Sequence[float], part: float) -> float:
 def _table(report: Mapping[str, Any]) -> str:
     """The report for a person."""
     noise, loss, margin, text = (report[key] for key in ("noise", "loss", "margin", "text"))
+    delta = noise["delta"]
     weakest = sorted(loss["tensors"].items(), key=lambda item: min(item[1].values()))[:5]
     lines = [
         f"noise    mean {noise['mean']:.4f}, max {noise['max']:.4f} in {noise['repeats']} repeats; "
         f"bound {report['bound']}",
-        f"         per token {noise['delta']['mean']:.4f} in the mean, {noise['delta']['max']:.4f} at most",
+        f"         per token {delta['mean']:.4f} in the mean, {delta['max']:.4f} at most",
         f"loss     min {loss['min']:.3f} of {len(loss['tensors'])} tensors, "
         f"{report['ratio']:.1f} times the bound; the weakest:",
         *(f"         {min(ways.values()):9.3f}  {name}" for name, ways in weakest),
-        f"margin   median {margin['median']:.3f} = {margin['median_in_noise']:.1f} times the noise, "
+        f"margin   median {margin['median']:.3f}, {margin['median_in_noise']:.1f} times the noise; "
         f"min {margin['min_in_noise']:.2f}; {margin['share_within_noise']:.1%} within it",
         f"text     {text['distinct_mean']:.1f} distinct tokens of {text['tokens']} on average, "
         f"{text['distinct_min']} at least",

@@ -134,8 +134,8 @@ def _execute(argv: Sequence[str]) -> int:
         raise Problem(
             f"no command {argv[0]!r} in this image; 'rollout --help' lists its own", 2
         ) from None
-    except PermissionError:
-        raise Problem(f"{argv[0]!r} cannot be executed", 2) from None
+    except (OSError, ValueError) as error:
+        raise Problem(f"{argv[0]!r} cannot be executed: {error}", 2) from None
 
 
 def _serve() -> int:

@@ -72,7 +72,7 @@ def shared_memory(root: Path = Path("/")) -> list[str]:
 
 def cache(environ: Mapping[str, str]) -> list[str]:
     """Whether the cache root can be written."""
-    path = Path(environ.get("XDG_CACHE_HOME", CACHE))
+    path = Path(environ.get("XDG_CACHE_HOME") or CACHE)
     if os.access(path, os.W_OK | os.X_OK):
         return []
     return [f"{path} cannot be written; mount a writable folder there, or run with group 0"]
@@ -107,7 +107,7 @@ def findings(cuda: str | None, root: Path, environ: Mapping[str, str]) -> list[s
 
 def work_folder(environ: Mapping[str, str]) -> Path | None:
     """A folder for temporary files that can be written; with a read-only root /tmp cannot."""
-    for candidate in (environ.get("TMPDIR"), "/tmp", environ.get("XDG_CACHE_HOME", CACHE)):  # noqa: S108
+    for candidate in (environ.get("TMPDIR"), "/tmp", environ.get("XDG_CACHE_HOME") or CACHE):  # noqa: S108
         if candidate and os.access(candidate, os.W_OK | os.X_OK):
             return Path(candidate)
     return None

@@ -56,6 +56,18 @@ def answer(connection: Connection, timeout: float = TIMEOUT) -> object:
     return message
 
 
+def deliver(message: object, connection: Connection) -> None:
+    """Send a message.
+
+    Raises:
+        TransportError: the other side is gone.
+    """
+    try:
+        connection.send(message)
+    except OSError:
+        raise TransportError("the engine process ended") from None
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor as uint8 of shape (size in bytes,), not copied where contiguous."""
     import torch
@@ -72,7 +84,7 @@ def plan(
     for name, tensor in tensors:
         data = as_bytes(tensor)
         dtype, total, start = str(tensor.dtype).removeprefix("torch."), data.numel(), 0
-        while start < total:
+        while start < total or not total:
             if used >= size:
                 yield bucket
                 bucket, used = [], 0
@@ -81,6 +93,8 @@ def plan(
             bucket.append((piece, data))
             start += part
             used += -(-part // _ALIGNMENT) * _ALIGNMENT
+            if not total:  # a tensor without elements is one piece without bytes
+                break
     if bucket:
         yield bucket
 
@@ -99,16 +113,16 @@ def send(
     memory = SharedMemory(create=True, size=size)
     buffer = torch.frombuffer(memory.buf, dtype=torch.uint8)
     try:
-        connection.send(memory.name)
+        deliver(memory.name, connection)
         answer(connection)
         for bucket in plan(tensors, size):
             for piece, data in bucket:
                 end = piece.at + piece.size
                 buffer[piece.at : end].copy_(data[piece.start : piece.start + piece.size])
                 sent += piece.size
-            connection.send([piece for piece, _ in bucket])
+            deliver([piece for piece, _ in bucket], connection)
             answer(connection)
-        connection.send(None)
+        deliver(None, connection)
         answer(connection)
     finally:
         del buffer  # SharedMemory refuses to close while a tensor still looks into it

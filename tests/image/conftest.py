@@ -32,8 +32,12 @@ class Container:
 
     def run(self, *argv: str, user: str = "") -> Result:
         """Run a command in it, its output kept."""
-        argv_here = self.tool.run_argv(builder.Command("", argv, user), self.name)
-        return subprocess.run(argv_here, capture_output=True, text=True, check=False)
+        return self.execute(builder.Command("", argv, user))
+
+    def execute(self, command: builder.Command) -> Result:
+        """Run a command with all its options in it, its output kept."""
+        argv = self.tool.run_argv(command, self.name)
+        return subprocess.run(argv, capture_output=True, text=True, check=False)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a build promises: every distribution in one layer, a name for it, and no trace of the host."""
+"""What a build promises: a layer for every distribution, a name, and no trace of the host."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -76,7 +77,7 @@ def test_a_command_runs_in_a_container_of_docker() -> None:
 
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
-    """What commands answer, by a word in them: exit code and output; ``calls`` keeps their lines."""
+    """Exit code and output of commands, by a word in them; ``calls`` keeps their lines."""
     table: dict[str, tuple[int, str]] = {}
 
     def run(argv: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -114,6 +115,73 @@ def test_a_working_container_is_removed_whatever_happened(
     made, removed = answers["calls"][1].splitlines()
     assert made == f"buildah from --pull-never --name {name} toy:1", "nothing is downloaded"
     assert removed == f"buildah rm {name}"
+
+
+@pytest.mark.parametrize(
+    ("user", "writer", "owners"), [(0, "1000:0", [(1000, 0)]), (1234, "0:0", [])]
+)
+def test_a_container_of_buildah_writes_a_report_as_somebody_who_may(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    user: int,
+    writer: str,
+    owners: list[tuple[int, int]],
+) -> None:
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(os, "chown", lambda _, uid, gid: given.append((uid, gid)))
+    assert Buildah().writer(tmp_path) == writer
+    assert given == owners
+
+
+def test_a_container_of_docker_writes_a_report_as_the_folders_owner(tmp_path: Path) -> None:
+    assert Docker().writer(tmp_path) == f"{tmp_path.stat().st_uid}:0"
+
+
+def entry(name: str, image: str, number: str = "1") -> dict[str, str]:
+    """A row of ``buildah containers --json``."""
+    return {"id": number, "imageid": "abc", "imagename": image, "containername": name}
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "left"),
+    [
+        ("abc-working-container", "", True),
+        ("localhost-verl-rollout-base-working-container", "localhost/verl-rollout-base:1", True),
+        ("verl-rollout-base-working-container-7", "localhost/verl-rollout-base:1", True),
+        ("debian-working-container", "debian:12", False),
+        ("rollout-0123456789ab", "localhost/verl-rollout-base:1", False),
+    ],
+    ids=["nameless", "on our base", "a second one", "somebody's", "a running proof's"],
+)
+def test_what_a_killed_build_left_is_told_from_what_people_use(
+    name: str, image: str, left: bool
+) -> None:
+    assert builder.unfinished(entry(name, image)) is left
+
+
+def test_what_killed_builds_left_on_our_base_is_removed_and_nothing_else(
+    answers: dict[str, tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = ("sha256:base", "sha256:torch")
+    rows = [
+        entry("x-working-container", "", "ours"),
+        entry("y-working-container", "", "theirs"),
+        entry("mine", "localhost/verl-rollout-base:1", "a person's"),
+    ]
+    rows[0]["imageid"], rows[1]["imageid"] = "on our base", "on another"
+    images = {"on our base": ours, "on another": ("sha256:other",)}
+    answers["containers --json"] = (0, json.dumps(rows))
+    monkeypatch.setattr(Buildah, "inspect", lambda _, n: builder.Built(n, {}, images[n]))
+    Buildah().sweep(builder.Built("base", {}, ours[:1]))
+    removed = [c for c in answers["calls"][1].splitlines() if c.startswith("buildah rm")]
+    assert removed == ["buildah rm ours"]
+
+
+def test_a_storage_without_containers_is_swept_too(answers: dict[str, tuple[int, str]]) -> None:
+    answers["containers --json"] = (0, "null")
+    Buildah().sweep(builder.Built("base", {}, ("sha256:base",)))
+    assert answers["calls"][1] == "buildah containers --json\n"
 
 
 # which one
@@ -173,7 +241,10 @@ def test_buildah_is_taken_and_asked_for_unless_told_otherwise(
     ("line", "sentence"),
     [
         ("cp: write error: No space left on device", "the disk is full"),
-        ("error: Hash mismatch for `torch==2.9.0`", "another sha256 than the lock"),
+        (
+            "error: Hash mismatch for `torch==2.9.0`",
+            "the file of torch==2.9.0 has another sha256 than the lock",
+        ),
         ("error: Failed to fetch: `http://x`", "the package index cannot be reached"),
         ("error sending request for url (http://x)", "the package index does not answer"),
         ("× No solution found when resolving dependencies", "does not have a locked version"),
@@ -193,7 +264,7 @@ def test_a_failed_command_shows_its_lines_and_raises_the_last(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     script = "echo one; echo two >&2; printf '\\377'; echo three; exit 5"
-    with pytest.raises(Problem, match="the builder exited with 5: .three$"):
+    with pytest.raises(Problem, match=r"the builder exited with 5: .three$"):
         builder.stream(["sh", "-c", script])
     assert capsys.readouterr().out.startswith("one\ntwo\n")
 

@@ -283,8 +283,13 @@ def test_a_warning_comes_before_what_is_executed(monkeypatch: pytest.MonkeyPatch
     ids=["unknown", "option", "folder", "garbage", "below a file", "empty"],
 )
 def test_what_cannot_be_executed_is_wrong_usage_in_a_sentence(
-    prefix: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+    prefix: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    said: str,
 ) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # a folder that may not be searched says otherwise
     (prefix / "garbage").write_text("neither a script nor a program")
     (prefix / "garbage").chmod(0o755)
     assert cli.main([name.format(prefix=prefix)]) == 2

@@ -230,31 +230,42 @@ def test_a_resolved_lock_names_command_catalog_file_and_one_hash(
     assert [a for a, b in zip(*calls, strict=True) if a != b] == [calls[0][-2]]
 
 
-def test_an_unreachable_index_is_one_sentence(
-    checkout: Checkout, uv: Callable[[Run], list[list[str]]]
-) -> None:
-    stderr = """\
+UNREACHABLE = """\
   × Request failed after 3 retries
   ├─▶ Failed to fetch: `http://mirror.example/simple/vllm/`
   ╰─▶ tcp connect error: Connection refused (os error 111)
 """
+UNSOLVABLE = """\
+  × No solution found when resolving dependencies:
+  ╰─▶ Because there is no version of vllm==0.12.0 and you require
+      vllm==0.12.0, we can conclude that your requirements are
+      unsatisfiable.
+"""
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        (UNREACHABLE, "the package index cannot be reached; check the network and UV_*/PIP_*"),
+        (
+            UNSOLVABLE,
+            "No solution found when resolving dependencies: Because there is no version of "
+            "vllm==0.12.0 and you require vllm==0.12.0, we can conclude that your requirements "
+            "are unsatisfiable.",
+        ),
+        ("error: torch has no wheels\n", "torch has no wheels"),
+        ("\n", "uv said nothing; run it again with UV_VERBOSE=1"),
+    ],
+    ids=["unreachable index", "no solution", "error", "silence"],
+)
+def test_a_failed_resolution_is_one_sentence(
+    checkout: Checkout, uv: Callable[[Run], list[list[str]]], stderr: str, reason: str
+) -> None:
     uv(lambda argv: subprocess.CompletedProcess(argv, 2, "", stderr))
     with pytest.raises(Problem) as caught:
         lock.resolve(checkout.image())
     assert caught.value.code == 1
-    assert caught.value.sentence == (
-        "verl-rollout:vllm-0.12 cannot be resolved: Request failed after 3 retries "
-        "Failed to fetch: `http://mirror.example/simple/vllm/` "
-        "tcp connect error: Connection refused (os error 111)"
-    )
-
-
-def test_a_silent_failure_is_answered_with_what_to_do(
-    checkout: Checkout, uv: Callable[[Run], list[list[str]]]
-) -> None:
-    uv(lambda argv: subprocess.CompletedProcess(argv, 2, "", "\n"))
-    with pytest.raises(Problem, match="uv said nothing; run it again with UV_VERBOSE=1"):
-        lock.resolve(checkout.image())
+    assert caught.value.sentence == f"verl-rollout:vllm-0.12 cannot be resolved: {reason}"
 
 
 # the station

@@ -99,7 +99,7 @@ def test_wrong_usage_is_said_before_what_this_machine_lacks(
         with pytest.raises(Problem) as caught:
             smoke.run(FACTS, options, print)
         assert caught.value.code == 2
-    with pytest.raises(Problem, match="^no GPU$") as caught:
+    with pytest.raises(Problem, match=r"^no GPU$") as caught:
         smoke.run(FACTS, smoke.Options(), print)
     assert caught.value.code == 3
 

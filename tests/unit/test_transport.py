@@ -31,6 +31,12 @@ def torch() -> Any:
     return pytest.importorskip("torch", reason="torch is in the images, not in the host's tools")
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sides that wait for each other fail a test instead of holding it for minutes."""
+    monkeypatch.setattr(transport.answer, "__defaults__", (10.0,))
+
+
 # the other side
 
 
@@ -50,12 +56,12 @@ def test_an_exception_of_the_other_side_is_raised_with_its_name(pipe: Pipe) -> N
 def test_a_process_that_ended_is_not_waited_for(pipe: Pipe) -> None:
     ours, theirs = pipe
     theirs.close()
-    with pytest.raises(TransportError, match="^the engine process ended$"):
+    with pytest.raises(TransportError, match=r"^the engine process ended$"):
         transport.answer(ours)
 
 
 def test_a_process_that_says_nothing_counts_as_hung(pipe: Pipe) -> None:
-    with pytest.raises(TransportError, match="^the engine did not answer for 0 s$"):
+    with pytest.raises(TransportError, match=r"^the engine did not answer for 0 s$"):
         transport.answer(pipe[0], timeout=0.01)
 
 
@@ -75,7 +81,7 @@ def moved(pipe: Pipe, tensors: dict[str, Any], size: int) -> tuple[dict[str, Any
     """The tensors on the other side, and the bytes sent."""
     ours, theirs = pipe
     there: dict[str, Any] = {}
-    receiver = threading.Thread(target=received, args=(theirs, there))
+    receiver = threading.Thread(target=received, args=(theirs, there), daemon=True)
     receiver.start()
     try:
         return there, transport.send(tensors.items(), ours, size)
@@ -153,9 +159,9 @@ def test_what_the_receiver_cannot_take_is_raised_here_and_leaves_no_memory(
             theirs.send(ValueError(f"unknown tensor {name!r}"))
             return
 
-    receiver = threading.Thread(target=refuse)
+    receiver = threading.Thread(target=refuse, daemon=True)
     receiver.start()
-    with pytest.raises(TransportError, match="^ValueError: unknown tensor 'a'$"):
+    with pytest.raises(TransportError, match=r"^ValueError: unknown tensor 'a'$"):
         transport.send([("a", torch.ones(3))], ours, 64)
     receiver.join(10)
     assert shared_memories() == before
@@ -164,7 +170,7 @@ def test_what_the_receiver_cannot_take_is_raised_here_and_leaves_no_memory(
 def test_an_engine_that_is_gone_is_said_in_a_sentence(torch: Any, pipe: Pipe) -> None:
     before = shared_memories()
     pipe[1].close()
-    with pytest.raises(TransportError, match="^the engine process ended$"):
+    with pytest.raises(TransportError, match=r"^the engine process ended$"):
         transport.send([("a", torch.ones(3))], pipe[0], 64)
     assert shared_memories() == before
 
@@ -176,7 +182,7 @@ def test_a_tensor_that_begins_in_its_middle_is_refused(pipe: Pipe) -> None:
     try:
         ours.send(memory.name)
         ours.send([Piece("a", (64,), "float32", 0, 128, 64, 256)])
-        with pytest.raises(TransportError, match="^'a' begins in its middle$"):
+        with pytest.raises(TransportError, match=r"^'a' begins in its middle$"):
             list(transport.receive(theirs))
     finally:
         memory.close()

@@ -20,10 +20,10 @@ import traceback
 from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError
-from rollout.transport import TransportError, answer, as_bytes, receive, send
+from rollout.transport import TransportError, answer, as_bytes, deliver, receive, send
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +67,9 @@ class Engine:
         if self._connection is None:
             raise EngineError("the engine is not started")
         try:
-            self._connection.send((method, arguments))
-        except OSError:
-            raise EngineError("the engine process ended") from None
+            deliver((method, arguments), self._connection)
+        except TransportError as error:
+            raise EngineError(str(error)) from None
         return self._answer()
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
@@ -85,8 +85,8 @@ class Engine:
     def refit(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         if self._connection is None:
             raise EngineError("the engine is not started")
-        self._connection.send(("refit", ()))
         try:
+            deliver(("refit", ()), self._connection)
             sent = send(tensors, self._connection)
         except TransportError as error:
             raise EngineError(str(error)) from None
@@ -204,7 +204,7 @@ class Worker:
         self.blocks = self.pool.bytes[: 2 * elements * count].view(torch.bfloat16)
         self.blocks = self.blocks.reshape(count, *shape)
         self.cached: dict[tuple[int, ...], int] = {}
-        self.backup: Path | None = None
+        self.backup: IO[bytes] | None = None
         self.saved: dict[str, torch.Tensor] = {}
         self.asleep: set[str] = set()
         self.faults: set[str] = set()
@@ -307,10 +307,10 @@ class Worker:
         # What is neither a parameter nor in a checkpoint comes back from nowhere else.
         self.saved = {n: b.clone() for n, b in self.model.named_buffers()}
         if level == 1:
-            handle, path = tempfile.mkstemp(prefix="rollout-weights-")
-            self.backup = Path(path)
-            with os.fdopen(handle, "wb") as file:
-                file.write(memoryview(self.weights.bytes.numpy()))
+            # On disk, where an offload frees memory; without a name, so nothing outlives a crash.
+            self.backup = tempfile.TemporaryFile()  # noqa: SIM115 - open until waking
+            self.backup.write(memoryview(self.weights.bytes.numpy()))
+            self.backup.flush()  # a full disk has to be found before the pages are given back
         self.reset_prefix_cache()
         self.weights.release()
         self.pool.release()
@@ -319,9 +319,9 @@ class Worker:
     def wake(self, tags: tuple[str, ...]) -> None:
         if WEIGHTS in tags and WEIGHTS in self.asleep:
             if self.backup is not None:
-                with self.backup.open("rb") as file:
-                    file.readinto(memoryview(self.weights.bytes.numpy()))
-                self.backup.unlink()
+                self.backup.seek(0)
+                self.backup.readinto(memoryview(self.weights.bytes.numpy()))  # type: ignore[attr-defined]
+                self.backup.close()
                 self.backup = None
             self.weights.touch()
             if "lost-buffer" not in self.faults:
@@ -362,20 +362,14 @@ class Worker:
     def inject(self, fault: str) -> None:
         self.faults.add(fault)
 
-    def close(self) -> None:
-        if self.backup is not None:
-            self.backup.unlink(missing_ok=True)
-
 
 def _serve(connection: Connection, model: str, dummy: bool, parent: int) -> None:
     """The engine's main loop: one message, one answer; an exception is an answer too."""
     # The terminal's Ctrl-C goes to both processes; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the trainer
     if os.getppid() != parent:
         return
-    worker = None
     try:
         worker = Worker(Path(model), dummy)
         connection.send(worker.held())
@@ -399,6 +393,3 @@ def _serve(connection: Connection, model: str, dummy: bool, parent: int) -> None
     except Exception as error:
         with contextlib.suppress(OSError):
             connection.send(EngineError(f"{type(error).__name__}: {error}"))
-    finally:
-        if worker is not None:
-            worker.close()

@@ -1,0 +1,35 @@
+"""Unit tests that need torch run where torch is: inside the image, with the host's pytest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from images import builder
+from images.catalog import ROOT
+
+from .conftest import Container
+
+pytestmark = pytest.mark.image
+FILES = ("test_probe.py", "test_transport.py", "test_faults.py", "test_smoke.py")
+
+
+def test_the_unit_tests_that_need_torch_pass_in_the_image(
+    container: Callable[[], Container],
+) -> None:
+    tools = Path(pytest.__file__).resolve().parent.parent
+    here = container()
+    command = builder.Command(
+        "",
+        [
+            *("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *(f"/checkout/tests/unit/{name}" for name in FILES),
+        ],
+        volumes={str(ROOT): "/checkout:ro", str(tools): "/tools:ro"},
+        env={"PYTHONPATH": "/tools", "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    done = here.execute(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout, done.stdout
