@@ -295,12 +295,19 @@ def base_name() -> str:
     return f"{BASE}:{digest(base.identity(base.LOCK), BASE_DOCKERFILE.read_bytes())[:12]}"
 
 
+def base_needs(uid: int) -> list[str]:
+    """What making the base needs of this machine; Ubuntu does not trust Debian's keys by itself."""
+    keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+    needs = ["mmdebstrap", "apt-get", "apt-cache", "dpkg-deb", keyring]
+    return needs if uid == 0 else [*needs, "newuidmap"]
+
+
 def base_image(tool: builder.Builder, *, cache: bool = True) -> str:
     """The base image in the builder's storage; made where it is not there yet."""
     name = tool.local + base_name()
     found = tool.inspect(name) if cache else None
     if not found:
-        host.require("mmdebstrap", "apt-get", "apt-cache", "dpkg-deb")
+        host.require(*base_needs(os.geteuid()))
         tar = base.tarball()
         folder = BUILD / "contexts" / "base"
         shutil.rmtree(folder, ignore_errors=True)

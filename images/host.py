@@ -12,7 +12,7 @@ from pathlib import Path
 
 from images.problem import Problem
 
-# Command -> the Debian package that has it.
+# Command, or file by its whole path -> the Debian package that has it.
 PACKAGES = {
     "apt-cache": "apt",
     "apt-get": "apt",
@@ -20,6 +20,8 @@ PACKAGES = {
     "docker": "docker.io",
     "dpkg-deb": "dpkg",
     "mmdebstrap": "mmdebstrap",
+    "newuidmap": "uidmap",
+    "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
 }
 # pip's variables and uv's names for the same settings. uv does not read pip's, and a host that is
 # set up for pip (a mirror, a folder of wheels) must not need a second set-up for us.
@@ -62,12 +64,13 @@ def install_argv(packages: Sequence[str]) -> list[str]:
 
 
 def require(*commands: str) -> None:
-    """See that the commands exist; install them where we may, else say what to install.
+    """See that commands, or files named in PACKAGES, exist; install where we may, else say what.
 
     Raises:
         Problem: exit code 3, with the packages that are missing.
     """
-    missing = sorted({PACKAGES[c] for c in commands if not shutil.which(c)})
+    there = {c: Path(c).exists() if c.startswith("/") else shutil.which(c) for c in commands}
+    missing = sorted({PACKAGES[c] for c in commands if not there[c]})
     if not missing:
         return
     release = Path("/etc/os-release")
