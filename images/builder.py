@@ -49,7 +49,7 @@ def meaning(output: Sequence[str], code: int) -> str:
     return f"the builder exited with {code}: {last}"
 
 
-def stream(argv: Sequence[str]) -> None:
+def stream(argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
     """Run a long command, show its lines as they come, and keep the last ones to explain a failure.
 
     Raises:
@@ -63,6 +63,7 @@ def stream(argv: Sequence[str]) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        env=None if env is None else dict(env),
         start_new_session=True,
     )
     try:
@@ -178,6 +179,13 @@ class Buildah(Builder):
     def storage(self) -> Path:
         info = host.run(["buildah", "info"], quiet=True).stdout
         return Path(json.loads(info)["store"]["GraphRoot"])
+
+    def build(self, recipe: Recipe) -> None:
+        # buildah keeps cache mounts below TMPDIR, by default in one folder for all users of the
+        # machine, where the second one may not write.
+        own = host.cache() / "buildah"
+        own.mkdir(parents=True, exist_ok=True)
+        stream(self.build_argv(recipe), {"TMPDIR": str(own), **os.environ})
 
     def build_argv(self, recipe: Recipe) -> list[str]:
         return [
