@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from images.problem import Problem
+from rollout.problem import Problem
 
 SUITE = "bookworm"
 ARCHITECTURE = "amd64"

@@ -23,7 +23,7 @@ from images import debian, host, rootfs
 from images.apt_sources import ARCHITECTURE, SNAPSHOT, SUITE
 from images.catalog import ROOT, shown
 from images.debian import RELOCK, Deb
-from images.problem import Problem
+from rollout.problem import Problem
 
 LOCK = ROOT / "lockfiles" / "base.lock"
 PACKAGES = ROOT / "images" / "base" / "packages.toml"
@@ -284,5 +284,8 @@ def tarball(lock: Path = LOCK) -> Path:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

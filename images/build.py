@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from packaging.utils import canonicalize_name
 from images import base, builder, catalog, host, lock
 from images.catalog import ROOT, Image
 from images.lock import Locked
-from images.problem import Problem
+from rollout.problem import Problem
 
 BUILD = ROOT / "build"
 ENTRYPOINTS = ROOT / "entrypoints" / "rollout"
@@ -334,6 +335,8 @@ def build(
     The final tag is given by the builder after the last layer: an interrupted build leaves none.
     """
     locked = lock.read(image)
+    if platform.machine() != "x86_64":
+        raise Problem(f"the locks are for x86-64, this machine is {platform.machine()}", 3)
     check_disk(tool.storage())
     name = tool.local + (tag or image.reference)
     texts, files = layers(locked, image.engine), payload(image, locked)

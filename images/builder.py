@@ -23,7 +23,7 @@ from subprocess import CompletedProcess
 from typing import Any, ClassVar
 
 from images import host
-from images.problem import Problem
+from rollout.problem import Problem
 
 # What a failed build prints, and what it means for the person who reads it.
 _FAILURES = {

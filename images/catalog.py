@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from images.problem import Problem
+from rollout.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 CATALOG = ROOT / "images" / "catalog"
 DEFAULT = "verl-rollout:transformers-cpu"
 BACKENDS = ("vllm", "sglang", "tensorrt-llm", "transformers")
+PYTHONS = ("3.11",)  # what the base image (Debian 12) has
 TRANSPORTS = ("shared-memory", "cuda-ipc", "nccl", "disk")
 
 
@@ -113,6 +115,8 @@ def _strings(table: Mapping[str, Any], path: Path, prefix: str) -> dict[str, str
 
 
 def _chosen(values: Sequence[Any], known: Sequence[Any], path: Path, key: str) -> tuple[Any, ...]:
+    if not values:
+        raise Problem(f"{shown(path)}: key {key!r} is empty; say at least one of {known}", 2)
     for value in values:
         # True equals 1, and is no level.
         if value not in known or isinstance(value, bool):
@@ -147,7 +151,7 @@ def parse(path: Path) -> Image:
         tag=path.stem,
         backend=backend,
         framework=table["framework"],
-        python=table["python"],
+        python=_chosen([table["python"]], PYTHONS, path, "python")[0],
         resolved_as_of=table["resolved-as-of"],
         requirements=tuple(table["requirements"]),
         expect=_strings(table["expect"], path, "expect"),
@@ -158,6 +162,9 @@ def parse(path: Path) -> Image:
         ),
         path=path,
     )
+    for name in image.env:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise Problem(f"{shown(path)}: key 'env.{name}' is no name of a variable", 2)
     names = {canonicalize_name(Requirement(line).name) for line in image.requirements}
     if canonicalize_name(image.engine) not in names:
         message = f"{shown(path)}: key 'requirements' does not ask for the engine {image.engine!r}"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from images import apt_sources
 from images.apt_sources import ARCHITECTURE, SUITE, Source
-from images.problem import Problem
+from rollout.problem import Problem
 
 RELOCK = "nox -s lock -- base"
 

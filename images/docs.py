@@ -10,9 +10,9 @@ from typing import Any
 
 from images import build, catalog, host, layers, lock, measure, prove
 from images.catalog import ROOT, Image
-from images.problem import Problem
-from rollout import report
+from rollout import report, verify
 from rollout.faults import FAULTS
+from rollout.problem import Problem
 
 README = ROOT / "README.md"
 
@@ -113,8 +113,13 @@ def measured(image: Image) -> str:
 def terminal(data: Mapping[str, Any]) -> str:
     """What a run with this report printed at its end."""
     checks = [report.Check(**check) for check in data["checks"]]
-    rows = [report.header(), *map(report.row, checks)]
-    rows.append(f"{data['image']}: {data['verdict']} in {data['seconds']:.1f} s")
+    verified = [check for check in checks if check.name in verify.CHECKS]
+    smoked = [check for check in checks if check.name not in verify.CHECKS]
+    rows: list[str] = []
+    for command, part in (("verify", verified), ("smoke", smoked)):
+        rows += [f"{data['image']}: rollout {command}", report.header(), *map(report.row, part)]
+        rows += [f"{data['image']}: {report.verdict(part)} in …", ""]
+    rows.append(f"{data['image']}: {data['verdict']}; report in build/reports/…")
     return "\n".join(["```text", *rows, "```"])
 
 

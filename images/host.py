@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from images.problem import Problem
+from rollout.problem import Problem
 
 # Command, or file by its whole path -> the Debian package that has it.
 PACKAGES = {
@@ -160,6 +161,9 @@ def run(
 
 def guarded(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Call a station's ``main`` and turn its problems into one sentence and an exit code."""
+    # Without these, a cancelled CI job would skip every 'finally': secrets and containers stay.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         return main(arguments)
     except Problem as problem:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from images import lock
 from images.catalog import Image, shown
-from images.problem import Problem
+from rollout.problem import Problem
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 
 from images import base, catalog, host
 from images.catalog import ROOT, Image, shown
-from images.problem import Problem
+from rollout.problem import Problem
 
 # glibc of Debian 12, the base image: wheels that need a newer one would not load there.
 PLATFORM = "x86_64-manylinux_2_36"

@@ -22,7 +22,7 @@ from typing import Any
 
 from images import build, builder, catalog, host, lock, prove
 from images.catalog import ROOT, Image, shown
-from images.problem import Problem
+from rollout.problem import Problem
 
 SITE = "/opt/rollout"
 

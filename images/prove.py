@@ -16,8 +16,8 @@ from typing import Any
 
 from images import build, builder, catalog, host, layers, lock
 from images.catalog import ROOT, Image, shown
-from images.problem import Problem
-from rollout import report
+from rollout import cli, report, smoke
+from rollout.problem import Problem
 
 REPORTS = ROOT / "build" / "reports"
 
@@ -74,11 +74,12 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
     with tempfile.TemporaryDirectory(prefix="rollout-report-") as name:
         folder = Path(name)
         user = tool.writer(folder)
-        for command, extra in (("verify", []), ("smoke", list(options))):
+        smoking, volumes = smoke_options(options, image)
+        for command, extra in (("verify", []), ("smoke", smoking)):
             host.say(f"\n{image.reference}: rollout {command}")
             inside = ["rollout", command, "--report", f"/report/{command}.json", *extra]
             local = tool.local + image.reference
-            done = tool.run(builder.Command(local, inside, user, {name: "/report"}, env))
+            done = tool.run(builder.Command(local, inside, user, {name: "/report", **volumes}, env))
             code = done.returncode
             path = folder / f"{command}.json"
             if not path.exists():
@@ -103,15 +104,41 @@ def _leave(path: Path, data: dict[str, Any]) -> None:
     host.say(f"{data['image']}: {data['verdict']}; report in {shown(path)}")
 
 
-def main(argv: Sequence[str]) -> int:
+def smoke_options(options: Sequence[str], image: Image) -> tuple[list[str], dict[str, str]]:
+    """Options for ``rollout smoke``, checked before anything is built, and the volumes they need.
+
+    A folder of this host that ``--model`` names is mounted, and named as the container sees it.
+
+    Raises:
+        Problem: exit code 2 for what smoke does not know, and for ``--report``, which is ours.
+    """
+    if any(o == "--report" or o.startswith("--report=") for o in options):
+        raise Problem(f"--report is set by prove: the report is {shown(report_path(image))}", 2)
+    given = cli.parser().parse_args(["smoke", *options])
+    smoke.selected([name for name in given.only.split(",") if name], image.smoke.sleep_levels)
+    smoke.fault(given.inject)
+    if given.model is None:
+        return list(options), {}
+    folder = given.model.resolve()
+    if not folder.is_dir():
+        raise Problem(f"--model: {folder} is not a folder; name one with config.json in it", 2)
+    return [*options, "--model", "/model"], {str(folder): "/model:ro"}
+
+
+def main(arguments: Sequence[str]) -> int:
     """``nox -s prove [-- REF … OPTIONS]``; ``--keep`` keeps the report, the rest is for smoke."""
     images = catalog.load()
-    chosen, options = catalog.select(argv, images)
+    chosen, options = catalog.select(arguments, images)
+    chosen = chosen or [catalog.find(catalog.DEFAULT, images)]
     keeping = "--keep" in options
+    if keeping and len(options) > 1:
+        raise Problem("--keep takes no other option: what is kept is the whole proof", 2)
     options = [option for option in options if option != "--keep"]
+    for image in chosen:
+        smoke_options(options, image)
     tool = builder.detect()
     code = 0
-    for image in chosen or [catalog.find(catalog.DEFAULT, images)]:
+    for image in chosen:
         found = prove(image, tool, options, keep=keeping)
         code = code or found
     return code

@@ -18,7 +18,7 @@ from pathlib import Path
 from images import debian
 from images.apt_sources import ARCHITECTURE
 from images.debian import RELOCK, Deb, parse_stanzas
-from images.problem import Problem
+from rollout.problem import Problem
 
 # The release of Debian 12. Every file made or shipped later gets this time, so it has to lie before
 # any clock that builds: were it in a builder's future, that builder's own times would stay.

@@ -18,12 +18,11 @@ from rollout import info, preflight, report
 from rollout.problem import Problem
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+def cycles(text: str) -> int:
+    """A number of cycles, for argparse. Fewer than four do not show growth from cycle to cycle."""
+    if not text.isdigit() or int(text) < 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 4")
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument("--only", default="", metavar="CHECK,…", help="run these checks alone")
     three.add_argument("--model", type=Path, metavar="DIR", help="a model of yours, not the probe")
     three.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON")
-    three.add_argument("--cycles", type=positive, default=4, metavar="N", help="of sleep and wake")
+    three.add_argument("--cycles", type=cycles, default=4, metavar="N", help="of sleep and wake")
     three.add_argument("--inject", metavar="FAULT", help="break one thing; the run must fail")
     commands.add_parser("serve", help="the engine's own OpenAI server; arguments pass through")
     return top

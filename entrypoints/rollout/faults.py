@@ -19,25 +19,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault: the check that has to fail first because of it, and what happens."""
+    """A fault: the check that has to fail first because of it, what happens, and what is said."""
 
     check: str
     what: str
+    reason: str  # a part of the reason that the check has to give
 
 
+HELD = "does not hold what was sent"
 FAULTS = {
-    "dropped-tensor": Fault("refit", "one tensor is never sent"),
-    "flipped-byte": Fault("refit", "one bit of one tensor changes on the way"),
-    "swapped-tensors": Fault("refit", "two tensors of one shape arrive under each other's name"),
-    "wrong-dtype": Fault("refit", "one tensor is sent as float16 bits and read as bfloat16"),
-    "partial-bucket": Fault("refit", "the last bucket arrives half empty"),
-    "refit-skipped": Fault("refit", "the refit reports success and does nothing"),
-    "stale-cache": Fault("refit", "the prefix cache is not reset after a refit"),
-    "oracle-of-other-weights": Fault("generation", "the oracle is given other weights"),
-    "sleep-frees-nothing": Fault("sleep-1", "sleep reports success and does nothing"),
-    "wake-restores-nothing": Fault("sleep-1", "wake brings the memory back, not the weights"),
-    "leak-per-cycle": Fault("sleep-1", "every cycle of sleep and wake keeps some memory"),
-    "lost-buffer": Fault("sleep-2", "wake does not restore what is not in a checkpoint"),
+    "dropped-tensor": Fault("refit", "one tensor is never sent", HELD),
+    "flipped-byte": Fault("refit", "one bit of one tensor changes on the way", HELD),
+    "swapped-tensors": Fault(
+        "refit", "two tensors of one shape arrive under each other's name", HELD
+    ),
+    "wrong-dtype": Fault("refit", "one tensor is sent as float16 bits and read as bfloat16", HELD),
+    "partial-bucket": Fault(
+        "refit", "the last tensor arrives half empty, as from a bucket cut short", HELD
+    ),
+    "refit-skipped": Fault("refit", "the refit reports success and does nothing", HELD),
+    "stale-cache": Fault(
+        "refit", "after the first refit the prefix cache is never reset again", "is still stale"
+    ),
+    "oracle-of-other-weights": Fault(
+        "generation",
+        "the oracle of this check is given other weights",
+        "diverges from the float32 oracle",
+    ),
+    "sleep-frees-nothing": Fault(
+        "sleep-1", "sleep reports success and does nothing", "sleep freed only"
+    ),
+    "wake-restores-nothing": Fault(
+        "sleep-1", "wake brings the memory back, not the weights", "the output is another"
+    ),
+    "leak-per-cycle": Fault(
+        "sleep-1", "every cycle of sleep and wake keeps some memory", "memory grew"
+    ),
+    "lost-buffer": Fault(
+        "sleep-2", "wake does not restore what is not in a checkpoint", "a buffer was lost"
+    ),
 }
 # Made inside the engine; the others are made at its protocol, whatever the engine is.
 _INSIDE = ("leak-per-cycle", "lost-buffer")
@@ -49,7 +69,9 @@ class Faulty:
     def __init__(self, engine: Engine, fault: str) -> None:
         self._engine = engine
         self._fault = fault
+        self._resets = 0
         self.device = engine.device
+        self.transports = engine.transports
 
     def start(self, model: Path, *, dummy: bool) -> None:
         self._engine.start(model, dummy=dummy)
@@ -75,8 +97,11 @@ class Faulty:
         return self._engine.refit(spoil(tensors, self._fault))
 
     def reset_prefix_cache(self) -> None:
-        if self._fault != "stale-cache":
+        # The first reset clears what the engine cached before any refit; without it the fault would
+        # be found by that, and nothing would show that a refit's stale cache is found.
+        if self._fault != "stale-cache" or not self._resets:
             self._engine.reset_prefix_cache()
+        self._resets += 1
 
     def digests(self) -> dict[str, str]:
         return self._engine.digests()

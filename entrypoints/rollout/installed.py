@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from rollout import info
@@ -21,12 +22,16 @@ _VERSION = re.compile(
     r"(?P<dev>[-_.]?dev[-_.]?(?P<dev_n>\d*))?"
     r"(?:\+(?P<local>[a-z0-9]+(?:[-_.][a-z0-9]+)*))?"
 )
+_KINDS = ("off_lock", "not_locked", "not_installed", "twice", "nameless", "unexpected")
 _PRE = {"alpha": "a", "beta": "b", "c": "rc", "pre": "rc", "preview": "rc"}
 
 
-def distributions(prefix: Path, lock: Path) -> Findings:
+def distributions(
+    prefix: Path, lock: Path, expected: Mapping[str, str] = MappingProxyType({})
+) -> Findings:
     """Installed is what is locked, at that version: nothing else, nothing less, nothing twice.
 
+    ``expected`` are the claims of the catalog, distribution to version, held against what is there.
     Problem (code 2) if there is no environment at prefix or the lock cannot be read.
     """
     root, sites = opened(prefix)
@@ -41,8 +46,13 @@ def distributions(prefix: Path, lock: Path) -> Findings:
             problems.append(Finding(item.folder, "nameless", what))
     for name in sorted(found.keys() | locked.keys()):
         problems += _wrong_versions(name, found.get(name, []), locked.get(name, []))
+    for name, version in expected.items():
+        there = [item.version for item in found.get(info.normalised(name), [])]
+        if there != [version]:
+            what = f"the catalog expects {version}, installed is {', '.join(there) or 'none'}"
+            problems.append(Finding(name, "unexpected", what))
     metrics = {"installed": sum(map(len, found.values())), "locked": len(locked)}
-    metrics |= counts(problems, ("off_lock", "not_locked", "not_installed", "twice", "nameless"))
+    metrics |= counts(problems, _KINDS)
     return Findings(tuple(problems), metrics)
 
 

@@ -85,10 +85,23 @@ def memory(root: Path = Path("/")) -> list[str]:
     except OSError:
         return []
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    if found and int(found[1]) * 1024 < MEMORY_NEEDED:
-        free = int(found[1]) / 2**20
-        return [f"{free:.1f} GiB of memory free, {MEMORY_NEEDED >> 30} needed; free some"]
+    machine = int(found[1]) * 1024 if found else MEMORY_NEEDED
+    free = min(machine, _container_memory(root))
+    if free < MEMORY_NEEDED:
+        numbers = f"{free / 2**30:.1f} GiB of memory free, {MEMORY_NEEDED >> 30} needed"
+        return [f"{numbers}; free some, or raise the container's limit (--memory)"]
     return []
+
+
+def _container_memory(root: Path) -> int:
+    """Bytes that the container may still take; without a limit, as many as are needed."""
+    folder = root / "sys/fs/cgroup"
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        return MEMORY_NEEDED if limit == "max" else int(limit) - used
+    except (OSError, ValueError):
+        return MEMORY_NEEDED
 
 
 def allocator(environ: Mapping[str, str]) -> list[str]:

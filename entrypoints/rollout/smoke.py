@@ -19,6 +19,7 @@ from rollout.problem import Problem
 CHECKS = ("start", "refit", "generation", "sleep-1", "sleep-2", "cycle")
 SEED, OTHER_SEED = 20260708, 20260709
 PROMPTS = 8
+FULL = "No space left on device"
 CYCLES = 4
 
 
@@ -78,12 +79,21 @@ def _trial(facts: dict[str, Any], options: Options, folder: Path) -> Any:
     from rollout.faults import Faulty
 
     engine = backends.create(facts["backend"])
+    unknown = set(facts["smoke"]["refit"]) - set(engine.transports)
+    if unknown:
+        known = ", ".join(engine.transports)
+        raise Problem(f"this backend refits over {known}, not over {', '.join(sorted(unknown))}", 2)
     if options.inject:
         engine = Faulty(engine, options.inject)
     if options.model is None:
         config = probe.config("1b" if facts["cuda"] else "tiny")
         weights = probe.weights(config, SEED)
-        probe.save(folder, config, weights)
+        try:
+            probe.save(folder, config, weights)
+        except Exception as error:  # safetensors has an exception of its own for it
+            if FULL not in str(error):
+                raise
+            raise Problem(f"no disk space in {folder} for the probe; free some", 3) from None
         torch.set_num_threads(1)  # as in the engine's process: for a tiny model more is slower
     else:
         config, weights = probe.load(folder)
@@ -122,6 +132,8 @@ def _attempt(name: str, action: Callable[[], dict[str, Any]]) -> report.Check:
         raise
     except Exception as error:  # a check that breaks has not passed
         reason = f"{type(error).__name__}: {error}"
+    if reason and FULL in reason:
+        raise Problem(f"no disk space in {tempfile.gettempdir()} during {name}; free some", 3)
     status = "failed" if reason else "passed"
     return report.Check(name, status, time.perf_counter() - start, metrics, reason)
 
@@ -195,4 +207,9 @@ def run(
     os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     if options.inject:
         print(f"injecting {options.inject}: {FAULTS[options.inject].what}", flush=True)
-    return proof(data, options, show)
+    checks, device = proof(data, options, show)
+    if options.inject and not any(check.status == "failed" for check in checks):
+        reason = f"{options.inject} was injected, and no check found it"
+        checks.append(report.Check("inject", "failed", 0.0, {}, reason))
+        show(checks[-1])
+    return checks, device

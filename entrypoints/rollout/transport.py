@@ -7,7 +7,6 @@ tensor larger than the buffer goes in parts.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -125,7 +124,7 @@ def send(
         deliver(None, connection)
         answer(connection)
     finally:
-        del buffer  # SharedMemory refuses to close while a tensor still looks into it
+        del buffer  # it looks into memory that is unmapped now
         memory.close()
         memory.unlink()
     return sent
@@ -134,7 +133,8 @@ def send(
 def receive(connection: Connection) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that :func:`send` sends, in its order.
 
-    A tensor is a view of the bucket: it is valid until the next one is asked for.
+    A tensor is a view of the bucket: it is valid until the next one is asked for, and reading it
+    after the last one ends the process, since the bucket is unmapped then.
     """
     import torch
 
@@ -161,7 +161,5 @@ def receive(connection: Connection) -> Iterator[tuple[str, torch.Tensor]]:
     finally:
         del buffer
         parts = None
-        # After an error the receiver's last tensor may still look into the bucket; it ends with it.
-        with contextlib.suppress(BufferError):
-            memory.close()
+        memory.close()
     connection.send("done")

@@ -52,11 +52,11 @@ def run(
     lock = prefix / info.LOCK
     if "distributions" in chosen:
         read_lock(lock)
-    facts = info.image(prefix) if {"libraries", "imports"} & set(chosen) else {}
+    facts = info.image(prefix) if set(chosen) - {"files"} else {}
     python = prefix / "bin/python"
     work: dict[str, Callable[[], Findings]] = {
         "files": partial(files, prefix),
-        "distributions": partial(distributions, prefix, lock),
+        "distributions": partial(distributions, prefix, lock, _claims(facts)),
         "libraries": partial(libraries, prefix, _names(facts, "optional_libraries")),
         "imports": partial(
             imports, _names(facts, "imports"), str(python if python.exists() else sys.executable)
@@ -67,6 +67,12 @@ def run(
         checks.append(_check(name, work[name]))
         progress(checks[-1])
     return checks
+
+
+def _claims(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What the catalog expects of distributions; CUDA is none, torch says what it was built for."""
+    claims = facts.get("expect", {})
+    return {name: str(version) for name, version in claims.items() if name != "cuda"}
 
 
 def _names(facts: Mapping[str, Any], key: str) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from images import build, builder, catalog
-from images.problem import Problem
+from rollout.problem import Problem
 
 Result = subprocess.CompletedProcess[str]
 

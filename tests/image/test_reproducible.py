@@ -6,15 +6,25 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from images import builder, catalog
+from images import base, builder, catalog, lock
 from images.catalog import ROOT
 
 pytestmark = pytest.mark.image
 TAG = "verl-rollout:test-again"
 COMMAND = (sys.executable, "-m", "images.build", catalog.DEFAULT, "--no-cache", "--tag", TAG)
+
+
+def test_the_base_made_again_is_the_same_to_the_byte(
+    built: builder.Built,  # noqa: ARG001 - the first one was made for it
+    tmp_path: Path,
+) -> None:
+    first = base.tarball()
+    again = base.make(base.LOCK, tmp_path / "base.tar")
+    assert lock.digest(again) == lock.digest(first)
 
 
 def test_a_killed_build_leaves_no_tag_and_the_next_one_gives_the_same_image(

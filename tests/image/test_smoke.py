@@ -39,8 +39,9 @@ def test_every_injected_fault_fails_its_check(
     data = json.loads(path.read_text())
     assert report.validate(data) == []
     assert data["verdict"] == "failed"
-    failed = [check["name"] for check in data["checks"] if check["status"] == "failed"]
-    assert failed == [FAULTS[fault].check]
+    failed = {c["name"]: c["reason"] for c in data["checks"] if c["status"] == "failed"}
+    assert list(failed) == [FAULTS[fault].check]
+    assert FAULTS[fault].reason in failed[FAULTS[fault].check]
     assert any(line.startswith(FAULTS[fault].check) and "failed" in line for line in lines(done))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from images import apt_sources
-from images.problem import Problem
+from rollout.problem import Problem
 
 DEBIAN_KEY = "/usr/share/keyrings/debian-archive-keyring.gpg"
 DEB822 = f"""\

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from images import base, debian, host, rootfs
-from images.problem import Problem
+from rollout.problem import Problem
 
 from .test_apt_sources import DEFAULT
 from .test_debian import DEB, GXX, SHA

@@ -16,7 +16,7 @@ import pytest
 from images import build, builder, catalog, host, lock
 from images.catalog import Image
 from images.lock import Locked
-from images.problem import Problem
+from rollout.problem import Problem
 
 from ..conftest import VERSIONS, Checkout, sha256
 

@@ -16,7 +16,7 @@ import pytest
 
 from images import builder, host
 from images.builder import Buildah, Command, Docker, Recipe
-from images.problem import Problem
+from rollout.problem import Problem
 
 RECIPE = Recipe(
     Path("/context"),

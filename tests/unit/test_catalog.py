@@ -11,7 +11,7 @@ import pytest
 
 from images import catalog
 from images.catalog import Image
-from images.problem import Problem
+from rollout.problem import Problem
 
 from ..conftest import KEYS, Checkout
 

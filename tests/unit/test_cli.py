@@ -104,8 +104,8 @@ def test_outside_of_an_image_it_says_what_is_missing(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["smoke", "--cycles", "0"], "argument --cycles: invalid positive value: '0'"),
-        (["smoke", "--cycles", "many"], "argument --cycles: invalid positive value: 'many'"),
+        (["smoke", "--cycles", "0"], "argument --cycles: '0' is no number of at least 4"),
+        (["smoke", "--cycles", "many"], "argument --cycles: 'many' is no number of at least 4"),
         (["smoke", "--colour"], "unrecognized arguments: --colour"),
         (["info", "--xml"], "unrecognized arguments: --xml"),
         (["verify", "--report"], "argument --report: expected one argument"),
@@ -205,9 +205,9 @@ def test_the_exit_code_is_the_verdict(
     monkeypatch.setattr(smoke, "run", run)
     monkeypatch.setenv("ROLLOUT_LAYERS", f"sha256:{'a' * 64},sha256:{'b' * 64}")
     path = prefix / "report.json"
-    argv = ["smoke", "--only", "start,refit", "--cycles", "2", "--report", str(path)]
+    argv = ["smoke", "--only", "start,refit", "--cycles", "5", "--report", str(path)]
     assert cli.main([*argv, "--inject", "flipped-byte"]) == code
-    assert asked == [smoke.Options(("start", "refit"), None, 2, "flipped-byte")]
+    assert asked == [smoke.Options(("start", "refit"), None, 5, "flipped-byte")]
     assert capsys.readouterr().out.splitlines()[-1].startswith(last)
     data = left(path)
     assert [check["name"] for check in data["checks"]] == [check.name for check in checks]

@@ -9,8 +9,8 @@ import pytest
 
 from images import build, catalog, docs, layers, lock, prove
 from images.catalog import Image
-from images.problem import Problem
 from rollout.faults import FAULTS
+from rollout.problem import Problem
 
 from ..conftest import VERSIONS, Checkout
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from images import host
-from images.problem import Problem
+from rollout.problem import Problem
 
 DEBIAN = 'PRETTY_NAME="Debian GNU/Linux 12"\nID=debian\n'
 UBUNTU = 'NAME="Ubuntu"\nID=ubuntu\nID_LIKE=debian\n'

@@ -94,3 +94,13 @@ def test_a_lock_that_is_none_is_a_problem_of_usage(prefix: Path, text: str | Non
 )
 def test_spellings_of_one_version_are_equal(one: str, other: str) -> None:
     assert installed.same_version(one) == installed.same_version(other)
+
+
+def test_a_claim_of_the_catalog_that_does_not_hold_is_named(prefix: Path) -> None:
+    lock = prefix / "share/rollout/requirements.lock"
+    assert found(installed.distributions(prefix, lock, {"Demo": "1.0"})) == ""
+    wrong = installed.distributions(prefix, lock, {"Demo": "1.1", "absent": "2"})
+    said = found(wrong)
+    assert "Demo: the catalog expects 1.1, installed is 1.0" in said
+    assert "absent: the catalog expects 2, installed is none" in said
+    assert wrong.metrics["unexpected"] == 2

@@ -6,7 +6,7 @@ import pytest
 
 from images import layers
 from images.layers import Record
-from images.problem import Problem
+from rollout.problem import Problem
 
 from ..conftest import Checkout
 

@@ -13,7 +13,7 @@ import pytest
 from images import catalog, host, lock
 from images.catalog import ROOT
 from images.lock import Locked
-from images.problem import Problem
+from rollout.problem import Problem
 
 from ..conftest import VERSIONS, Checkout, sha256
 

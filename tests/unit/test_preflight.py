@@ -127,7 +127,9 @@ def test_a_cache_that_cannot_be_written_is_named(
 def test_little_memory_is_said_with_numbers(machine: Path) -> None:
     assert preflight.memory(machine) == []
     meminfo(machine, 3 << 29)
-    assert preflight.memory(machine) == ["1.5 GiB of memory free, 3 needed; free some"]
+    assert preflight.memory(machine) == [
+        "1.5 GiB of memory free, 3 needed; free some, or raise the container's limit (--memory)"
+    ]
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
@@ -162,3 +164,15 @@ def test_a_machine_with_everything_has_no_findings(
     environ = {"XDG_CACHE_HOME": str(machine / "cache")}
     for cuda in (None, "12.8", "13.0"):
         assert preflight.findings(cuda, machine, environ) == []
+
+
+def test_the_limit_of_the_container_counts_where_the_machine_has_more(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemAvailable: 64000000 kB\n")
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.current").write_text("0\n")
+    (group / "memory.max").write_text("max\n")
+    assert preflight.memory(tmp_path) == []
+    (group / "memory.max").write_text(f"{1 << 30}\n")
+    assert preflight.memory(tmp_path)[0].startswith("1.0 GiB of memory free, 3 needed")

@@ -13,8 +13,8 @@ import pytest
 from images import build, builder, layers, prove
 from images.builder import Built, Command
 from images.catalog import Image
-from images.problem import Problem
 from rollout import report
+from rollout.problem import Problem
 
 from ..conftest import Checkout, sha256
 
@@ -114,12 +114,12 @@ def left(image: Image) -> dict[str, Any]:
 
 def test_a_sound_image_leaves_one_report_of_both_commands(image: Image) -> None:
     tool = Fake(**SOUND)
-    assert prove.prove(image, tool, ["--cycles", "2"], keep=False) == 0
+    assert prove.prove(image, tool, ["--cycles", "5"], keep=False) == 0
     assert left(image)["verdict"] == "proved"
     assert [check["name"] for check in left(image)["checks"]] == ["files", "start", "refit"]
     verify, smoke = tool.ran
     assert list(verify.argv) == ["rollout", "verify", "--report", "/report/verify.json"]
-    assert list(smoke.argv)[1:] == ["smoke", "--report", "/report/smoke.json", "--cycles", "2"]
+    assert list(smoke.argv)[1:] == ["smoke", "--report", "/report/smoke.json", "--cycles", "5"]
     assert verify.image == smoke.image == "localhost/verl-rollout:vllm-0.12"
     assert (verify.user, smoke.user) == ("1234:0", "1234:0")
     assert smoke.env == {"ROLLOUT_LAYERS": ",".join(LAYERS)}
@@ -217,9 +217,40 @@ def test_options_behind_the_reference_go_to_smoke(
     checkout: Checkout, calls: Callable[[Sequence[int]], list[Call]]
 ) -> None:
     checkout.image()
+    made = calls([0, 0])
+    assert prove.main(["vllm-0.12", "--inject", "flipped-byte"]) == 0
+    assert prove.main(["vllm-0.12", "--keep"]) == 0
+    assert made == [("vllm-0.12", ["--inject", "flipped-byte"], False), ("vllm-0.12", [], True)]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--inject", "flipped-byte", "--keep"], "--keep takes no other option"),
+        (["--report", "x.json"], "--report is set by prove"),
+        (["--only", "generatoin"], "did you mean 'generation'?"),
+        (["--inject", "flipped-bite"], "did you mean 'flipped-byte'?"),
+        (["--model", "/nowhere"], "/nowhere is not a folder"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_anything_is_built(
+    checkout: Checkout,
+    calls: Callable[[Sequence[int]], list[Call]],
+    options: list[str],
+    sentence: str,
+) -> None:
+    checkout.image()
     made = calls([0])
-    assert prove.main(["vllm-0.12", "--inject", "flipped-byte", "--keep"]) == 0
-    assert made == [("vllm-0.12", ["--inject", "flipped-byte"], True)]
+    with pytest.raises(Problem) as caught:
+        prove.main(["vllm-0.12", *options])
+    assert (made, caught.value.code) == ([], 2)
+    assert sentence in caught.value.sentence
+
+
+def test_a_model_of_the_host_is_mounted(image: Image, tmp_path: Path) -> None:
+    options, volumes = prove.smoke_options(["--model", str(tmp_path)], image)
+    assert options[-2:] == ["--model", "/model"]
+    assert volumes == {str(tmp_path): "/model:ro"}
 
 
 def test_one_image_that_fails_fails_the_session_and_the_others_run(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rollout import checks, preflight, smoke
+from rollout import checks, preflight, report, smoke
 from rollout.backends import Completion, EngineError
 from rollout.checks import Failed
 from rollout.problem import Problem
@@ -108,9 +108,20 @@ def test_wrong_usage_is_said_before_what_this_machine_lacks(
 def test_nothing_is_looked_up_in_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, str] = {}
     monkeypatch.setattr(preflight, "findings", lambda *_: [])
-    monkeypatch.setattr(smoke, "proof", lambda *_: seen.update(os.environ))
+    monkeypatch.setattr(smoke, "proof", lambda *_: (seen.update(os.environ) or [], None))
     smoke.run(FACTS, smoke.Options(), print)
     assert (seen["HF_HUB_OFFLINE"], seen["TRANSFORMERS_OFFLINE"]) == ("1", "1")
+
+
+def test_an_injected_fault_that_no_check_finds_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passed = report.Check("refit", "passed", 1.0)
+    monkeypatch.setattr(preflight, "findings", lambda *_: [])
+    monkeypatch.setattr(smoke, "proof", lambda *_: ([passed], None))
+    checks, _ = smoke.run(FACTS, smoke.Options(inject="leak-per-cycle"), lambda _: None)
+    assert report.verdict(checks) == "failed"
+    assert checks[-1].reason == "leak-per-cycle was injected, and no check found it"
 
 
 # a run, with checks that check nothing

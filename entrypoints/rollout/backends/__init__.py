@@ -31,6 +31,7 @@ class Engine(Protocol):
     """An inference engine in a process of its own, driven from the trainer's side."""
 
     device: str  # what it runs on, as a person would name it
+    transports: tuple[str, ...]  # how weights reach it in a refit, as the catalog names them
 
     def start(self, model: Path, *, dummy: bool) -> None:
         """Start on a model folder; with ``dummy`` on whatever an initialisation leaves."""

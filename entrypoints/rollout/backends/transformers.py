@@ -39,6 +39,8 @@ SMALL = 50_000_000
 class Engine:
     """The trainer's side of the reference engine (see :class:`rollout.backends.Engine`)."""
 
+    transports: tuple[str, ...] = ("shared-memory",)
+
     def __init__(self) -> None:
         self.device = f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
         self._process: multiprocessing.process.BaseProcess | None = None
@@ -121,7 +123,7 @@ class Engine:
             self._connection.close()
             self._connection = None
         if self._process is not None:
-            self._process.join(5)
+            self._process.join(1)  # what is still busy then is not waited for
             self._process.kill()
             self._process.join()
             self._process = None
@@ -349,6 +351,7 @@ class Worker:
                     shapes = f"{tuple(tensor.shape)}, not {tuple(parameters[name].shape)}"
                     raise EngineError(f"tensor {name!r} has shape {shapes}")
                 parameters[name].copy_(tensor)
+                del tensor  # a view of the bucket, which is unmapped at the end
 
     def reset_prefix_cache(self) -> None:
         self.cached.clear()
