@@ -73,7 +73,7 @@ def numbers(data: Mapping[str, Any]) -> str:
     """The measured numbers of an image as a table, each beside what it should be."""
     rows = [
         (
-            "`prove` from a fresh clone, warm package caches",
+            "`prove` from a fresh clone, warm caches (packages, base tar)",
             "prove_first_seconds",
             "{:.0f} s",
             "≤ 360 s",
