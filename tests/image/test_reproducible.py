@@ -31,6 +31,13 @@ def test_a_killed_build_leaves_no_tag_and_the_next_one_gives_the_same_image(
     tool: builder.Buildah, built: builder.Built
 ) -> None:
     subprocess.run(["buildah", "rmi", tool.local + TAG], check=False, capture_output=True)
+    # Another host, as far as a build could tell: its settings must not reach the image.
+    other = {
+        **os.environ,
+        "NO_PROXY": f"{os.environ.get('NO_PROXY', '')},trace-of-the-host.example",
+        "UV_HTTP_TIMEOUT": "181",
+        "TZ": "Asia/Tokyo",
+    }
     process = subprocess.Popen(
         COMMAND, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -52,6 +59,8 @@ def test_a_killed_build_leaves_no_tag_and_the_next_one_gives_the_same_image(
         again = subprocess.run(
             COMMAND,
             cwd=ROOT,
+            env=other,
+            umask=0o077,
             check=False,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
