@@ -176,7 +176,7 @@ def relock(snapshot: str | None = None, lock: Path = LOCK, packages: Path = PACK
     if old and (old.debs, old.requested) == (made.debs, made.requested):
         made = old
     else:
-        _write(lock, render(made))
+        host.write(lock, render(made))
     host.say(f"{shown(lock)}: {len(made.debs)} packages")
     return made
 
@@ -194,7 +194,7 @@ def fetch(lock: Path = LOCK, snapshot: str | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for deb in locked.debs:
         kept = folder / f"{deb.sha256}.deb"
-        if kept.exists() and debian.sha256(kept) != deb.sha256:
+        if kept.exists() and host.sha256(kept) != deb.sha256:
             kept.unlink()
             host.say(f"{deb.name}: the cached file is damaged; deleted, it is fetched again")
     missing = _missing(locked, folder)
@@ -212,7 +212,7 @@ def fetch(lock: Path = LOCK, snapshot: str | None = None) -> Path:
         wrong = []
         for deb in missing:
             file = next(Path(new).glob(f"{debian.downloaded_name(deb)}_*.deb"))
-            got = debian.sha256(file)
+            got = host.sha256(file)
             if got == deb.sha256:
                 file.replace(folder / f"{deb.sha256}.deb")
             else:  # deleted with the folder it lies in
@@ -279,13 +279,3 @@ def tarball(lock: Path = LOCK) -> Path:
         host.say("making the base image from Debian packages")
         make(lock, path)
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

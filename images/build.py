@@ -347,7 +347,7 @@ def build(
         settings["UV_TORCH_BACKEND"] = backend
     with _alone():
         bottom = base_image(tool, cache=cache)
-        stamped = labels(image, locked, lock.digest(image.lock), base_name())
+        stamped = labels(image, locked, host.sha256(image.lock), base_name())
         text = dockerfile(image.dockerfile.read_text(encoding="utf-8"), image.env, stamped)
         folder = BUILD / "contexts" / image.repository / image.tag
         prepare(folder, text, texts, files, wheels)

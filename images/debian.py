@@ -6,7 +6,6 @@ Commands needed: apt-get and apt-cache, and mmdebstrap for its default sources.
 from __future__ import annotations
 
 import email.utils
-import hashlib
 import os
 import re
 import shlex
@@ -249,12 +248,6 @@ def downloaded_name(deb: Deb) -> str:
 
 
 # --- small things ---------------------------------------------------------------------------------
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run(

@@ -29,7 +29,7 @@ def standing(image: Image) -> str:
     data = json.loads(path.read_text(encoding="utf-8"))
     recorded = layers.read(image)
     current = (
-        data["lock_sha256"] == lock.digest(image.lock)
+        data["lock_sha256"] == host.sha256(image.lock)
         and recorded is not None
         and recorded.inputs == build.inputs(image)
         and tuple(data["layers"]) == recorded.diff_ids
@@ -172,7 +172,7 @@ def main(arguments: Sequence[str]) -> int:
         if difference:
             raise Problem("the README is not fresh (diff above); run 'nox -s docs'")
     elif new != text:
-        lock.write(README, new)
+        host.write(README, new)
         host.say("README.md renewed")
     return 0
 

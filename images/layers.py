@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from images import lock
+from images import host
 from images.catalog import Image, shown
 from rollout.problem import Problem
 
@@ -53,7 +53,7 @@ def write(image: Image, record: Record) -> None:
         "inputs": record.inputs,
         "diff_ids": list(record.diff_ids),
     }
-    lock.write(path(image), json.dumps(data, indent=1) + "\n")
+    host.write(path(image), json.dumps(data, indent=1) + "\n")
 
 
 def compare(expected: Record | None, found: Record) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import os
 import re
 import sys
@@ -238,17 +237,6 @@ def resolve_dev() -> str:
     return header("nox -s lock -- dev", "Python 3.11 or newer, any system") + body
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that an interrupted run leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def drift(path: Path, text: str) -> str:
     """A unified diff from the file to the text that it should hold; empty where they agree."""
     current = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -259,11 +247,6 @@ def drift(path: Path, text: str) -> str:
         f"{shown(path)} (resolved now)",
     )
     return "".join(lines)
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check(images: Sequence[Image]) -> list[str]:
@@ -304,10 +287,10 @@ def main(arguments: Sequence[str]) -> int:
         broken = claims_broken(image, versions)
         if broken:
             raise Problem(f"{shown(image.path)}: " + "; ".join(broken), 2)
-        write(image.lock, text)
+        host.write(image.lock, text)
         host.say(f"{shown(image.lock)}: {len(versions)} distributions")
     if dev:
-        write(DEV_LOCK, resolve_dev())
+        host.write(DEV_LOCK, resolve_dev())
         host.say(shown(DEV_LOCK))
     # Only when asked for: Debian's archive moves on, and a lock of it cannot be made again by date
     # without a snapshot.

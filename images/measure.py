@@ -11,18 +11,16 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from images import build, builder, catalog, host, lock, prove
+from images import build, builder, catalog, host, prove
 from images.catalog import ROOT, Image, shown
-from rollout.problem import Problem
 
 SITE = "/opt/rollout"
 
@@ -39,17 +37,8 @@ def seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _run(argv: Sequence[str], env: Mapping[str, str] | None = None) -> str:
-    said = subprocess.run(
-        list(argv),
-        env=None if env is None else dict(env),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if said.returncode:
-        raise Problem(f"'{argv[0]}' failed while measuring: {said.stderr.strip()[-200:]}")
-    return said.stdout
+# A step of a measurement: what it prints is kept, and its failure ends the measurement.
+_run = partial(host.run, quiet=True)
 
 
 def inside(image: Image, tool: builder.Buildah) -> dict[str, float]:
@@ -102,17 +91,17 @@ def cold_build(image: Image, tool: builder.Buildah) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             env = {**os.environ, **host.uv_environment(os.environ)}
             env["UV_CACHE_DIR"] = f"{folder}/cache"
-            _run([uv, "venv", "--quiet", "--python", python, f"{folder}/venv"], env)
+            _run([uv, "venv", "--quiet", "--python", python, f"{folder}/venv"], env=env)
             argv = [uv, "pip", "install", "--quiet", "--no-deps", "--require-hashes", *options]
             argv += ["--python", f"{folder}/venv/bin/python", "--requirement", str(image.lock)]
-            found[f"{key}_install_seconds"] = seconds(partial(_run, argv, env))
+            found[f"{key}_install_seconds"] = seconds(partial(_run, argv, env=env))
     found["base_seconds"] = seconds(lambda: build.base_image(tool, cache=False))
     tag = "verl-rollout:measured"
     with tempfile.TemporaryDirectory() as folder:
         # buildah keeps the cache mounts of a Dockerfile below TMPDIR: an empty one, an empty cache.
         argv = [sys.executable, "-m", "images.build", image.reference, "--no-cache", "--tag", tag]
         env = {**os.environ, "TMPDIR": folder}
-        whole = seconds(lambda: _run(argv, env))
+        whole = seconds(lambda: _run(argv, env=env))
     _run(["buildah", "rmi", tool.local + tag])
     found["cold_build_seconds"] = whole - found["base_seconds"]
     found["build_ratio"] = found["cold_build_seconds"] / found["bare_install_seconds"]
@@ -143,8 +132,8 @@ def proof_times(image: Image) -> dict[str, float]:
             f"{sys.executable} -m nox --session prove -- {image.reference}"
         )
         env.pop("PYTHONPATH", None)
-        first = seconds(lambda: _run(["sh", "-c", command], env))
-        second = seconds(lambda: _run(["sh", "-c", command], env))
+        first = seconds(lambda: _run(["sh", "-c", command], env=env))
+        second = seconds(lambda: _run(["sh", "-c", command], env=env))
     return {"prove_first_seconds": first, "prove_again_seconds": second}
 
 
@@ -160,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
     data: dict[str, Any] = {
         "measured": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "lock_sha256": lock.digest(image.lock),
+        "lock_sha256": host.sha256(image.lock),
     }
     steps: list[tuple[str, Callable[[], dict[str, float]]]] = [
         ("inside the image", lambda: inside(image, tool)),
@@ -173,7 +162,7 @@ def main(arguments: Sequence[str]) -> int:
         for key, value in step().items():
             data[key] = round(value, 3)
             host.say(f"  {key} = {data[key]}")
-    lock.write(path(image), json.dumps(data, indent=1) + "\n")
+    host.write(path(image), json.dumps(data, indent=1) + "\n")
     host.say(f"{shown(path(image))}; 'nox -s docs' puts it into the README")
     return 0
 

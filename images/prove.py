@@ -91,7 +91,7 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
     _leave(report_path(image), merge(parts))
     if keep and not code:
         layers.write(image, built)
-        lock.write(kept(image), report_path(image).read_text(encoding="utf-8"))
+        host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
         host.say(f"kept as {shown(kept(image))}; 'nox -s docs' renews the README's table")
     return code
 
@@ -100,7 +100,7 @@ def _leave(path: Path, data: dict[str, Any]) -> None:
     wrong = report.validate(data)
     if wrong:
         raise Problem(f"the report breaks its own schema: {'; '.join(wrong[:3])}")
-    lock.write(path, json.dumps(data, indent=1) + "\n")
+    host.write(path, json.dumps(data, indent=1) + "\n")
     host.say(f"{data['image']}: {data['verdict']}; report in {shown(path)}")
 
 

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from images import debian
+from images import debian, host
 from images.apt_sources import ARCHITECTURE
 from images.debian import RELOCK, Deb, parse_stanzas
 from rollout.problem import Problem
@@ -161,7 +161,7 @@ def _repository(debs: Iterable[Deb], cached: Path, repository: Path) -> None:
         file = repository / f"{deb.name}_{deb.sha256[:12]}.deb"
         shutil.copyfile(cached / f"{deb.sha256}.deb", file)
         file.chmod(0o644)
-        if debian.sha256(file) != deb.sha256:
+        if host.sha256(file) != deb.sha256:
             raise Problem(f"{deb.name}: the cached file changed while it was copied; run it again")
         control = debian.run(["dpkg-deb", "--field", str(file)])
         fields = parse_stanzas(control)[0]

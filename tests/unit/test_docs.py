@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from images import build, catalog, docs, layers, lock, prove
+from images import build, catalog, docs, host, layers, prove
 from images.catalog import Image
 from rollout.faults import FAULTS
 from rollout.problem import Problem
@@ -31,13 +31,13 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
 def keep(image: Image, **changes: Any) -> None:
     """Keep a report of the image as it is now."""
     data = {
-        "lock_sha256": lock.digest(image.lock),
+        "lock_sha256": host.sha256(image.lock),
         "layers": list(DIFF_IDS),
         "verdict": "proved",
         "device": "a GPU",
         "started": "2026-01-02T03:04:05Z",
     }
-    lock.write(prove.kept(image), json.dumps(data | changes))
+    host.write(prove.kept(image), json.dumps(data | changes))
 
 
 def test_a_fresh_proof_is_shown_with_device_and_day(image: Image) -> None:

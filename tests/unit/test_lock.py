@@ -330,7 +330,7 @@ def test_drift_is_nothing_where_nothing_drifted(tmp_path: Path) -> None:
 
 
 def test_a_file_is_written_whole_into_a_new_folder(tmp_path: Path) -> None:
-    lock.write(tmp_path / "new/a.lock", "é\n")
+    host.write(tmp_path / "new/a.lock", "é\n")
     assert (tmp_path / "new/a.lock").read_bytes() == "é\n".encode()
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.lock"]
 
@@ -339,7 +339,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     path = tmp_path / "a.lock"
     path.write_text("old\n")
     with pytest.raises(UnicodeEncodeError):
-        lock.write(path, "new \udc80")
+        host.write(path, "new \udc80")
     assert path.read_text() == "old\n"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -356,7 +356,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
     path.write_text("old\n")
     monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        lock.write(path, "new\n")
+        host.write(path, "new\n")
     assert path.read_text() == "old\n"
     assert list(tmp_path.iterdir()) == [path]
 
