@@ -11,7 +11,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,16 @@ class Smoke:
 
     sleep_levels: tuple[int, ...]
     refit: tuple[str, ...]
+    fp8: bool = False  # a second start with weights in 8 bits, refitted from bfloat16
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As image.json has it, which decides the checks of ``rollout smoke``."""
+        return {
+            "sleep_levels": list(self.sleep_levels),
+            "refit": list(self.refit),
+            "fp8": self.fp8,
+        }
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class Image:
     env: Mapping[str, str]
     smoke: Smoke
     path: Path
+    # Libraries that something in the image could load and nothing of an engine does, with a reason.
+    optional_libraries: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -80,9 +92,20 @@ _KEYS: dict[str, tuple[type, bool]] = {
     "expect": (dict, True),
     "env": (dict, False),
     "smoke": (dict, True),
+    "optional-libraries": (dict, False),
 }
-_SMOKE_KEYS: dict[str, tuple[type, bool]] = {"sleep-levels": (list, True), "refit": (list, True)}
-_TYPE_NAMES = {str: "a string", list: "a list", dict: "a table", datetime.date: "a date"}
+_SMOKE_KEYS: dict[str, tuple[type, bool]] = {
+    "sleep-levels": (list, True),
+    "refit": (list, True),
+    "fp8": (bool, False),
+}
+_TYPE_NAMES = {
+    str: "a string",
+    list: "a list",
+    dict: "a table",
+    bool: "true or false",
+    datetime.date: "a date",
+}
 
 
 def shown(path: Path) -> str:
@@ -159,8 +182,12 @@ def parse(path: Path) -> Image:
         smoke=Smoke(
             _chosen(table["smoke"]["sleep-levels"], (1, 2), path, "smoke.sleep-levels"),
             _chosen(table["smoke"]["refit"], TRANSPORTS, path, "smoke.refit"),
+            table["smoke"].get("fp8", False),
         ),
         path=path,
+        optional_libraries=_strings(
+            table.get("optional-libraries", {}), path, "optional-libraries"
+        ),
     )
     for name in image.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):

@@ -17,9 +17,12 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from images import base, catalog, host
 from images.catalog import ROOT, Image, shown
@@ -101,7 +104,8 @@ def claims_broken(image: Image, versions: Mapping[str, str]) -> list[str]:
 
 def cuda(versions: Mapping[str, str]) -> str | None:
     """The CUDA release (major.minor) of a lock, read off the runtime wheel that torch pins."""
-    for name in ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime-cu13"):
+    # The suffixed name first: it is torch's. Beside it the plain one is the toolchain's (nvcc).
+    for name in ("nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime-cu13", "nvidia-cuda-runtime"):
         if name in versions:
             return ".".join(versions[name].split(".")[:2])
     return None
@@ -162,6 +166,40 @@ def compile_argv(
     ]
 
 
+def _tags(python: str) -> dict[Tag, int]:
+    """Wheel tags that the platform takes, each with its rank: 0 is the most specific."""
+    version = tuple(int(part) for part in python.split("."))
+    glibc = int(PLATFORM.rpartition("_")[2])
+    platforms = []
+    for minor in range(glibc, 4, -1):
+        platforms.append(f"manylinux_2_{minor}_x86_64")
+        old = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}.get(minor)
+        platforms += [f"{old}_x86_64"] if old else []
+    platforms.append("linux_x86_64")
+    wanted = [
+        *cpython_tags(version, platforms=platforms),
+        *compatible_tags(
+            version, interpreter=f"cp{''.join(python.split('.'))}", platforms=platforms
+        ),
+    ]
+    return {tag: rank for rank, tag in reversed(list(enumerate(wanted)))}
+
+
+def best(wheels: Sequence[Mapping[str, Any]], python: str) -> Mapping[str, Any]:
+    """Of the files of one release the one that an installer takes: the most specific tag.
+
+    Some releases have two for one platform: for an older and a newer glibc, or with and without
+    compiled parts.
+    """
+    tags = _tags(python)
+
+    def rank(wheel: Mapping[str, Any]) -> int:
+        name = wheel.get("name") or unquote(wheel["url"].rpartition("/")[2])
+        return min(tags.get(tag, len(tags)) for tag in parse_wheel_filename(name)[3])
+
+    return min(wheels, key=rank)
+
+
 def keep_hashes(text: str, chosen: set[str]) -> str:
     """Drop the hashes of files that the platform does not install (other systems, sources)."""
     lines: list[str] = []
@@ -190,7 +228,7 @@ def resolve(image: Image) -> str:
         source = Path(folder) / "requirements.in"
         source.write_text("\n".join(image.requirements) + "\n", encoding="utf-8")
         texts = []
-        # Twice from one cache: pylock.toml names the one file that the platform installs, and the
+        # Twice from one cache: pylock.toml names the files that fit the platform, and the
         # requirements form says which distribution wanted which.
         for name in ("pylock.toml", "requirements.txt"):
             output = Path(folder) / name
@@ -199,11 +237,8 @@ def resolve(image: Image) -> str:
             if done.returncode:
                 raise Problem(f"{image.reference} cannot be resolved: {_reason(done.stderr)}")
             texts.append(output.read_text(encoding="utf-8"))
-    chosen = {
-        wheel["hashes"]["sha256"]
-        for package in tomllib.loads(texts[0])["packages"]
-        for wheel in package["wheels"]
-    }
+    packages = tomllib.loads(texts[0])["packages"]
+    chosen = {best(package["wheels"], image.python)["hashes"]["sha256"] for package in packages}
     facts = f"Python {image.python}, {PLATFORM}, resolved as of {image.resolved_as_of}"
     # uv's "via" comments name the temporary input file.
     body = re.sub(r"-r \S*requirements\.in", shown(image.path), texts[1])

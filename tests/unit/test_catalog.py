@@ -35,7 +35,8 @@ def test_a_file_is_read_into_an_image(checkout: Checkout) -> None:
     assert image.requirements == ("vllm==0.12.0", "ray[default]>=2.41")
     assert image.expect == {"torch": "2.9.0", "cuda": "12.8"}
     assert image.env == {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    assert image.smoke == catalog.Smoke((1, 2), ("cuda-ipc",))
+    assert image.smoke == catalog.Smoke((1, 2), ("cuda-ipc",), fp8=False)
+    assert image.optional_libraries == {}
     assert image.lock == checkout.root / "lockfiles/verl-rollout/vllm-0.12.lock"
     assert image.dockerfile == checkout.root / "images/vllm/Dockerfile"
 
@@ -75,6 +76,18 @@ def test_a_missing_key_of_the_smoke_table_is_named(checkout: Checkout, key: str)
     assert refused(path) == f"key 'smoke.{key}' is missing; add it"
 
 
+def test_weights_in_fp8_are_proved_where_a_file_asks_for_it(checkout: Checkout) -> None:
+    table = '{ sleep-levels = [1], refit = ["disk"], fp8 = %s }'
+    for value in (True, False):
+        image = catalog.parse(checkout.file({"smoke": table % str(value).lower()}))
+        assert image.smoke.facts == {"sleep_levels": [1], "refit": ["disk"], "fp8": value}
+
+
+def test_an_optional_library_comes_with_its_reason(checkout: Checkout) -> None:
+    image = catalog.parse(checkout.file({"optional-libraries": '{ "libmpi.so.40" = "no MPI" }'}))
+    assert image.optional_libraries == {"libmpi.so.40": "no MPI"}
+
+
 def test_variables_may_be_left_out(checkout: Checkout) -> None:
     assert catalog.parse(checkout.file({"env": None})).env == {}
 
@@ -91,6 +104,17 @@ def test_variables_may_be_left_out(checkout: Checkout) -> None:
         ("resolved-as-of", "2025-12-20T00:00:00Z", "key 'resolved-as-of' must be a date"),
         ("expect", "{ torch = 2.9 }", "key 'expect.torch' must be a string"),
         ("env", "{ WORKERS = 1 }", "key 'env.WORKERS' must be a string"),
+        (
+            "smoke",
+            '{ sleep-levels = [1], refit = ["disk"], fp8 = 1 }',
+            "key 'smoke.fp8' must be true or false",
+        ),
+        ("optional-libraries", '["libmpi.so.40"]', "key 'optional-libraries' must be a table"),
+        (
+            "optional-libraries",
+            '{ "libmpi.so.40" = true }',
+            "key 'optional-libraries.libmpi.so.40' must be a string",
+        ),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(

@@ -78,6 +78,53 @@ def test_a_distribution_without_a_file_for_the_platform_is_refused() -> None:
         lock.parse(kept, PATH)
 
 
+# which file of a release
+
+
+def chosen(*names: str) -> str:
+    """The file that is locked, whatever the order in which the index has them."""
+    found = {
+        str(lock.best([{"name": name} for name in order], "3.11")["name"])
+        for order in (names, names[::-1])
+    }
+    assert len(found) == 1
+    return found.pop()
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        ("x-1-cp311-cp311-manylinux_2_28_x86_64.whl", "x-1-cp311-cp311-manylinux_2_17_x86_64.whl"),
+        ("x-1-cp311-cp311-manylinux_2_27_x86_64.whl", "x-1-cp311-cp311-manylinux2014_x86_64.whl"),
+        ("x-1-cp311-cp311-manylinux2014_x86_64.whl", "x-1-cp311-cp311-linux_x86_64.whl"),
+        ("x-1-cp311-cp311-manylinux_2_17_x86_64.whl", "x-1-py3-none-any.whl"),
+        ("x-1-py3-none-manylinux1_x86_64.whl", "x-1-py3-none-any.whl"),
+        ("x-1-cp311-cp311-manylinux1_x86_64.whl", "x-1-cp38-abi3-manylinux_2_28_x86_64.whl"),
+        ("x-1-cp38-abi3-manylinux_2_17_x86_64.whl", "x-1-py3-none-manylinux_2_28_x86_64.whl"),
+        # what the platform does not take at all
+        ("x-1-py3-none-any.whl", "x-1-cp312-cp312-manylinux_2_28_x86_64.whl"),
+        ("x-1-py3-none-any.whl", "x-1-cp311-cp311-manylinux_2_40_x86_64.whl"),
+        ("x-1-py3-none-any.whl", "x-1-cp311-cp311-win_amd64.whl"),
+    ],
+)
+def test_of_two_files_the_one_that_an_installer_takes_is_locked(better: str, worse: str) -> None:
+    assert chosen(better, worse) == better
+
+
+def test_a_file_of_several_tags_is_as_good_as_its_best() -> None:
+    both = "x-1-cp311-cp311-manylinux2014_x86_64.manylinux_2_28_x86_64.whl"
+    assert chosen(both, "x-1-cp311-cp311-manylinux_2_17_x86_64.whl") == both
+
+
+def test_a_file_without_a_name_is_known_by_its_address() -> None:
+    folder = "https://mirror.example/x"
+    wheels = [
+        {"url": f"{folder}/x-1%2Bcpu-py3-none-any.whl"},
+        {"url": f"{folder}/x-1%2Bcpu-cp311-cp311-manylinux_2_28_x86_64.whl"},
+    ]
+    assert lock.best(wheels, "3.11") == wheels[1]
+
+
 # what a catalog file claims
 
 
@@ -87,6 +134,8 @@ def test_a_distribution_without_a_file_for_the_platform_is_refused() -> None:
         ({"nvidia-cuda-runtime-cu12": "12.8.90"}, "12.8"),
         ({"nvidia-cuda-runtime-cu13": "13.0.48"}, "13.0"),
         ({"nvidia-cuda-runtime": "13.1.80"}, "13.1"),
+        # torch's beside the one of the toolchain
+        ({"nvidia-cuda-runtime": "13.0.96", "nvidia-cuda-runtime-cu12": "12.8.90"}, "12.8"),
         ({"torch": "2.9.0+cpu"}, None),
     ],
 )
@@ -199,13 +248,19 @@ def uv(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], list[list[str]]]:
     return replace
 
 
+def wheel(name: str, sha: str) -> str:
+    """A file of a release as pylock.toml has it."""
+    return f'{{ url = "https://mirror.example/{name}", hashes = {{ sha256 = "{sha}" }} }}'
+
+
 def resolves(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
     output, source = Path(argv[argv.index("--output-file") + 1]), argv[-1]
     if output.name == "pylock.toml":
         output.write_text(
             "[[packages]]\n"
             'name = "vllm"\n'
-            f'wheels = [{{ url = "https://mirror.example/x", hashes = {{ sha256 = "{B}" }} }}]\n'
+            f"wheels = [{wheel('vllm-0.12.0-py3-none-any.whl', A)},"
+            f" {wheel('vllm-0.12.0-cp311-cp311-manylinux_2_17_x86_64.whl', B)}]\n"
         )
     else:
         hashes = f"    --hash=sha256:{A} \\\n    --hash=sha256:{B}\n"
