@@ -16,7 +16,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,13 +29,24 @@ from rollout.problem import Problem
 
 BUILD = ROOT / "build"
 ENTRYPOINTS = ROOT / "entrypoints" / "rollout"
-INSTALL = ROOT / "images" / "base" / "install"
+# The script of every build step and what it reads, in the context under these names.
+SCRIPTS = [ROOT / "images" / "base" / name for name in ("install", "prune", "prune.toml")]
 BASE_DOCKERFILE = ROOT / "images" / "base" / "Dockerfile"
 BASE = "verl-rollout-base"
 # Layers in the order of the Dockerfiles, from slow to fast changing: images with the same torch
 # share the first ones to the byte.
-LAYERS = ("nvidia", "torch", "dependencies", "engine")
+LAYERS = ("mathlibs", "nvidia", "torch", "toolchain", "dependencies", "engine")
 TORCH = ("torch", "torchvision", "torchaudio", "triton")
+# What torch pins of CUDA, in two layers: in one it would be the largest by far, and a broken pull
+# begins a layer anew.
+_MATHLIBS = re.compile(
+    r"nvidia-(cublas|cufft|curand|cusolver|cusparse|cusparselt|nvjitlink)(-cu\d+)?"
+)
+_NVIDIA = re.compile(
+    r"nvidia-(cuda-cupti|cuda-nvrtc|cuda-runtime|cudnn|cufile|nccl|nvshmem|nvtx)(-cu\d+)?"
+)
+# What compiles at run time; the plain runtime wheel is its part where torch's has a suffix.
+_TOOLCHAIN = re.compile(r"nvidia-(cuda-(nvcc|cccl|crt)|nvvm)(-cu\d+)?")
 # One moment for every file of every image. A moment of its own for each would give two images with
 # the same torch two different torch layers.
 TIMESTAMP = base.EPOCH
@@ -43,20 +54,26 @@ TIMESTAMP = base.EPOCH
 DISK_NEEDED = 4 << 30
 
 
-def layer_of(name: str, engine: str) -> str:
-    """The layer that a distribution belongs to."""
+def layer_of(name: str, engine: str, names: Collection[str] = ()) -> str:
+    """The layer that a distribution belongs to, among the names of its lock."""
     if name == engine:
         return "engine"
     if name in TORCH:
         return "torch"
-    return "nvidia" if name.startswith("nvidia-") else "dependencies"
+    if _MATHLIBS.fullmatch(name):
+        return "mathlibs"
+    second = name == "nvidia-cuda-runtime" and any(n.startswith(f"{name}-cu") for n in names)
+    if second or _TOOLCHAIN.fullmatch(name):
+        return "toolchain"
+    return "nvidia" if _NVIDIA.fullmatch(name) else "dependencies"
 
 
 def layers(locked: Sequence[Locked], engine: str) -> dict[str, str]:
     """The lock, cut into the layers that hold anything: name to requirements text."""
     texts: dict[str, str] = {}
+    names = {entry.name for entry in locked}
     for layer in LAYERS:
-        entries = [e for e in locked if layer_of(e.name, engine) == layer]
+        entries = [e for e in locked if layer_of(e.name, engine, names) == layer]
         if entries:
             texts[layer] = "".join(e.text for e in sorted(entries, key=lambda e: e.name))
     return texts
@@ -74,10 +91,8 @@ def facts(image: Image, locked: Sequence[Locked]) -> dict[str, object]:
         "engine": {"name": image.backend, "distribution": image.engine},
         "cuda": lock.cuda(versions),
         "expect": dict(image.expect),
-        "smoke": {
-            "sleep_levels": list(image.smoke.sleep_levels),
-            "refit": list(image.smoke.refit),
-        },
+        "smoke": image.smoke.facts,
+        "optional_libraries": sorted(image.optional_libraries),
         "imports": ["torch", image.engine.replace("-", "_")],
     }
 
@@ -165,10 +180,10 @@ def digest(*parts: str | bytes) -> str:
 
 def arguments(texts: Mapping[str, str], bottom: str, files: Mapping[str, bytes]) -> dict[str, str]:
     """Build arguments: the base, and for each layer the sha256 of what it installs and how."""
-    install = INSTALL.read_bytes()
-    values = {name.upper(): digest(install, text) for name, text in texts.items()}
+    scripts = [script.read_bytes() for script in SCRIPTS]
+    values = {name.upper(): digest(*scripts, text) for name, text in texts.items()}
     parts = [part for name, data in sorted(files.items()) for part in (name, data)]
-    return {"BASE": bottom, **values, "ENTRYPOINTS": digest(install, *parts)}
+    return {"BASE": bottom, **values, "ENTRYPOINTS": digest(*scripts, *parts)}
 
 
 def inputs(image: Image) -> str:
@@ -226,7 +241,8 @@ def prepare(
     for name in ("tools", "layers", "wheels", "payload"):
         (folder / name).mkdir(parents=True)
     (folder / "Dockerfile").write_text(dockerfile, encoding="utf-8")
-    _place(INSTALL, folder / "install")
+    for script in SCRIPTS:
+        _place(script, folder / script.name)
     _place(Path(host.uv()), folder / "tools" / "uv")
     for name, text in texts.items():
         (folder / "layers" / f"{name}.txt").write_text(text, encoding="utf-8")

@@ -22,6 +22,8 @@ from ..conftest import VERSIONS, Checkout, sha256
 
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 SHA = sha256("lock")
+# A lock with a distribution for each layer.
+WHOLE = VERSIONS | {"nvidia-cublas-cu12": "12.8.4.1", "nvidia-cuda-nvcc": "13.0.88"}
 
 
 def locked(versions: Mapping[str, str] = VERSIONS) -> list[Locked]:
@@ -34,7 +36,27 @@ def locked(versions: Mapping[str, str] = VERSIONS) -> list[Locked]:
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
+        ("nvidia-cublas-cu12", "mathlibs"),
+        ("nvidia-cusparselt-cu12", "mathlibs"),
+        ("nvidia-nvjitlink-cu12", "mathlibs"),
         ("nvidia-nccl-cu12", "nvidia"),
+        ("nvidia-cudnn-cu12", "nvidia"),
+        ("nvidia-cuda-runtime-cu12", "nvidia"),
+        # as torch names them since CUDA 13: some with a suffix, some without
+        ("nvidia-cublas", "mathlibs"),
+        ("nvidia-cusparselt-cu13", "mathlibs"),
+        ("nvidia-cudnn-cu13", "nvidia"),
+        ("nvidia-cuda-runtime", "nvidia"),
+        ("nvidia-nvtx", "nvidia"),
+        ("nvidia-cuda-nvcc", "toolchain"),
+        ("nvidia-cuda-nvcc-cu12", "toolchain"),
+        ("nvidia-cuda-cccl", "toolchain"),
+        ("nvidia-cuda-crt", "toolchain"),
+        ("nvidia-nvvm", "toolchain"),
+        # by their names alone of the same kind
+        ("nvidia-ml-py", "dependencies"),
+        ("nvidia-cutlass-dsl", "dependencies"),
+        ("nvidia-cudnn-frontend", "dependencies"),
         ("torch", "torch"),
         ("triton", "torch"),
         ("torchvision", "torch"),
@@ -45,6 +67,14 @@ def locked(versions: Mapping[str, str] = VERSIONS) -> list[Locked]:
 )
 def test_a_distribution_lies_where_what_changes_as_often_lies(name: str, layer: str) -> None:
     assert build.layer_of(name, "vllm") == layer
+
+
+def test_a_second_cuda_runtime_is_the_toolchains() -> None:
+    plain, suffixed = "nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"
+    both = [plain, suffixed, "torch"]
+    assert build.layer_of(plain, "vllm", both) == "toolchain"
+    assert build.layer_of(suffixed, "vllm", both) == "nvidia"
+    assert build.layer_of(plain, "vllm", [plain, "nvidia-cudnn-cu13", "torch"]) == "nvidia"
 
 
 def test_an_engine_by_any_name_is_the_engine() -> None:
@@ -161,13 +191,15 @@ def test_parts_are_told_apart_by_more_than_their_bytes_in_a_row() -> None:
 
 @pytest.fixture
 def own(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with an install script and entrypoints of its own."""
+    """A checkout with the scripts of a build step and entrypoints of its own."""
     (checkout.root / "entrypoints/backends").mkdir(parents=True)
     for name in ("cli.py", "backends/vllm.py", "backends/notes.txt"):
         (checkout.root / "entrypoints" / name).write_text(f"# {name}\n")
-    (checkout.root / "install").write_text("#!/bin/sh\n")
+    scripts = [checkout.root / name for name in ("install", "prune", "prune.toml")]
+    for script in scripts:
+        script.write_text("#!/bin/sh\n")
     monkeypatch.setattr(build, "ENTRYPOINTS", checkout.root / "entrypoints")
-    monkeypatch.setattr(build, "INSTALL", checkout.root / "install")
+    monkeypatch.setattr(build, "SCRIPTS", scripts)
     return checkout.root
 
 
@@ -183,14 +215,17 @@ def changed(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
 
 
 def test_there_is_an_argument_for_each_layer_and_the_base(checkout: Checkout) -> None:
-    values = arguments(checkout.image())
-    assert list(values) == ["BASE", "NVIDIA", "TORCH", "DEPENDENCIES", "ENGINE", "ENTRYPOINTS"]
+    values = arguments(checkout.image(versions=WHOLE))
+    assert list(values) == ["BASE", *(layer.upper() for layer in build.LAYERS), "ENTRYPOINTS"]
     assert values["BASE"] == "base:1"
 
 
-def test_a_byte_of_the_install_script_changes_every_layer(checkout: Checkout, own: Path) -> None:
+@pytest.mark.parametrize("name", ["install", "prune", "prune.toml"])
+def test_a_byte_of_what_a_step_runs_changes_every_layer(
+    checkout: Checkout, own: Path, name: str
+) -> None:
     before = arguments(checkout.image())
-    (own / "install").write_text("#!/bin/sh \n")
+    (own / name).write_text("#!/bin/sh \n")
     assert changed(before, arguments(checkout.image())) == set(before) - {"BASE"}
 
 
@@ -205,8 +240,10 @@ def test_a_byte_of_an_entrypoint_changes_that_layer_alone(checkout: Checkout, ow
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
+        ("nvidia-cublas-cu12", "MATHLIBS"),
         ("nvidia-nccl-cu12", "NVIDIA"),
         ("triton", "TORCH"),
+        ("nvidia-cuda-nvcc", "TOOLCHAIN"),
         ("ray", "DEPENDENCIES"),
         ("vllm", "ENGINE"),
     ],
@@ -214,8 +251,8 @@ def test_a_byte_of_an_entrypoint_changes_that_layer_alone(checkout: Checkout, ow
 def test_another_version_changes_its_layer_and_the_last_one(
     checkout: Checkout, name: str, layer: str
 ) -> None:
-    before = arguments(checkout.image())
-    after = arguments(checkout.image(versions=VERSIONS | {name: "99"}))
+    before = arguments(checkout.image(versions=WHOLE))
+    after = arguments(checkout.image(versions=WHOLE | {name: "99"}))
     assert changed(before, after) == {layer, "ENTRYPOINTS"}  # the last one holds the lock
 
 
@@ -253,8 +290,19 @@ def test_the_image_knows_what_it_has_to_prove(checkout: Checkout) -> None:
     assert found["reference"] == "verl-rollout:vllm-0.12"
     assert found["engine"] == {"name": "tensorrt-llm", "distribution": "tensorrt-llm"}
     assert found["imports"] == ["torch", "tensorrt_llm"]
-    assert found["smoke"] == {"sleep_levels": [1, 2], "refit": ["cuda-ipc"]}
+    assert found["smoke"] == {"sleep_levels": [1, 2], "refit": ["cuda-ipc"], "fp8": False}
+    assert found["optional_libraries"] == []
     assert (found["cuda"], found["resolved_as_of"]) == ("12.8", "2025-12-20")
+
+
+def test_what_a_file_says_of_fp8_and_libraries_is_in_the_image(checkout: Checkout) -> None:
+    changes = {
+        "smoke": '{ sleep-levels = [1], refit = ["cuda-ipc"], fp8 = true }',
+        "optional-libraries": '{ "libucp.so.0" = "UCX", "libmpi.so.40" = "MPI" }',
+    }
+    found = build.facts(checkout.image(changes), locked())
+    assert found["smoke"] == {"sleep_levels": [1], "refit": ["cuda-ipc"], "fp8": True}
+    assert found["optional_libraries"] == ["libmpi.so.40", "libucp.so.0"]
 
 
 # the host's settings
@@ -372,6 +420,7 @@ def test_a_build_mounts_the_hosts_settings_and_keeps_them_out_of_the_context(ima
         assert b"xyzzy-password" not in data, path
         assert b"the company's root" not in data, path
     assert "layers/nvidia.txt" in seen["files"]
+    assert {"install", "prune", "prune.toml"} <= {path.name for path in seen["context"]}
     assert seen["recipe"].name == "localhost/verl-rollout:vllm-0.12"
     assert seen["recipe"].timestamp == build.TIMESTAMP
     assert seen["recipe"].arguments["BASE"] == "localhost/base:1"

@@ -197,7 +197,10 @@ def versions(image: Image) -> set[str]:
     wanted = {str(image.resolved_as_of), *table["expect"].values()}
     for line in image.requirements:
         wanted |= {specifier.version for specifier in Requirement(line).specifier}
-    return wanted | {version.split("+")[0] for version in wanted}
+    # A bound such as <2 is a figure like any other: it cannot be looked for.
+    return {
+        v for version in wanted for v in (version, version.split("+")[0]) if "." in v or "-" in v
+    }
 
 
 # A generated part of the README, with its markers.
