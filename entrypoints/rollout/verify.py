@@ -1,11 +1,11 @@
 """Is the environment the locked one, whole and unchanged, and can it be loaded?
 
-Four checks, each with a name: ``files`` (every byte against RECORD or the seal, in hashes.py),
+Five checks, each with a name: ``files`` (every byte against RECORD or the seal, in hashes.py),
 ``distributions`` (against the lock, in installed.py), ``libraries`` (what shared objects need, in
-shared_objects.py) and ``imports``. Nothing is trusted that the environment itself could have
-altered unseen: RECORD vouches for what came out of a wheel, and
-``share/rollout/unrecorded.sha256``, the seal made at image build, for all the rest, RECORD files
-included.
+shared_objects.py), ``compilers`` (what compiles kernels, in compilers.py) and ``imports``. Nothing
+is trusted that the environment itself could have altered unseen: RECORD vouches for what came out
+of a wheel, and ``share/rollout/unrecorded.sha256``, the seal made at image build, for all the rest,
+RECORD files included.
 
     python -m rollout.verify --seal     make the seal; the last step of an image build
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout import info
+from rollout.compilers import compilers
 from rollout.environment import Finding, Findings, ending, opened, printable
 from rollout.hashes import SEAL, files, seal
 from rollout.installed import distributions, read_lock
@@ -28,7 +29,7 @@ from rollout.problem import Problem
 from rollout.report import Check
 from rollout.shared_objects import libraries
 
-CHECKS = ("files", "distributions", "libraries", "imports")
+CHECKS = ("files", "distributions", "libraries", "compilers", "imports")
 
 SHOWN = 20  # findings in the reason of a check; with all, one lost folder would fill the screen
 IMPORT_LIMIT_S = 600  # a cold disk and a large engine take minutes, a deadlock takes forever
@@ -58,6 +59,7 @@ def run(
         "files": partial(files, prefix),
         "distributions": partial(distributions, prefix, lock, _claims(facts)),
         "libraries": partial(libraries, prefix, _names(facts, "optional_libraries")),
+        "compilers": compilers,
         "imports": partial(
             imports, _names(facts, "imports"), str(python if python.exists() else sys.executable)
         ),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rollout import verify
+from rollout.environment import Findings
 from rollout.problem import Problem
 from rollout.report import Check, row
 
@@ -76,14 +77,17 @@ def test_no_module_to_import_proves_nothing(prefix: Path) -> None:
 # all together
 
 
-def test_every_check_runs_in_order_and_is_told_as_it_finishes(prefix: Path) -> None:
+def test_every_check_runs_in_order_and_is_told_as_it_finishes(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "compilers", Findings)  # a host of tests may have no compiler
     put(prefix, f"{SITE}/demo/_c.so", shared_object(("libc.so.6",)))
     seal(prefix)
     told: list[Check] = []
     checks = verify.run(prefix, progress=told.append)
     assert checks == told
     assert [check.name for check in checks] == list(verify.CHECKS)
-    assert [(check.status, check.reason) for check in checks] == [("passed", None)] * 4
+    assert [(check.status, check.reason) for check in checks] == [("passed", None)] * len(checks)
 
 
 def test_only_the_chosen_checks_run(prefix: Path) -> None:
