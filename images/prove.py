@@ -3,6 +3,11 @@
 ``nox -s prove``: the lock is what its inputs resolve to, the image is built where needed, ``rollout
 verify`` and ``rollout smoke`` run inside it, and their checks end as one report in
 build/reports/<repository>/<tag>.json.
+
+Where the machine that builds has no GPU, the image is exported, run on one that has, and what those
+runs wrote is taken in with ``--from FOLDER``: verify.json and smoke.json, and where they are there
+fault-<name>.json of injected faults and calibration.json. Only reports of this image are: they name
+its lock and its layers.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from typing import Any
 from images import build, builder, catalog, host, layers, lock
 from images.catalog import ROOT, Image, shown
 from rollout import cli, report, smoke
+from rollout.faults import FAULTS
 from rollout.problem import Problem
 
 REPORTS = ROOT / "build" / "reports"
@@ -25,6 +31,11 @@ REPORTS = ROOT / "build" / "reports"
 def kept(image: Image) -> Path:
     """Where the last report of an image is kept in the repository."""
     return ROOT / "images" / "proofs" / image.repository / f"{image.tag}.json"
+
+
+def kept_fault(image: Image, fault: str) -> Path:
+    """Where the report of a run with an injected fault is kept."""
+    return kept(image).with_name(f"{image.tag}.faults") / f"{fault}.json"
 
 
 def report_path(image: Image) -> Path:
@@ -96,6 +107,73 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
     return code
 
 
+def read_report(path: Path, image: Image, diff_ids: Sequence[str]) -> dict[str, Any]:
+    """A report that another machine wrote, if it is about this image as it is built here.
+
+    Raises:
+        Problem: exit code 2 for a file that is no report, or one of another image, lock or layers.
+    """
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Problem(f"--from: {path} cannot be read ({error.strerror})", 2) from None
+    except ValueError:
+        raise Problem(f"--from: {path} is not JSON", 2) from None
+    wrong = report.validate(data)
+    if wrong:
+        raise Problem(f"--from: {path} is no report: {wrong[0]}", 2)
+    wanted = {
+        "image": image.reference,
+        "lock_sha256": host.sha256(image.lock),
+        "layers": list(diff_ids),
+    }
+    for key, value in wanted.items():
+        if data[key] != value:
+            raise Problem(f"--from: {path} is about another image: its {key} is {data[key]}", 2)
+    return data
+
+
+def found_by(data: Mapping[str, Any], fault: str) -> str:
+    """Why the report of a run with a fault shows nothing; empty if its check alone failed."""
+    failed = [check for check in data["checks"] if check["status"] == "failed"]
+    wanted = FAULTS[fault]
+    if [check["name"] for check in failed] != [wanted.check]:
+        return f"failed were {', '.join(c['name'] for c in failed) or 'no checks'}"
+    reason = str(failed[0]["reason"])
+    return "" if wanted.reason in reason else f"{wanted.check} failed because {reason}"
+
+
+def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> int:
+    """Take in the reports that runs of this image left on another machine; returns the exit code.
+
+    Raises:
+        Problem: exit code 2 for a report of another image, 1 for a fault that was not found.
+    """
+    lock.read(image)
+    built = layers.Record(build.inputs(image), build.build(image, tool).diff_ids)
+    parts = [read_report(folder / f"{n}.json", image, built.diff_ids) for n in ("verify", "smoke")]
+    faults = {}
+    for path in sorted(folder.glob("fault-*.json")):
+        name = smoke.fault(path.stem.removeprefix("fault-")) or ""
+        faults[name] = read_report(path, image, built.diff_ids)
+        wrong = found_by(faults[name], name)
+        if wrong:
+            raise Problem(f"--from: {path} does not show that {name} is found: {wrong}")
+    whole = merge(parts)
+    _leave(report_path(image), whole)
+    if keep and whole["verdict"] == "proved":
+        layers.write(image, built)
+        host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
+        for name, data in faults.items():
+            host.write(kept_fault(image, name), json.dumps(data, indent=1) + "\n")
+        calibration = folder / "calibration.json"
+        if calibration.exists():
+            text = calibration.read_text(encoding="utf-8")
+            host.write(kept(image).with_suffix(".calibration.json"), text)
+        host.say(f"kept as {shown(kept(image))}, with {len(faults)} faults; 'nox -s docs' is next")
+    return report.exit_code(whole["verdict"])
+
+
 def _leave(path: Path, data: dict[str, Any]) -> None:
     wrong = report.validate(data)
     if wrong:
@@ -115,7 +193,7 @@ def smoke_options(options: Sequence[str], image: Image) -> tuple[list[str], dict
     if any(o == "--report" or o.startswith("--report=") for o in options):
         raise Problem(f"--report is set by prove: the report is {shown(report_path(image))}", 2)
     given = cli.parser().parse_args(["smoke", *options])
-    smoke.selected([name for name in given.only.split(",") if name], image.smoke.sleep_levels)
+    smoke.selected([name for name in given.only.split(",") if name], image.smoke.facts)
     smoke.fault(given.inject)
     if given.model is None:
         return list(options), {}
@@ -126,14 +204,21 @@ def smoke_options(options: Sequence[str], image: Image) -> tuple[list[str], dict
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``nox -s prove [-- REF … OPTIONS]``; ``--keep`` keeps the report, the rest is for smoke."""
+    """``nox -s prove [-- REF … OPTIONS]``, or ``REF --from FOLDER``.
+
+    ``--keep`` keeps the report, the other options are for smoke.
+    """
     images = catalog.load()
     chosen, options = catalog.select(arguments, images)
     chosen = chosen or [catalog.find(catalog.DEFAULT, images)]
     keeping = "--keep" in options
-    if keeping and len(options) > 1:
-        raise Problem("--keep takes no other option: what is kept is the whole proof", 2)
     options = [option for option in options if option != "--keep"]
+    if "--from" in options:
+        if len(options) != 2 or options[0] != "--from" or len(chosen) != 1:
+            raise Problem("--from FOLDER takes one REF before it, and --keep alone beside it", 2)
+        return adopt(chosen[0], builder.detect(), Path(options[1]), keep=keeping)
+    if keeping and options:
+        raise Problem("--keep takes no other option: what is kept is the whole proof", 2)
     for image in chosen:
         smoke_options(options, image)
     tool = builder.detect()

@@ -117,7 +117,7 @@ def _smoke(given: argparse.Namespace) -> int:
     options = smoke.Options(only, given.model, given.cycles, given.inject)
     checks, device = smoke.run(data, options, _show)
     # Some checks alone prove no image: the verdict is 'unproved', unless one of them failed.
-    expected = smoke.selected((), data["smoke"]["sleep_levels"])
+    expected = smoke.available(data["smoke"])
     seconds = time.perf_counter() - clock
     return _conclude(checks, expected, device, given.report, started, seconds)
 
@@ -125,7 +125,8 @@ def _smoke(given: argparse.Namespace) -> int:
 def _execute(argv: Sequence[str]) -> int:
     """Become the given command, after a look that costs milliseconds."""
     cuda = info.image(info.prefix()).get("cuda")
-    for finding in preflight.findings(cuda, Path("/"), os.environ):
+    found = preflight.findings(cuda, Path("/"), os.environ, proof=False)
+    for finding in found + preflight.warnings(cuda, Path("/"), os.environ):
         print(f"rollout: warning: {finding}", file=sys.stderr, flush=True)
     try:
         os.execvp(argv[0], list(argv))  # noqa: S606 - running what the user asked for is the purpose
@@ -137,16 +138,23 @@ def _execute(argv: Sequence[str]) -> int:
         raise Problem(f"{argv[0]!r} cannot be executed: {error}", 2) from None
 
 
-def _serve() -> int:
+# The engines' own servers, by backend.
+SERVERS = {"vllm": ("vllm", "serve"), "sglang": ("python3", "-m", "sglang.launch_server")}
+
+
+def _serve(arguments: Sequence[str]) -> int:
     name = info.image(info.prefix())["backend"]
-    raise Problem(f"the {name} backend has no server of its own; use an image with an engine", 2)
+    if name not in SERVERS:
+        sentence = f"the {name} backend has no server of its own; use an image with an engine"
+        raise Problem(sentence, 2)
+    return _execute([*SERVERS[name], *arguments])
 
 
 def _dispatch(argv: Sequence[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
         return _execute(argv) if argv else _info(as_json=False)
     if argv[0] == "serve":
-        return _serve()
+        return _serve(argv[1:])
     given = parser().parse_args(argv)
     if given.command == "info":
         return _info(given.json)

@@ -73,8 +73,8 @@ class Faulty:
         self.device = engine.device
         self.transports = engine.transports
 
-    def start(self, model: Path, *, dummy: bool) -> None:
-        self._engine.start(model, dummy=dummy)
+    def start(self, model: Path, *, dummy: bool, fp8: bool = False) -> None:
+        self._engine.start(model, dummy=dummy, fp8=fp8)
         if self._fault in _INSIDE:
             self._engine.inject(self._fault)
 

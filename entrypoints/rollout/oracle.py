@@ -8,6 +8,7 @@ that works disagrees with it by rounding alone.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,9 +72,14 @@ class Oracle:
         self._device = torch.device(device)
         self._model = model.requires_grad_(False).to(self._device)
 
-    def logprobs(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
-        """Natural log-probability of each token of `completion`, given all tokens before it."""
-        return self.scores([prompt], [completion])[0][0]
+    def logprobs(
+        self, prompt: Sequence[int], completion: Sequence[int], scale: float = 1.0
+    ) -> list[float]:
+        """Natural log-probability of each token of `completion`, given all tokens before it.
+
+        With `scale` those of the model whose lm_head is so many times this one's.
+        """
+        return self.scores([prompt], [completion], scale)[0][0]
 
     def margins(self, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
         """By how much the likeliest token leads the second, at each position of `completion`.
@@ -84,7 +90,10 @@ class Oracle:
         return self.scores([prompt], [completion])[0][1]
 
     def scores(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        scale: float = 1.0,
     ) -> list[tuple[list[float], list[float]]]:
         """(logprobs, margins) of each prompt with its completion, computed as one batch.
 
@@ -105,7 +114,7 @@ class Oracle:
             logits = self._model(input_ids=ids, use_cache=False).logits
             for (prompt, completion), row in zip(pairs, logits, strict=True):
                 begin = len(prompt) - 1  # the logits at a position are about the token after it
-                logprobs = row[begin : begin + len(completion)].double().log_softmax(-1)
+                logprobs = (row[begin : begin + len(completion)].double() * scale).log_softmax(-1)
                 chosen = torch.tensor(list(completion), dtype=torch.long, device=self._device)
                 top = logprobs.topk(2, dim=-1).values
                 found.append(
@@ -124,8 +133,12 @@ class _full_float32:  # noqa: N801 - a context manager, used like a function
         self._torch = torch
 
     def __enter__(self) -> None:
-        self._before = self._torch.get_float32_matmul_precision()
-        self._torch.set_float32_matmul_precision("highest")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch 2.9 has new names for this, older ones have not
+            self._before = self._torch.get_float32_matmul_precision()
+            self._torch.set_float32_matmul_precision("highest")
 
     def __exit__(self, *_: object) -> None:
-        self._torch.set_float32_matmul_precision(self._before)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._torch.set_float32_matmul_precision(self._before)

@@ -14,9 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rollout.problem import Problem
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 Config = dict[str, Any]
 
+_MAKERS = 8  # threads, each with a tensor of its own
 BLOCK = 16  # tokens in a block of KV cache, the default of vLLM; a prefix cache shares whole blocks
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")  # token ids 0 to 3; prompts never hold them
 
@@ -73,6 +76,9 @@ _GATED_UNBIASED = 0.6
 # it resolves half as much. Without biases hidden states vary more and need less.
 _LOGIT = 1.16
 _LOGIT_UNBIASED = 0.8
+# With thousands of tokens to choose from, a lost tensor moves the likelihood of each one less.
+_MANY = 4096
+_LOGIT_OF_MANY = 1.38
 
 _BIASES = {
     "q_proj": _QUERY_KEY,
@@ -176,7 +182,11 @@ def weights(config: Mapping[str, Any], seed: int) -> dict[str, torch.Tensor]:
     Each tensor depends on `seed`, its name, its shape and its scale alone, so neither the order
     nor the other tensors matter. Raises Problem as `shapes` does.
     """
-    return {name: tensor(config, seed, name) for name in shapes(config)}
+    names = list(shapes(config))
+    # Random numbers are drawn by one thread each, which has the other tensors' wait for nothing.
+    with ThreadPoolExecutor(min(_MAKERS, len(os.sched_getaffinity(0)))) as pool:
+        made = pool.map(lambda name: tensor(config, seed, name), names)
+        return dict(zip(names, made, strict=True))
 
 
 def tensor(config: Mapping[str, Any], seed: int, name: str) -> torch.Tensor:
@@ -224,7 +234,8 @@ def spread(config: Mapping[str, Any], name: str) -> float:
     if kind.endswith("norm") or kind == "embed_tokens":
         return 1.0
     if kind == "lm_head":
-        return (_LOGIT if mlp_bias else _LOGIT_UNBIASED) / math.sqrt(hidden)
+        biased = _LOGIT_OF_MANY if _size(config, "vocab_size") >= _MANY else _LOGIT
+        return (biased if mlp_bias else _LOGIT_UNBIASED) / math.sqrt(hidden)
     if kind in _BIASES:
         scale = _QUERY_KEY if kind in ("q_proj", "k_proj") else 1.0
         return _BIASES[kind] if part == "bias" else scale / math.sqrt(hidden)
@@ -270,8 +281,9 @@ def save(directory: Path, config: Mapping[str, Any], weights: Mapping[str, torch
     """Writes a model directory that transformers and every engine load without a network.
 
     config.json, generation_config.json, model.safetensors, and a tokenizer with one word per
-    token id (engines such as vLLM 0.8 insist on one). Raises Problem (code 2) where it cannot
-    be written.
+    token id (engines such as vLLM 0.8 insist on one). Without weights there is no
+    model.safetensors: an engine that starts on dummy weights reads none. Raises Problem (code 2)
+    where it cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -287,9 +299,10 @@ def save(directory: Path, config: Mapping[str, Any], weights: Mapping[str, torch
         for name, content in texts.items():
             text = json.dumps(content, indent=1) + "\n"
             (directory / name).write_text(text, encoding="utf-8")
-        # transformers 4 refuses a file that does not say which framework wrote it
-        file = directory / "model.safetensors"
-        save_file({k: v.contiguous() for k, v in weights.items()}, file, {"format": "pt"})
+        if weights:
+            # transformers 4 refuses a file that does not say which framework wrote it
+            file = directory / "model.safetensors"
+            save_file({k: v.contiguous() for k, v in weights.items()}, file, {"format": "pt"})
     except OSError as error:
         raise Problem(
             f"The probe cannot be written to {directory} ({error}): name a writable directory "
@@ -302,9 +315,13 @@ def load(directory: Path) -> tuple[Config, dict[str, torch.Tensor]]:
     """Reads a model directory: its config, and its tensors as bfloat16 on the CPU, by name.
 
     Takes one model.safetensors or shards with model.safetensors.index.json. Raises Problem
-    (code 2) where directory, config or tensors are missing, unreadable or do not fit each other.
+    (code 2) where directory, config or tensors are missing, unreadable or do not fit each other,
+    and where this image's transformers does not know the architecture.
     """
     config = _read_json(directory / "config.json")
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        _reject(directory, "names no architecture in its config.json", _OF_KNOWN)
     # transformers 5 writes it here; older ones, and the oracle on them, look at the top level
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
@@ -313,6 +330,7 @@ def load(directory: Path) -> tuple[Config, dict[str, torch.Tensor]]:
         expected = shapes(config)
     except Problem as problem:
         raise Problem(f"{directory}: {problem.sentence}", 2) from None
+    _check_type(directory, names[0], config.get("model_type"))
 
     import torch
 
@@ -334,10 +352,29 @@ def load(directory: Path) -> tuple[Config, dict[str, torch.Tensor]]:
     return config, {name: found[name].to(torch.bfloat16) for name in expected}
 
 
-def _reject(directory: Path, what: str) -> None:
-    raise Problem(
-        f"{directory} {what}: name a complete model directory in float32, float16 or bfloat16.", 2
-    )
+_COMPLETE = "name a complete model directory in float32, float16 or bfloat16"
+_OF_KNOWN = f"take a model of {', '.join(_ARCHITECTURES)}"
+
+
+def _reject(directory: Path, what: str, change: str = _COMPLETE) -> NoReturn:
+    raise Problem(f"{directory} {what}: {change}.", 2)
+
+
+def _check_type(directory: Path, architecture: str, kind: object) -> None:
+    """Reject a model_type that the oracle would make no model of this architecture from."""
+    if not isinstance(kind, str) or not kind:
+        _reject(directory, f"names no model_type beside {architecture} in its config.json")
+    own = architecture.removesuffix("ForCausalLM").lower()
+    if kind != own:
+        what = f"names the model_type {kind!r} in its config.json, which is not of {architecture}"
+        _reject(directory, what, f"write {own!r} there, or {_OF_KNOWN}")
+    try:
+        import transformers
+    except ImportError:  # then there is no oracle either, which says so
+        return
+    if kind not in transformers.CONFIG_MAPPING:
+        what = f"is of {architecture}, which transformers {transformers.__version__} does not know"
+        _reject(directory, what, "take an older model, or an image of a newer engine")
 
 
 def _redundant(name: str) -> bool:

@@ -13,7 +13,10 @@ from images.catalog import ROOT
 from .conftest import Container
 
 pytestmark = pytest.mark.image
-FILES = ("test_probe.py", "test_transport.py", "test_faults.py", "test_smoke.py")
+FILES = (
+    *("test_probe.py", "test_transport.py", "test_faults.py", "test_smoke.py"),
+    *("test_checks.py", "test_cuda_ipc.py", "test_vllm_extension.py"),
+)
 
 
 def test_the_unit_tests_that_need_torch_pass_in_the_image(

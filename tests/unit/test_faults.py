@@ -32,8 +32,8 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
-    def start(self, model: Path, *, dummy: bool) -> None:
-        self.calls.append(("start", model, dummy))
+    def start(self, model: Path, *, dummy: bool, fp8: bool = False) -> None:
+        self.calls.append(("start", model, dummy, fp8))
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
         self.calls.append(("generate", prompts, tokens))
@@ -77,7 +77,7 @@ def driven(fault: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]
     monkeypatch.setattr(faults, "spoil", lambda tensors, _: list(tensors))
     recorder = Recorder()
     engine = Faulty(recorder, fault)
-    engine.start(MODEL, dummy=True)
+    engine.start(MODEL, dummy=True, fp8=True)
     assert engine.generate([[1]], 2) == ["completion"]
     engine.sleep(1)
     engine.wake(("weights",))
@@ -90,7 +90,7 @@ def driven(fault: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]
 
 
 SOUND: list[tuple[Any, ...]] = [
-    ("start", MODEL, True),
+    ("start", MODEL, True, True),
     ("generate", [[1]], 2),
     ("sleep", 1),
     ("wake", ("weights",)),

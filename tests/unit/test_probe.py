@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -323,6 +325,67 @@ def test_a_malformed_directory_is_named_in_a_sentence(
     assert caught.value.code == 2
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [None, [], "LlamaForCausalLM", [None], {"a": 1}])
+def test_a_config_without_an_architecture_is_said_with_those_that_are_known(
+    tmp_path: Path, names: Any
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "architectures": names}))
+    with pytest.raises(Problem) as caught:
+        probe.load(tmp_path)
+    assert caught.value.code == 2
+    assert str(caught.value).startswith(
+        f"{tmp_path} names no architecture in its config.json: take a model of LlamaForCausalLM, "
+    )
+
+
+@pytest.mark.parametrize("kind", [None, "", 7, ["llama"]])
+def test_a_config_without_a_model_type_is_said(tmp_path: Path, kind: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "model_type": kind}))
+    what = "names no model_type beside LlamaForCausalLM in its config.json"
+    with pytest.raises(Problem) as caught:
+        probe.load(tmp_path)
+    assert caught.value.code == 2
+    assert str(caught.value).startswith(f"{tmp_path} {what}: name a complete model directory")
+
+
+@pytest.mark.parametrize("kind", ["llama9", "gpt2", "Llama"])
+def test_a_model_type_that_is_not_the_architectures_is_said(tmp_path: Path, kind: str) -> None:
+    """transformers would know no such model, or make one of another kind."""
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "model_type": kind}))
+    with pytest.raises(Problem) as caught:
+        probe.load(tmp_path)
+    assert caught.value.code == 2
+    what = f"names the model_type {kind!r} in its config.json, which is not of LlamaForCausalLM"
+    assert str(caught.value).startswith(f"{tmp_path} {what}: write 'llama' there, or take a model")
+
+
+def test_a_model_newer_than_transformers_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = SimpleNamespace(CONFIG_MAPPING={"llama": object}, __version__="4.50.0")
+    monkeypatch.setitem(sys.modules, "transformers", old)
+    newer = {**SMALL, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    (tmp_path / "config.json").write_text(json.dumps(newer))
+    with pytest.raises(Problem) as caught:
+        probe.load(tmp_path)
+    assert caught.value.code == 2
+    assert str(caught.value) == (
+        f"{tmp_path} is of Qwen3ForCausalLM, which transformers 4.50.0 does not know: "
+        "take an older model, or an image of a newer engine."
+    )
+
+
+@pytest.mark.parametrize("architecture", probe._ARCHITECTURES)
+def test_every_architecture_that_the_probe_knows_is_accepted(
+    tmp_path: Path, architecture: str
+) -> None:
+    """With the model_type that transformers itself writes beside it."""
+    transformers = transformers_or_skip()
+    kind = getattr(transformers, architecture).config_class.model_type
+    config = {**SMALL, "architectures": [architecture], "model_type": kind}
+    assert probe.load(saved(tmp_path, config))[0] == config
 
 
 def test_a_directory_that_is_not_there_is_wrong_usage(tmp_path: Path) -> None:

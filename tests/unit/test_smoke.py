@@ -17,10 +17,13 @@ from rollout.problem import Problem
 from rollout.report import Check
 
 ALL = ["start", "refit", "generation", "sleep-1", "sleep-2", "cycle"]
+WANTED: dict[str, Any] = {"sleep_levels": [1, 2], "refit": ["shared-memory"], "fp8": False}
+ONE_LEVEL = WANTED | {"sleep_levels": [1]}
+WITH_FP8 = WANTED | {"fp8": True}
 FACTS: dict[str, Any] = {
     "backend": "transformers",
     "cuda": None,
-    "smoke": {"sleep_levels": [1, 2], "refit": ["shared-memory"]},
+    "smoke": WANTED,
 }
 
 
@@ -28,19 +31,37 @@ FACTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("only", "levels", "names"),
+    ("only", "wanted", "names"),
     [
-        ([], [1, 2], ALL),
-        ([], [1], [name for name in ALL if name != "sleep-2"]),
-        (["cycle", "refit"], [1, 2], ["start", "refit", "cycle"]),
-        (["start"], [1, 2], ["start"]),
+        ([], WANTED, ALL),
+        ([], ONE_LEVEL, [name for name in ALL if name != "sleep-2"]),
+        ([], WITH_FP8, [*ALL, "fp8"]),
+        (["cycle", "refit"], WANTED, ["start", "refit", "cycle"]),
+        (["fp8", "refit"], WITH_FP8, ["start", "refit", "fp8"]),
+        (["start"], WANTED, ["start"]),
+        (["fp8", "start"], WITH_FP8, ["start", "fp8"]),
     ],
-    ids=["all", "one level", "some, in their order", "start alone"],
+    ids=[
+        *("all", "one level", "fp8 last", "some, in their order", "fp8 behind others"),
+        *("start alone", "start and fp8"),
+    ],
 )
 def test_checks_run_in_their_order_behind_start(
-    only: list[str], levels: list[int], names: list[str]
+    only: list[str], wanted: dict[str, Any], names: list[str]
 ) -> None:
-    assert smoke.selected(only, levels) == names
+    assert smoke.selected(only, wanted) == names
+
+
+def test_fp8_alone_starts_its_own_engine_and_no_other() -> None:
+    assert smoke.selected(["fp8"], WITH_FP8) == ["fp8"]
+
+
+def test_an_image_that_says_nothing_of_fp8_has_no_such_check() -> None:
+    before = {"sleep_levels": [1, 2], "refit": ["disk"]}  # an image.json of an older build
+    assert smoke.available(before) == smoke.available(WANTED) == ALL
+    with pytest.raises(Problem, match="no check 'fp8' in this image") as caught:
+        smoke.selected(["fp8"], WANTED)
+    assert caught.value.code == 2
 
 
 @pytest.mark.parametrize(
@@ -53,7 +74,7 @@ def test_checks_run_in_their_order_behind_start(
 )
 def test_an_unknown_check_is_answered_with_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(Problem) as caught:
-        smoke.selected(["refit", name], [1])
+        smoke.selected(["refit", name], ONE_LEVEL)
     assert caught.value.code == 2
     assert caught.value.sentence == f"--only: no check {name!r} in this image; {hint}"
 
@@ -134,12 +155,13 @@ class Engine:
 
     def __init__(self, *, ready: bool = False) -> None:
         self.ready = ready
-        self.dummy: bool | None = None
+        self.starts: list[tuple[bool, bool]] = []  # on dummy weights, in fp8
         self.stopped = 0
         self.answer = [Completion((1,), (0.0,))]
 
-    def start(self, _: Path, *, dummy: bool) -> None:
-        self.ready, self.dummy = True, dummy
+    def start(self, _: Path, *, dummy: bool, fp8: bool = False) -> None:
+        self.ready = True
+        self.starts.append((dummy, fp8))
 
     def generate(self, _: object, __: int) -> list[Completion]:
         if not self.ready:
@@ -161,15 +183,16 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
     """An engine on which every check passes, unless a test replaces one."""
     made = Engine()
     trial = SimpleNamespace(engine=made, prompts=[[1]], model=tmp_path)
-    monkeypatch.setattr(smoke, "_trial", lambda *_: trial)
+    monkeypatch.setattr(smoke, "_trial", lambda *_, **__: trial)
     for name in checks.CHECKS:
         monkeypatch.setitem(checks.CHECKS, name, lambda _: {"value": 1})
     return made
 
 
-def proof(tmp_path: Path, *only: str) -> list[Check]:
+def proof(tmp_path: Path, *only: str, wanted: dict[str, Any] = WANTED) -> list[Check]:
     shown: list[Check] = []
-    done, device = smoke.proof(FACTS, smoke.Options(only=only, model=tmp_path), shown.append)
+    facts = FACTS | {"smoke": wanted}
+    done, device = smoke.proof(facts, smoke.Options(only=only, model=tmp_path), shown.append)
     assert shown == done, "every check is shown as it finishes"
     assert device == "paper"
     return done
@@ -178,6 +201,7 @@ def proof(tmp_path: Path, *only: str) -> list[Check]:
 def test_a_sound_engine_passes_every_check_and_is_stopped(engine: Engine, tmp_path: Path) -> None:
     done = proof(tmp_path)
     assert [(check.name, check.status) for check in done] == [(name, "passed") for name in ALL]
+    assert done[0].metrics.pop("start_seconds") >= 0
     assert done[0].metrics == {"held_bytes": 10, "memory_bytes": 20}
     assert done[1].metrics == {"value": 1}
     assert engine.stopped == 1
@@ -240,7 +264,42 @@ def test_dummy_weights_are_for_those_who_refit(
     engine: Engine, tmp_path: Path, only: tuple[str, ...], dummy: bool
 ) -> None:
     proof(tmp_path, *only)
-    assert engine.dummy is dummy
+    assert engine.starts == [(dummy, False)]
+
+
+def test_fp8_runs_last_and_only_where_the_image_asks_for_it(engine: Engine, tmp_path: Path) -> None:
+    done = proof(tmp_path, wanted=WITH_FP8)
+    assert [check.name for check in done] == [*ALL, "fp8"]
+    assert engine.starts == [(True, False)], "the check itself is replaced: it started nothing"
+
+
+def test_fp8_alone_begins_without_a_started_engine(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready: list[bool] = []
+    monkeypatch.setitem(checks.CHECKS, "fp8", lambda t: ready.append(t.engine.ready) or {})
+    done = proof(tmp_path, "fp8", wanted=WITH_FP8)
+    assert [(check.name, check.status) for check in done] == [("fp8", "passed")]
+    assert (ready, engine.starts, engine.stopped) == ([False], [], 1)
+
+
+@pytest.mark.parametrize(
+    ("only", "dummy"), [((), True), (("generation",), False), (("fp8",), True)]
+)
+@pytest.mark.usefixtures("engine")
+def test_weights_are_written_for_an_engine_that_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, only: tuple[str, ...], dummy: bool
+) -> None:
+    asked: list[bool] = []
+    trial = smoke._trial
+
+    def remembers(*arguments: Any, dummy: bool) -> Any:
+        asked.append(dummy)
+        return trial(*arguments, dummy=dummy)
+
+    monkeypatch.setattr(smoke, "_trial", remembers)
+    proof(tmp_path, *only, wanted=WITH_FP8)
+    assert asked == [dummy]
 
 
 def test_an_engine_that_answers_before_it_is_started_fails(engine: Engine, tmp_path: Path) -> None:
@@ -267,11 +326,33 @@ def test_the_probes_folder_does_not_outlive_the_run(monkeypatch: pytest.MonkeyPa
     folders: list[Path] = []
     trial = smoke._trial
 
-    def remembers(facts: dict[str, Any], options: smoke.Options, folder: Path) -> Any:
+    def remembers(
+        facts: dict[str, Any], options: smoke.Options, folder: Path, *, dummy: bool
+    ) -> Any:
         assert folder.is_dir()
         folders.append(folder)
-        return trial(facts, options, folder)
+        return trial(facts, options, folder, dummy=dummy)
 
     monkeypatch.setattr(smoke, "_trial", remembers)
     smoke.proof(FACTS, smoke.Options(), lambda _: None)
     assert [folder.exists() for folder in folders] == [False]
+
+
+# what a run works on (with torch: inside the images)
+
+
+@pytest.mark.parametrize("dummy", [True, False])
+def test_an_engine_on_dummy_weights_gets_a_model_without_weights(
+    tmp_path: Path, dummy: bool
+) -> None:
+    torch = pytest.importorskip("torch", reason="torch is in the images, not in the host's tools")
+    threads = torch.get_num_threads()
+    try:
+        trial = smoke._trial(FACTS, smoke.Options(), tmp_path, dummy=dummy)
+    finally:
+        torch.set_num_threads(threads)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "tokenizer.json"} <= written
+    assert ("model.safetensors" in written) is not dummy
+    assert trial.weights, "the trainer has them, whether or not the engine reads any"
+    assert (trial.device, trial.calm) == ("cpu", smoke.CALM)

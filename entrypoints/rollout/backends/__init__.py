@@ -33,8 +33,11 @@ class Engine(Protocol):
     device: str  # what it runs on, as a person would name it
     transports: tuple[str, ...]  # how weights reach it in a refit, as the catalog names them
 
-    def start(self, model: Path, *, dummy: bool) -> None:
-        """Start on a model folder; with ``dummy`` on whatever an initialisation leaves."""
+    def start(self, model: Path, *, dummy: bool, fp8: bool = False) -> None:
+        """Start on a model folder; with ``dummy`` on whatever an initialisation leaves.
+
+        With ``fp8`` the engine holds its linear layers in 8 bits, and a refit sends bfloat16.
+        """
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
         """Continue all prompts (token ids) in one batch by ``tokens`` greedy tokens."""

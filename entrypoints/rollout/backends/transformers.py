@@ -47,7 +47,9 @@ class Engine:
         self._connection: Connection | None = None
         self._held = 0
 
-    def start(self, model: Path, *, dummy: bool) -> None:
+    def start(self, model: Path, *, dummy: bool, fp8: bool = False) -> None:
+        if fp8:
+            raise EngineError("the reference engine has no weights in fp8")
         # spawn: a fork would share the parent's memory, and then neither side's could be counted.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()

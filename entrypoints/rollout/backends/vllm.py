@@ -1,0 +1,248 @@
+"""vLLM: the engine in a process of its own, driven through the public calls that verl makes.
+
+What differs between vLLM versions is data here (:func:`arguments`) or lies in the worker extension
+(:mod:`rollout.backends.vllm_extension`), never in a copy of this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError
+from rollout.problem import Problem
+from rollout.transport import TransportError
+
+if TYPE_CHECKING:
+    import torch
+
+KV_BYTES = 4 << 30
+LONGEST = 512  # tokens of prompt and completion
+REQUESTS = 16  # at once: vLLM captures CUDA graphs for batches of up to twice as many
+TIMEOUT = 600.0  # seconds without an answer after which the engine counts as hung
+# verl's rollout.quantization=fp8: blocks of a checkpoint that is fp8 already, quantised on the way.
+FP8 = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+}
+
+
+def arguments(model: Path, total: int, *, dummy: bool, fp8: bool) -> dict[str, Any]:
+    """What vLLM is started with on a device of ``total`` bytes.
+
+    As verl starts it: sleep mode, prefix caching, CUDA graphs; no option that hides a fault.
+    """
+    options: dict[str, Any] = {
+        "model": str(model),
+        "skip_tokenizer_init": True,  # tokens go in and tokens come out, as in a trainer
+        "dtype": "bfloat16",
+        "load_format": "dummy" if dummy else "auto",
+        "enable_sleep_mode": True,
+        "enable_prefix_caching": True,
+        "worker_extension_cls": "rollout.backends.vllm_extension.Extension",
+        # A share of the whole device is what old versions understand; it only has to be free here.
+        "gpu_memory_utilization": round(min(0.9, 3 * KV_BYTES / total), 3),
+        "kv_cache_memory_bytes": KV_BYTES,
+        "max_model_len": LONGEST,
+        "max_num_batched_tokens": 4 * LONGEST,
+        "max_num_seqs": REQUESTS,
+        "seed": 0,
+        "use_tqdm_on_load": False,  # nor while it captures graphs
+    }
+    if fp8:
+        options |= {"quantization": "fp8", "hf_overrides": {"quantization_config": dict(FP8)}}
+    return options
+
+
+class Engine:
+    """The trainer's side of vLLM (see :class:`rollout.backends.Engine`)."""
+
+    transports: tuple[str, ...] = ("cuda-ipc",)
+
+    def __init__(self) -> None:
+        import torch
+
+        try:
+            self.device = torch.cuda.get_device_name()
+        except (AssertionError, RuntimeError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise Problem(
+                f"CUDA does not start here ({why}); see 'nvidia-smi' on the host", 3
+            ) from None
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._llm: Any = None
+        self._process = 0
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None]
+        self._held = 0
+        self._level = 0
+        self._fault = ""
+
+    def start(self, model: Path, *, dummy: bool, fp8: bool = False) -> None:
+        import torch
+
+        # The terminal is the proof's table; vLLM's and torch's own lines are for whoever asks.
+        for name in ("VLLM_LOGGING_LEVEL", "TORCH_CPP_LOG_LEVEL"):
+            os.environ.setdefault(name, "ERROR")
+        from vllm import LLM
+
+        total = torch.cuda.mem_get_info(self._device)[1]
+        try:
+            self._llm = LLM(**arguments(model, total, dummy=dummy, fp8=fp8))
+        except Exception as error:
+            raise EngineError(f"vLLM did not start: {error}") from error
+        self._calls = queue.SimpleQueue()
+        threading.Thread(target=_work, args=(self._calls,), daemon=True).start()
+        self._process = self._rpc("smoke_follow")
+        self._held = self._rpc("smoke_held")
+
+    def _submit(self, call: Callable[[], Any]) -> queue.SimpleQueue[Any]:
+        if self._llm is None:
+            raise EngineError("the engine is not started")
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._calls.put((call, answer))
+        return answer
+
+    def _alive(self) -> None:
+        """Raise where the engine's process is gone: vLLM would wait for its answer for ever."""
+        if self._process and not _running(self._process):
+            raise EngineError("the engine process ended")
+
+    def _result(self, answer: queue.SimpleQueue[Any], timeout: float = TIMEOUT) -> Any:
+        waited = 0.0
+        while True:
+            try:
+                result = answer.get(timeout=0.5)
+                break
+            except queue.Empty:
+                self._alive()
+                waited += 0.5
+                if waited > timeout:
+                    raise EngineError(f"the engine did not answer for {timeout:.0f} s") from None
+        if isinstance(result, BaseException):
+            message = str(result).strip().splitlines() or [""]
+            raise EngineError(f"{type(result).__name__}: {message[-1]}") from result
+        return result
+
+    def _call(self, call: Callable[[], Any]) -> Any:
+        return self._result(self._submit(call))
+
+    def _rpc(self, method: str, *args: object) -> Any:
+        """Call the worker extension; the answer of the first worker."""
+        return self._call(lambda: self._llm.collective_rpc(method, args=args)[0])
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
+        if self._llm is None:
+            raise EngineError("the engine is not started")
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False
+        )
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self._call(lambda: self._llm.generate(asked, parameters, use_tqdm=False))
+        found = []
+        for output in outputs:
+            first = output.outputs[0]
+            ids = tuple(first.token_ids)
+            logprobs = (
+                step[token].logprob for step, token in zip(first.logprobs, ids, strict=True)
+            )
+            found.append(Completion(ids, tuple(logprobs)))
+        return found
+
+    def sleep(self, level: int) -> None:
+        self._call(lambda: self._llm.sleep(level=level))
+        self._level = level
+
+    def wake(self, tags: Sequence[str]) -> None:
+        self._call(lambda: self._llm.wake_up(tags=list(tags)))
+        if WEIGHTS in tags and self._level == 2 and self._fault == "lost-buffer":
+            self._rpc("smoke_lose_buffers")
+        if KV_CACHE in tags and self._fault == "leak-per-cycle":
+            self._rpc("smoke_leak")
+
+    def refit(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        from rollout.cuda_ipc import send
+
+        with tempfile.TemporaryDirectory(prefix="rollout-refit-") as folder:
+            address = f"ipc://{folder}/weights.sock"
+            answer = self._submit(lambda: self._llm.collective_rpc("smoke_refit", args=(address,)))
+
+            ended = 0
+
+            def alive() -> None:
+                nonlocal ended
+                self._alive()
+                if not answer.empty():
+                    # Its last word may be on its way still; an end without one is an error.
+                    ended += 1
+                    if ended > 1:
+                        self._result(answer)
+                        raise EngineError("the engine ended the refit before its last weights")
+
+            try:
+                sent = send(tensors, address, self._device, alive)
+            except TransportError as error:
+                raise EngineError(str(error)) from None
+            self._result(answer)
+        return sent
+
+    def reset_prefix_cache(self) -> None:
+        if self._call(lambda: self._llm.reset_prefix_cache()) is False:
+            raise EngineError("vLLM refused to reset its prefix cache: requests hold blocks of it")
+
+    def digests(self) -> dict[str, str]:
+        found: dict[str, str] = self._rpc("smoke_digests")
+        return found
+
+    def held(self) -> int:
+        return self._held
+
+    def memory(self) -> int:
+        import torch
+
+        torch.cuda.empty_cache()  # the trainer's own, which this must not count
+        free, total = torch.cuda.mem_get_info(self._device)
+        return int(total - free)
+
+    def inject(self, fault: str) -> None:
+        self._fault = fault
+
+    def stop(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        self._calls.put(None)
+        with contextlib.suppress(Exception):  # what is broken is killed below
+            llm.llm_engine.engine_core.shutdown()
+        if self._process and _running(self._process):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process, 9)
+        self._process = 0
+
+
+def _work(calls: queue.SimpleQueue[Any]) -> None:
+    """Make calls one after another; a thread of its own, so that one that hangs can be left."""
+    while (item := calls.get()) is not None:
+        call, answer = item
+        try:
+            answer.put(call())
+        except BaseException as error:  # given to whoever waits for it
+            answer.put(error)
+
+
+def _running(process: int) -> bool:
+    """Whether a process is there and not just waiting to be collected."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2]
+    except OSError:
+        return False
+    return state.split()[0] != "Z"

@@ -1,0 +1,182 @@
+"""What the proof adds to vLLM's worker (``worker_extension_cls``): refit, digests, memory, faults.
+
+vLLM mixes this class into its worker and refuses any name that the worker has itself, hence the
+prefix. Arguments and results are plain types: those pass vLLM's message format in every version.
+
+A refit takes verl's steps: ``load_weights`` for each bucket, then ``process_weights_after_loading``
+once. With weights in fp8 the buckets are quantised on the way, in blocks of 128 by 128; vLLM's
+parameters, which post-processing has stripped of what loading needs, are made anew for that and
+copied into the old ones, whose addresses CUDA graphs have recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 128  # rows and columns that share a scale; verl's weight_block_size
+LEAK_BYTES = 256 << 20
+_PR_SET_PDEATHSIG, _SIGKILL = 1, 9
+_HASHERS = 8  # more wait for memory
+
+
+class Extension:
+    """Methods of the worker process; ``self`` is vLLM's worker."""
+
+    # vLLM's worker has these.
+    model_runner: Any
+    model_config: Any
+    device: torch.device
+
+    def smoke_follow(self) -> int:
+        """Die with the process that started this one, however that ends; returns this process' id.
+
+        An engine that outlives a killed trainer keeps its GPU memory until somebody notices.
+        """
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+        return os.getpid()
+
+    def smoke_held(self) -> int:
+        """Bytes of weights and KV cache in the pool that sleeping gives back."""
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        return int(CuMemAllocator.get_instance().get_current_usage())
+
+    def smoke_refit(self, address: str) -> None:
+        """Take the weights that a trainer sends to this address (:mod:`rollout.cuda_ipc`)."""
+        import torch
+        from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+        from rollout.cuda_ipc import Bucket, receive
+
+        model = self.model_runner.get_model()
+        quantised = {n: m for n, m in model.named_modules() if _is_fp8(m)}
+        targets = {name: place[0] for name, place in _places(model).items()}
+        old = {name: dict(module.named_parameters()) for name, module in quantised.items()}
+        for module in quantised.values():
+            _make_loadable(module, self.device)
+
+        def load(bucket: Bucket) -> None:
+            stream = []
+            for name, tensor in bucket:
+                module, _, attribute = targets.get(name, name).rpartition(".")
+                if module in quantised and attribute == "weight":
+                    weight, scale = quantise(tensor)
+                    stream += [(name, weight), (f"{name}_scale_inv", scale)]
+                else:
+                    stream.append((name, tensor))
+            model.load_weights(stream)
+
+        receive(address, self.device, load)
+        if not quantised:
+            process_weights_after_loading(model, self.model_config, self.device)
+        # In fp8 layer by layer: over the whole model it fails at the attention layers, which have
+        # given away the scales that it looks for.
+        with torch.no_grad():
+            for name, module in quantised.items():
+                module.quant_method.process_weights_after_loading(module)
+                for attribute, parameter in old[name].items():
+                    parameter.data.copy_(getattr(module, attribute).data)
+                    setattr(module, attribute, parameter)
+        torch.cuda.synchronize(self.device)
+        if quantised:
+            torch.cuda.empty_cache()  # the second set of weights
+
+    def smoke_digests(self) -> dict[str, str]:
+        """sha256 of each weight's bytes by its Hugging Face name; packed ones are taken apart."""
+        model = self.model_runner.get_model()
+        parameters = dict(model.named_parameters())
+
+        def digest(item: tuple[str, tuple[str, int, int]]) -> tuple[str, str]:
+            from rollout.transport import as_bytes
+
+            name, (packed, start, stop) = item
+            data = as_bytes(parameters[packed].data[start:stop].cpu())
+            return name, hashlib.sha256(memoryview(data.numpy())).hexdigest()
+
+        with ThreadPoolExecutor(min(_HASHERS, len(os.sched_getaffinity(0)))) as pool:
+            return dict(pool.map(digest, _places(model).items()))
+
+    def smoke_leak(self) -> None:
+        """A fault: keep some memory outside the pool."""
+        import torch
+
+        kept = self.__dict__.setdefault("smoke_leaks", [])
+        kept.append(torch.ones(LEAK_BYTES, dtype=torch.uint8, device=self.device))
+
+    def smoke_lose_buffers(self) -> None:
+        """A fault: buffers as new memory has them, had vLLM not saved them before sleeping."""
+        for buffer in self.model_runner.get_model().buffers():
+            buffer.zero_()
+
+
+def _places(model: Any) -> dict[str, tuple[str, int, int]]:
+    """Where each Hugging Face tensor lies: parameter, and from which row to which of it."""
+    packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+    modules = dict(model.named_modules())
+    found: dict[str, tuple[str, int, int]] = {}
+    for name, parameter in model.named_parameters():
+        path, _, attribute = name.rpartition(".")
+        parent, _, leaf = path.rpartition(".")
+        module = modules[path]
+        rows = parameter.shape[0] if parameter.dim() else 0
+        if leaf in packed:
+            start = 0
+            for part, size in zip(packed[leaf], module.output_sizes, strict=True):
+                found[f"{parent}.{part}.{attribute}"] = (name, start, start + size)
+                start += size
+        else:
+            # Vocabularies are padded to whole tiles.
+            found[name] = (name, 0, min(rows, getattr(module, "org_vocab_size", rows)))
+    return found
+
+
+def _is_fp8(module: Any) -> bool:
+    from vllm.model_executor.layers.quantization.fp8 import Fp8LinearMethod
+
+    return isinstance(getattr(module, "quant_method", None), Fp8LinearMethod)
+
+
+def _make_loadable(module: Any, device: torch.device) -> None:
+    """Give a linear layer new parameters, with the loaders that vLLM's own making gives them."""
+    import torch
+
+    bias = getattr(module, "bias", None)
+    with torch.device(device):
+        module.quant_method.create_weights(
+            layer=module,
+            input_size_per_partition=module.input_size_per_partition,
+            output_partition_sizes=module.logical_widths,
+            input_size=module.input_size,
+            output_size=module.output_size,
+            params_dtype=module.orig_dtype,
+            weight_loader=module.weight_loader_v2,
+        )
+    if bias is not None and module.bias is not bias:
+        raise RuntimeError("vLLM made a new bias, whose loader is not known here")
+
+
+def quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight of shape (rows, columns) as float8 (e4m3) and float32 factors to multiply it by.
+
+    The factors have shape (blocks of rows, blocks of columns), as vLLM's ``weight_scale_inv``.
+    """
+    import torch
+
+    rows, columns = weight.shape
+    down, right = -(-rows // BLOCK), -(-columns // BLOCK)
+    padded = torch.nn.functional.pad(
+        weight.float(), (0, right * BLOCK - columns, 0, down * BLOCK - rows)
+    )
+    blocks = padded.view(down, BLOCK, right, BLOCK)
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    scale = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-12) / limit
+    small = (blocks / scale[:, None, :, None]).clamp(-limit, limit).to(torch.float8_e4m3fn)
+    return small.view(down * BLOCK, right * BLOCK)[:rows, :columns].contiguous(), scale
