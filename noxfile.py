@@ -44,6 +44,12 @@ def prove(session: nox.Session) -> None:
 
 
 @nox.session
+def export(session: nox.Session) -> None:
+    """Write an image as one file: REF --format oci|rootfs|sqsh [--output DIR] [--level N]."""
+    station(session, "export")
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Renew the generated part of the README: [--check]."""
     station(session, "docs")

@@ -21,8 +21,10 @@ PACKAGES = {
     "buildah": "buildah",
     "docker": "docker.io",
     "dpkg-deb": "dpkg",
+    "mksquashfs": "squashfs-tools",
     "mmdebstrap": "mmdebstrap",
     "newuidmap": "uidmap",
+    "zstd": "zstd",
     "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
 }
 # pip's variables and uv's names for the same settings. uv does not read pip's, and a host that is
