@@ -13,6 +13,7 @@ its lock and its layers.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 from images import build, builder, catalog, host, layers, lock
 from images.catalog import ROOT, Image, shown
-from rollout import cli, report, smoke
+from rollout import calibrate, cli, report, smoke
 from rollout.faults import FAULTS
 from rollout.problem import Problem
 
@@ -143,33 +144,62 @@ def found_by(data: Mapping[str, Any], fault: str) -> str:
     return "" if wanted.reason in reason else f"{wanted.check} failed because {reason}"
 
 
+def calibration(path: Path) -> str | None:
+    """The text of a calibration that another machine wrote; None where it wrote none.
+
+    Raises:
+        Problem: exit code 2 for a file that is no calibration, 1 for one that misses its margins.
+    """
+    if not path.exists():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+        broken = calibrate.margins_hold(data) if data["schema"] == calibrate.SCHEMA else [""]
+    except (OSError, ValueError, KeyError, TypeError):
+        broken = [""]
+    if broken == [""]:
+        raise Problem(f"--from: {path} is no calibration; remake it with rollout.calibrate", 2)
+    if broken:
+        raise Problem(f"--from: {path}: {broken[0]}")
+    return text
+
+
 def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> int:
     """Take in the reports that runs of this image left on another machine; returns the exit code.
+
+    Everything is checked before anything is written.
 
     Raises:
         Problem: exit code 2 for a report of another image, 1 for a fault that was not found.
     """
     lock.read(image)
+    report_path(image).unlink(missing_ok=True)  # as in prove: an earlier run's is not this one's
     built = layers.Record(build.inputs(image), build.build(image, tool).diff_ids)
     parts = [read_report(folder / f"{n}.json", image, built.diff_ids) for n in ("verify", "smoke")]
     faults = {}
     for path in sorted(folder.glob("fault-*.json")):
-        name = smoke.fault(path.stem.removeprefix("fault-")) or ""
+        name = path.stem.removeprefix("fault-")
+        try:
+            smoke.fault(name)
+        except Problem as problem:
+            raise Problem(f"--from: {path}: {problem.sentence}", 2) from None
         faults[name] = read_report(path, image, built.diff_ids)
         wrong = found_by(faults[name], name)
         if wrong:
             raise Problem(f"--from: {path} does not show that {name} is found: {wrong}")
+    calibrated = calibration(folder / "calibration.json")
     whole = merge(parts)
     _leave(report_path(image), whole)
     if keep and whole["verdict"] == "proved":
         layers.write(image, built)
         host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
+        # Reports of faults in other layers say nothing of these.
+        shutil.rmtree(kept_fault(image, "any").parent, ignore_errors=True)
         for name, data in faults.items():
             host.write(kept_fault(image, name), json.dumps(data, indent=1) + "\n")
-        calibration = folder / "calibration.json"
-        if calibration.exists():
-            text = calibration.read_text(encoding="utf-8")
-            host.write(kept(image).with_suffix(".calibration.json"), text)
+        if calibrated is not None:
+            host.write(kept(image).with_suffix(".calibration.json"), calibrated)
         host.say(f"kept as {shown(kept(image))}, with {len(faults)} faults; 'nox -s docs' is next")
     return report.exit_code(whole["verdict"])
 
@@ -214,7 +244,8 @@ def main(arguments: Sequence[str]) -> int:
     keeping = "--keep" in options
     options = [option for option in options if option != "--keep"]
     if "--from" in options:
-        if len(options) != 2 or options[0] != "--from" or len(chosen) != 1:
+        named = [argument for argument in arguments if not argument.startswith("-")]
+        if len(options) != 2 or options[0] != "--from" or len(chosen) != 1 or len(named) != 2:
             raise Problem("--from FOLDER takes one REF before it, and --keep alone beside it", 2)
         return adopt(chosen[0], builder.detect(), Path(options[1]), keep=keeping)
     if keeping and options:

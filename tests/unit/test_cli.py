@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 
 from images.catalog import ROOT
-from rollout import cli, report, smoke, verify
+from rollout import cli, preflight, report, smoke, verify
 from rollout.problem import Problem
 from rollout.report import Check
 
@@ -296,3 +299,79 @@ def test_what_cannot_be_executed_is_wrong_usage_in_a_sentence(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("rollout: ")
     assert said.format(prefix=prefix) in last
+
+
+# what stands aside for the engine
+
+
+@pytest.fixture
+def stands_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says what would have been executed, behind what was said before it."""
+
+    def execvp(file: str, argv: list[str]) -> NoReturn:
+        assert file == argv[0]
+        print(f"executed: {shlex.join(argv)}", file=sys.stderr)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execvp", execvp)
+
+
+def executed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[list[str], str]:
+    """The warnings of a command, and what it became."""
+    with pytest.raises(SystemExit):
+        cli.main(argv)
+    *said, last = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("rollout: warning: ") for line in said)
+    return said, last.removeprefix("executed: ")
+
+
+def is_image_of(prefix: Path, backend: str, cuda: str | None) -> None:
+    facts = FACTS | {"backend": backend, "cuda": cuda}
+    (prefix / "share/rollout/image.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.usefixtures("stands_aside")
+@pytest.mark.parametrize(
+    ("backend", "server"),
+    [("vllm", "vllm serve"), ("sglang", "python3 -m sglang.launch_server")],
+)
+def test_serve_becomes_the_engines_own_server_behind_the_warnings(
+    prefix: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    backend: str,
+    server: str,
+) -> None:
+    is_image_of(prefix, backend, "12.8")
+    monkeypatch.setattr(preflight, "driver", lambda *_: None)
+    said, became = executed(["serve", "/model", "--port", "8000", "--help", "a b"], capsys)
+    assert became == f"{server} /model --port 8000 --help 'a b'"
+    assert "rollout: warning: no NVIDIA driver on this host; run it on a GPU host" in said
+
+
+@pytest.mark.usefixtures("stands_aside")
+@pytest.mark.parametrize("argv", [["serve"], ["python3", "train.py"]], ids=["serve", "another"])
+def test_a_small_shm_is_warned_of_where_there_are_gpus(
+    prefix: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+) -> None:
+    small = SimpleNamespace(total=64 << 20, free=64 << 20)  # what container engines give
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: small)
+    is_image_of(prefix, "vllm", "12.8")
+    said, _ = executed(argv, capsys)
+    warning = "rollout: warning: /dev/shm has 64 MiB, which is enough for one GPU; tensor"
+    assert [line for line in said if "/dev/shm" in line and line.startswith(warning)]
+
+
+@pytest.mark.usefixtures("stands_aside")
+def test_a_small_shm_is_not_remarked_on_in_an_image_without_cuda(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = SimpleNamespace(total=64 << 20, free=64 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: small)
+    is_image_of(prefix, "transformers", None)
+    said, became = executed(["python3", "train.py"], capsys)
+    assert became == "python3 train.py"
+    assert not [line for line in said if "/dev/shm" in line]

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from images import build, builder, layers, prove
+from images import build, builder, host, layers, prove
 from images.builder import Built, Command
 from images.catalog import Image
 from rollout import report
+from rollout.faults import FAULTS
 from rollout.problem import Problem
 
 from ..conftest import Checkout, sha256
@@ -93,6 +94,13 @@ class Fake(builder.Buildah):
 
 
 SOUND = {"verify": (0, part("proved", "files")), "smoke": (0, part("proved", "start", "refit"))}
+
+
+CALIBRATION = json.loads(
+    (
+        Path(__file__).parents[2] / "images/proofs/verl-rollout/transformers-cpu.calibration.json"
+    ).read_text(encoding="utf-8")
+)
 
 
 @pytest.fixture
@@ -189,6 +197,234 @@ def test_a_drifted_lock_is_found_before_anything_is_built(
     assert "\n+ray==2.53.0\n" in capsys.readouterr().out
 
 
+# reports of runs on another machine
+
+
+def about(image: Image, verdict: str, *names: str, **changes: Any) -> dict[str, Any]:
+    """A report of this very image."""
+    return part(verdict, *names, **{"lock_sha256": host.sha256(image.lock), **changes})
+
+
+def of_fault(image: Image, fault: str, *failed: str, reason: str = "") -> dict[str, Any]:
+    """A report of a run with a fault, in which these checks failed; if none is named, its own."""
+    said = reason or FAULTS[fault].reason
+    names = failed or (FAULTS[fault].check,)
+    checks = [report.Check(name, "failed", 1.0, {}, f"here: {said}, as seen") for name in names]
+    whole = about(image, "failed", *names)
+    whole["checks"] = about(image, "proved", "start")["checks"] + [vars(c) for c in checks]
+    assert report.validate(whole) == []
+    return whole
+
+
+@pytest.fixture
+def folder(image: Image, tmp_path: Path) -> Path:
+    """What a sound image leaves on a machine with a GPU: two reports, two faults, a calibration."""
+    found = tmp_path / "from-gpu"
+    found.mkdir()
+    reports = {
+        "verify": about(image, "proved", "files", "imports"),
+        "smoke": about(image, "proved", "start", "refit"),
+        "fault-flipped-byte": of_fault(image, "flipped-byte"),
+        "fault-lost-buffer": of_fault(image, "lost-buffer"),
+        "calibration": CALIBRATION,
+    }
+    for name, data in reports.items():
+        (found / f"{name}.json").write_text(json.dumps(data))
+    return found
+
+
+def replace(folder: Path, name: str, data: object) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(data))
+
+
+def nothing_is_kept(image: Image) -> bool:
+    return not prove.kept(image).parent.exists() and layers.read(image) is None
+
+
+def test_reports_of_another_machine_become_one_and_are_left(image: Image, folder: Path) -> None:
+    assert prove.adopt(image, Fake(), folder, keep=False) == 0
+    assert left(image)["verdict"] == "proved"
+    names = ["files", "imports", "start", "refit"]
+    assert [check["name"] for check in left(image)["checks"]] == names
+    assert nothing_is_kept(image)
+
+
+def test_they_are_kept_with_their_layers_faults_and_calibration(image: Image, folder: Path) -> None:
+    assert prove.adopt(image, Fake(), folder, keep=True) == 0
+    assert json.loads(prove.kept(image).read_text()) == left(image)
+    assert layers.read(image) == layers.Record("inputs", LAYERS)
+    faults = prove.kept(image).parent / "vllm-0.12.faults"
+    assert sorted(path.name for path in faults.iterdir()) == [
+        "flipped-byte.json",
+        "lost-buffer.json",
+    ]
+    kept = json.loads(prove.kept_fault(image, "lost-buffer").read_text())
+    assert kept == of_fault(image, "lost-buffer")
+    calibration = prove.kept(image).parent / "vllm-0.12.calibration.json"
+    assert json.loads(calibration.read_text()) == CALIBRATION
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("no JSON", 2, "is no calibration"),
+        (b"\xff\xfe", 2, "is no calibration"),
+        ('{"schema": "rollout-report/1"}', 2, "is no calibration"),
+        (json.dumps({"schema": "rollout-calibration/1"}), 2, "is no calibration"),
+        (json.dumps(CALIBRATION | {"noise": {**CALIBRATION["noise"], "max": 1.04}}), 1, "1.0400"),
+    ],
+    ids=["text", "bytes", "a report", "empty", "too noisy"],
+)
+def test_a_calibration_that_is_none_or_misses_its_margins_keeps_nothing(
+    image: Image, folder: Path, text: str | bytes, code: int, said: str
+) -> None:
+    data = text if isinstance(text, bytes) else text.encode()
+    (folder / "calibration.json").write_bytes(data)
+    with pytest.raises(Problem, match=said) as caught:
+        prove.adopt(image, Fake(), folder, keep=True)
+    assert caught.value.code == code
+    assert nothing_is_kept(image)
+
+
+def test_reports_of_faults_in_earlier_layers_do_not_stay(image: Image, folder: Path) -> None:
+    old = prove.kept_fault(image, "stale-cache")
+    host.write(old, "{}")
+    assert prove.adopt(image, Fake(), folder, keep=True) == 0
+    assert not old.exists()
+
+
+def test_a_proof_without_faults_or_calibration_is_kept_too(image: Image, folder: Path) -> None:
+    for path in [*folder.glob("fault-*"), folder / "calibration.json"]:
+        path.unlink()
+    assert prove.adopt(image, Fake(), folder, keep=True) == 0
+    assert [path.name for path in prove.kept(image).parent.iterdir()] == ["vllm-0.12.json"]
+
+
+@pytest.mark.parametrize("name", ["verify", "smoke", "fault-flipped-byte"])
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("image", "verl-rollout:sglang-0.5", "its image is verl-rollout:sglang-0.5"),
+        ("lock_sha256", sha256("other"), f"its lock_sha256 is {sha256('other')}"),
+        ("layers", [LAYERS[0]], f"its layers is ['{LAYERS[0]}']"),
+        ("layers", [*reversed(LAYERS)], "its layers is ["),
+        ("layers", [], "its layers is []"),
+        ("device", 7, "is no report: device: 7 is not"),
+        ("schema", "rollout-report/2", "is no report: schema: 'rollout-report/2' is not"),
+    ],
+    ids=[
+        *("other image", "other lock", "fewer layers", "other order", "layers unknown"),
+        *("broken schema", "later schema"),
+    ],
+)
+def test_a_report_of_anything_else_is_refused(
+    image: Image, folder: Path, name: str, key: str, value: object, said: str
+) -> None:
+    replace(folder, name, json.loads((folder / f"{name}.json").read_text()) | {key: value})
+    with pytest.raises(Problem) as caught:
+        prove.adopt(image, Fake(), folder, keep=True)
+    assert caught.value.code == 2
+    assert f"--from: {folder}/{name}.json " in caught.value.sentence
+    assert said in caught.value.sentence
+    assert nothing_is_kept(image)
+    assert not prove.report_path(image).exists()
+
+
+@pytest.mark.parametrize("name", ["verify", "smoke", "fault-flipped-byte"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is not JSON"),
+        (b'{"schema": "rollout-rep', "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[]", "is no report: report: not an object"),
+    ],
+    ids=["empty", "cut short", "no text", "a list"],
+)
+def test_a_file_that_is_no_report_is_refused(
+    image: Image, folder: Path, name: str, content: bytes, said: str
+) -> None:
+    (folder / f"{name}.json").write_bytes(content)
+    with pytest.raises(Problem) as caught:
+        prove.adopt(image, Fake(), folder, keep=True)
+    assert (caught.value.code, caught.value.sentence) == (2, f"--from: {folder}/{name}.json {said}")
+    assert nothing_is_kept(image)
+
+
+@pytest.mark.parametrize("name", ["verify", "smoke"])
+def test_verify_and_smoke_are_both_asked_for(image: Image, folder: Path, name: str) -> None:
+    (folder / f"{name}.json").unlink()
+    with pytest.raises(Problem) as caught:
+        prove.adopt(image, Fake(), folder, keep=True)
+    said = f"--from: {folder}/{name}.json cannot be read (No such file or directory)"
+    assert (caught.value.code, caught.value.sentence) == (2, said)
+    assert nothing_is_kept(image)
+
+
+def test_one_report_twice_is_not_taken_for_both(image: Image, folder: Path) -> None:
+    replace(folder, "smoke", json.loads((folder / "verify.json").read_text()))
+    with pytest.raises(Problem, match="checks: files is there 2 times"):
+        prove.adopt(image, Fake(), folder, keep=True)
+    assert nothing_is_kept(image)
+
+
+def test_a_fault_that_nobody_knows_is_refused_with_the_nearest(image: Image, folder: Path) -> None:
+    replace(folder, "fault-flipped-bite", of_fault(image, "flipped-byte"))
+    with pytest.raises(Problem, match="did you mean 'flipped-byte'") as caught:
+        prove.adopt(image, Fake(), folder, keep=True)
+    assert caught.value.code == 2
+    assert nothing_is_kept(image)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_found_by_its_check_and_reason(image: Image, fault: str) -> None:
+    assert prove.found_by(of_fault(image, fault), fault) == ""
+
+
+OTHER = "CUDA error: out of memory"
+
+
+@pytest.mark.parametrize(
+    ("failed", "reason", "said"),
+    [
+        (["generation"], "", "failed were generation"),
+        (["refit", "generation"], "", "failed were refit, generation"),
+        ([], OTHER, f"refit failed because here: {OTHER}, as seen"),
+    ],
+    ids=["another check", "another too", "another reason"],
+)
+def test_a_fault_that_its_check_did_not_find_is_refused(
+    image: Image, folder: Path, failed: list[str], reason: str, said: str
+) -> None:
+    replace(folder, "fault-flipped-byte", of_fault(image, "flipped-byte", *failed, reason=reason))
+    with pytest.raises(Problem) as caught:
+        prove.adopt(image, Fake(), folder, keep=True)
+    wrong = f"{folder}/fault-flipped-byte.json does not show that flipped-byte is found: {said}"
+    assert (caught.value.code, caught.value.sentence) == (1, f"--from: {wrong}")
+    assert nothing_is_kept(image)
+    assert not prove.report_path(image).exists()
+
+
+@pytest.mark.parametrize("verdict", ["proved", "unproved"])
+def test_a_fault_that_no_check_found_is_refused(image: Image, folder: Path, verdict: str) -> None:
+    replace(folder, "fault-flipped-byte", about(image, verdict, "start", "refit"))
+    with pytest.raises(Problem, match="flipped-byte is found: failed were no checks") as caught:
+        prove.adopt(image, Fake(), folder, keep=True)
+    assert caught.value.code == 1
+    assert nothing_is_kept(image)
+
+
+@pytest.mark.parametrize("name", ["verify", "smoke"])
+@pytest.mark.parametrize("verdict", ["failed", "unproved"])
+def test_what_another_machine_did_not_prove_is_left_and_not_kept(
+    image: Image, folder: Path, name: str, verdict: str
+) -> None:
+    replace(folder, name, about(image, verdict, f"{name} of it"))
+    assert prove.adopt(image, Fake(), folder, keep=True) == report.exit_code(verdict)
+    assert left(image)["verdict"] == verdict
+    assert nothing_is_kept(image)
+
+
 # the session's arguments
 
 Call = tuple[str, list[str], bool]
@@ -269,3 +505,42 @@ def test_the_default_is_what_any_machine_can_prove(
     made = calls([0])
     assert prove.main([]) == 0
     assert [tag for tag, _, _ in made] == ["transformers-cpu"]
+
+
+@pytest.mark.parametrize("keep", [[], ["--keep"]], ids=["left", "kept"])
+def test_from_takes_the_reports_of_a_folder_and_runs_nothing(
+    image: Image, folder: Path, monkeypatch: pytest.MonkeyPatch, keep: list[str]
+) -> None:
+    tool = Fake()
+    monkeypatch.setattr(builder, "detect", lambda: tool)
+    assert prove.main(["vllm-0.12", "--from", str(folder), *keep]) == 0
+    assert left(image)["verdict"] == "proved"
+    assert prove.kept(image).exists() == bool(keep)
+    assert tool.ran == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["a", "--from"],
+        ["a", "--keep", "--from"],
+        ["a", "b", "--from", "{folder}"],
+        ["a", "--from", "{folder}", "--cycles", "5"],
+        ["a", "--inject", "flipped-byte", "--from", "{folder}"],
+        ["a", "--from", "{folder}", "{folder}"],
+        ["a", "--inject", "--from"],
+    ],
+    ids=[
+        *("no folder", "nor with keep", "two images", "cycles", "a fault", "two folders"),
+        "two options",
+    ],
+)
+def test_from_takes_one_image_one_folder_and_nothing_else(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str]
+) -> None:
+    for tag in ("a", "b"):
+        checkout.image(tag=tag)
+    monkeypatch.delattr(builder, "detect")  # nothing is built
+    with pytest.raises(Problem, match="--from FOLDER takes one REF before it") as caught:
+        prove.main([argument.format(folder=tmp_path) for argument in arguments])
+    assert caught.value.code == 2
