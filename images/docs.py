@@ -11,7 +11,9 @@ from typing import Any
 from images import build, catalog, host, layers, lock, measure, prove
 from images.catalog import ROOT, Image
 from rollout import report, verify
+from rollout.checks import GROWTH
 from rollout.faults import FAULTS
+from rollout.oracle import BOUND_BF16, BOUND_FP8
 from rollout.problem import Problem
 
 README = ROOT / "README.md"
@@ -62,11 +64,139 @@ def table(images: Sequence[Image]) -> str:
     return "\n".join(lines)
 
 
-def fault_table() -> str:
-    """The faults that can be injected, and the check that finds each."""
-    lines = ["| fault | what happens | found by |", "| --- | --- | --- |"]
-    lines += [f"| `{name}` | {fault.what} | `{fault.check}` |" for name, fault in FAULTS.items()]
+def fault_table(images: Sequence[Image]) -> str:
+    """The faults that can be injected, the check that finds each, and where that was shown.
+
+    On the CPU every run of the tests shows it; of a GPU image the report of the run is kept.
+    """
+    lines = ["| fault | what happens | found by | shown on |", "| --- | --- | --- | --- |"]
+    for name, fault in FAULTS.items():
+        shown_on = ["CPU (tests)"]
+        for image in images:
+            path = prove.kept_fault(image, name)
+            if path.exists():
+                shown_on.append(f"[{image.tag}]({path.relative_to(ROOT)})")
+        lines.append(f"| `{name}` | {fault.what} | `{fault.check}` | {', '.join(shown_on)} |")
     return "\n".join(lines)
+
+
+def gpu_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The numbers of a report as rows: what, measured, beside what."""
+    checks = {check["name"]: check for check in data["checks"]}
+    start, refit, sleep = (checks[name]["metrics"] for name in ("start", "refit", "sleep-1"))
+    two, turn = checks["sleep-2"]["metrics"], checks["cycle"]["metrics"]
+    verified = sum(c["seconds"] for c in data["checks"] if c["name"] in verify.CHECKS)
+    second = checks["fp8"]["metrics"]["start_seconds"] if "fp8" in checks else 0.0
+    starts = checks["start"]["seconds"] + second
+    rest = data["seconds"] - verified - starts
+    rows = [
+        ("start on dummy weights, CUDA graphs included", f"{start['start_seconds']:.1f} s", ""),
+        (
+            "the whole smoke test",
+            f"engine starts {starts:.0f} s + {rest:.0f} s",
+            "engine start + ≤ 60 s",
+        ),
+        (
+            "sleep 1 frees, of weights and KV cache",
+            f"{sleep['freed_fraction']:.1%} of {sleep['held_bytes'] / 1e9:.2f} GB",
+            "≥ 90 %, by the driver's count",
+        ),
+        (
+            "sleep 1, weights to main memory",
+            f"{sleep['sleep_gb_per_s']:.0f} GB/s",
+            f"a pinned copy: {sleep['to_host_gb_per_s']:.0f} GB/s",
+        ),
+        (
+            "wake, weights from main memory",
+            f"{sleep['wake_gb_per_s']:.0f} GB/s",
+            f"a pinned copy: {sleep['from_host_gb_per_s']:.0f} GB/s",
+        ),
+        (
+            f"growth over {sleep['cycles']} cycles",
+            f"{sleep['growth_bytes']} bytes",
+            f"≤ {GROWTH:.0%} of what is held",
+        ),
+        ("sleep 2", f"{two['sleep_seconds'] * 1e3:.0f} ms", ""),
+        (
+            "refit over CUDA IPC, 256 MiB buckets",
+            f"{refit['gb_per_s']:.0f} GB/s",
+            f"a copy on the device: {refit['copy_gb_per_s']:.0f} GB/s",
+        ),
+        (
+            "sleep, wake, refit, wake (a turn of the loop)",
+            f"{turn['turn_seconds'] * 1e3:.0f} ms",
+            "",
+        ),
+        (
+            "mean exp(\\|Δ log-probability\\|), bf16",
+            f"{checks['generation']['metrics']['divergence']:.4f}",
+            f"≤ {BOUND_BF16}; other weights: "
+            f"{checks['generation']['metrics']['control_divergence']:.1f}",
+        ),
+    ]
+    if "fp8" in checks:
+        found = checks["fp8"]["metrics"]
+        rows.append(
+            (
+                "the same with weights in fp8",
+                f"{found['divergence']:.4f}",
+                f"≤ {BOUND_FP8}; other weights: {found['stranger_divergence']:.2f}",
+            )
+        )
+    return rows
+
+
+def gpu_numbers(images: Sequence[Image]) -> str:
+    """A table for each image with a kept proof on a GPU."""
+    parts = []
+    for image in images:
+        path = prove.kept(image)
+        if "cuda" not in image.expect or not path.exists():
+            continue
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rows = list(gpu_rows(data))
+        size = measure.path(image)
+        if size.exists():
+            rows += size_rows(json.loads(size.read_text(encoding="utf-8")))
+        calibrated = path.with_suffix(".calibration.json")
+        if calibrated.exists():
+            rows += calibration_rows(json.loads(calibrated.read_text(encoding="utf-8")))
+        parts += [
+            f"`{image.reference}` on {data['device']}, driver {data['driver']}, "
+            f"{data['started'][:10]}, from [its report]({path.relative_to(ROOT)}):",
+            "",
+            "| what | measured | beside |",
+            "| --- | --- | --- |",
+            *(f"| {what} | {value} | {beside} |" for what, value, beside in rows),
+        ]
+    return "\n".join(parts) or "No image is proved on a GPU yet."
+
+
+def size_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The size of an image, from ``nox -s measure``."""
+    rows = [
+        ("export_bytes", "all files in one zstd stream (`export`)", "≤ 3.6 GB"),
+        ("compressed_bytes", "layers as buildah pushes them (zstd, default level)", "≤ 3.6 GB"),
+        ("largest_layer_bytes", "the largest of these layers", "≤ 2 GB"),
+    ]
+    return [(what, f"{data[key] / 1e9:.2f} GB", aim) for key, what, aim in rows if key in data]
+
+
+def calibration_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The probe on that device, from ``rollout.calibrate``."""
+    noise, loss = data["noise"], data["loss"]
+    return [
+        (
+            f"the probe's noise in {noise['repeats']} repeats, at most",
+            f"{noise['max']:.4f}",
+            f"≤ {BOUND_BF16}",
+        ),
+        (
+            f"loss of any one of {len(loss['tensors'])} tensors, at least",
+            f"{loss['min']:.3f}",
+            f"{data['ratio']:.1f} times what the bound allows; ≥ 10 times",
+        ),
+    ]
 
 
 def numbers(data: Mapping[str, Any]) -> str:
@@ -98,7 +228,11 @@ def numbers(data: Mapping[str, Any]) -> str:
         "| what | measured | aim |",
         "| --- | --- | --- |",
     ]
-    lines += [f"| {what} | {form.format(data[key])} | {aim} |" for what, key, form, aim in rows]
+    lines += [
+        f"| {what} | {form.format(data[key])} | {aim} |"
+        for what, key, form, aim in rows
+        if key in data
+    ]
     return "\n".join(lines)
 
 
@@ -151,8 +285,9 @@ def fresh(text: str, images: Sequence[Image]) -> str:
     parts = {
         "printed": printed(default),
         "images": table(images),
-        "faults": fault_table(),
+        "faults": fault_table(images),
         "measured": measured(default),
+        "gpu": gpu_numbers(images),
     }
     for name, generated in parts.items():
         text = renewed(text, name, generated)

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from images import build, builder, catalog, host, prove
+from images import build, builder, catalog, export, host, prove
 from images.catalog import ROOT, Image, shown
 
 SITE = "/opt/rollout"
@@ -70,13 +70,21 @@ def inside(image: Image, tool: builder.Buildah) -> dict[str, float]:
 
 
 def compressed(image: Image) -> dict[str, float]:
-    """Bytes of the image as a registry would hold it: zstd layers, the default level."""
+    """Bytes of the image as a registry would hold it (zstd layers), and of its largest layer."""
     with tempfile.TemporaryDirectory() as folder:
         target = f"oci:{folder}/image:x"
         argv = ["buildah", "push", "--quiet", "--compression-format", "zstd"]
         _run([*argv, f"localhost/{image.reference}", target])
-        size = sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
-    return {"compressed_bytes": float(size)}
+        sizes = [p.stat().st_size for p in Path(folder).rglob("*") if p.is_file()]
+    return {"compressed_bytes": float(sum(sizes)), "largest_layer_bytes": float(max(sizes))}
+
+
+def exported(image: Image, tool: builder.Buildah, built: builder.Built) -> dict[str, float]:
+    """Bytes of all files of the image in one zstd stream, as ``nox -s export`` writes them."""
+    with tempfile.TemporaryDirectory(dir=build.BUILD) as folder:
+        file = Path(folder) / "rootfs"
+        export.rootfs(image, tool, built, file, export.LEVEL)
+        return {"export_bytes": float(file.stat().st_size)}
 
 
 def cold_build(image: Image, tool: builder.Buildah) -> dict[str, float]:
@@ -145,7 +153,7 @@ def main(arguments: Sequence[str]) -> int:
     image = catalog.find(given.ref, catalog.load())
     tool = builder.detect("buildah")
     assert isinstance(tool, builder.Buildah)  # noqa: S101 - what detect("buildah") gives
-    build.build(image, tool)
+    built = build.build(image, tool)
     data: dict[str, Any] = {
         "measured": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
@@ -154,9 +162,13 @@ def main(arguments: Sequence[str]) -> int:
     steps: list[tuple[str, Callable[[], dict[str, float]]]] = [
         ("inside the image", lambda: inside(image, tool)),
         ("compressed size", lambda: compressed(image)),
-        ("cold build and bare install", lambda: cold_build(image, tool)),
-        ("prove from a fresh clone, and again", lambda: proof_times(image)),
+        ("size of the export", lambda: exported(image, tool, built)),
     ]
+    if "cuda" not in image.expect:  # those of a GPU image are in its proof
+        steps += [
+            ("cold build and bare install", lambda: cold_build(image, tool)),
+            ("prove from a fresh clone, and again", lambda: proof_times(image)),
+        ]
     for name, step in steps:
         host.say(f"measuring: {name}")
         for key, value in step().items():

@@ -123,10 +123,66 @@ def test_lost_markers_are_said_with_what_to_do(text: str) -> None:
 
 
 def test_the_faults_are_those_that_can_be_injected() -> None:
-    lines = docs.fault_table().splitlines()[2:]
+    lines = docs.fault_table([]).splitlines()[2:]
     assert len(lines) == len(FAULTS)
     for line, (name, fault) in zip(lines, FAULTS.items(), strict=True):
-        assert line == f"| `{name}` | {fault.what} | `{fault.check}` |"
+        assert line == f"| `{name}` | {fault.what} | `{fault.check}` | CPU (tests) |"
+
+
+def test_a_fault_found_on_a_gpu_links_to_the_report_of_that_run(image: Image) -> None:
+    host.write(prove.kept_fault(image, "lost-buffer"), "{}")
+    lines = docs.fault_table([image]).splitlines()
+    link = "[vllm-0.12](images/proofs/verl-rollout/vllm-0.12.faults/lost-buffer.json)"
+    assert [line.endswith(f"| CPU (tests), {link} |") for line in lines].count(True) == 1
+    assert [link in line for line in lines].count(True) == 1
+
+
+CHECKS: dict[str, dict[str, float]] = {
+    "files": {},
+    "start": {"start_seconds": 40.0},
+    "refit": {"gb_per_s": 70.0, "copy_gb_per_s": 1900.0},
+    "generation": {"divergence": 1.0116, "control_divergence": 215.6},
+    "sleep-1": {
+        "freed_fraction": 1.0,
+        "held_bytes": 6e9,
+        "cycles": 4,
+        "growth_bytes": 0,
+        "sleep_gb_per_s": 43.0,
+        "wake_gb_per_s": 38.0,
+        "to_host_gb_per_s": 55.0,
+        "from_host_gb_per_s": 55.4,
+    },
+    "sleep-2": {"sleep_seconds": 0.012},
+    "cycle": {"turn_seconds": 0.044},
+    "fp8": {"start_seconds": 16.0, "divergence": 1.0269, "stranger_divergence": 3.77},
+}
+
+
+def gpu_report(*names: str) -> dict[str, Any]:
+    """A report with these checks, ten seconds each."""
+    checks = [{"name": n, "seconds": 10.0, "metrics": CHECKS[n]} for n in names]
+    return {"checks": checks, "seconds": 100.0}
+
+
+def test_the_numbers_of_a_gpu_are_those_of_its_report() -> None:
+    rows = {what: (value, beside) for what, value, beside in docs.gpu_rows(gpu_report(*CHECKS))}
+    # 100 s, less 10 of verify's one check, 10 of the start and 16 of the second start.
+    assert rows["the whole smoke test"][0] == "engine starts 26 s + 64 s"
+    assert rows["refit over CUDA IPC, 256 MiB buckets"] == (
+        "70 GB/s",
+        "a copy on the device: 1900 GB/s",
+    )
+    assert rows["the same with weights in fp8"][0] == "1.0269"
+
+
+def test_an_image_without_fp8_has_no_row_of_it() -> None:
+    rows = docs.gpu_rows(gpu_report(*[name for name in CHECKS if name != "fp8"]))
+    assert not [what for what, _, _ in rows if "fp8" in what]
+
+
+def test_without_a_proof_on_a_gpu_there_are_no_numbers(image: Image) -> None:
+    prove.kept(image).unlink()
+    assert docs.gpu_numbers([image]) == "No image is proved on a GPU yet."
 
 
 @pytest.fixture
@@ -135,7 +191,9 @@ def readme(image: Image, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(catalog, "DEFAULT", image.reference)
     monkeypatch.setattr(docs, "printed", lambda _: "printed last")
     monkeypatch.setattr(docs, "measured", lambda _: "measured last")
-    text = "".join(marked(name, "old") for name in ("printed", "images", "faults", "measured"))
+    monkeypatch.setattr(docs, "gpu_numbers", lambda _: "gpu last")
+    names = ("printed", "images", "faults", "measured", "gpu")
+    text = "".join(marked(name, "old") for name in names)
     docs.README.write_text(text)
     return text
 
@@ -160,5 +218,5 @@ def test_a_renewed_readme_passes_the_check(capsys: pytest.CaptureFixture[str]) -
     assert docs.main([]) == 0
     assert capsys.readouterr().out == ""
     text = docs.README.read_text()
-    for part in ("printed last", PROVED, "`flipped-byte`", "measured last"):
+    for part in ("printed last", PROVED, "`flipped-byte`", "measured last", "gpu last"):
         assert part in text
