@@ -271,7 +271,8 @@ def test_a_squashfs_file_holds_what_enroot_reads_and_is_the_same_again(
         argv = ["unsquashfs", "-cat", str(file), name]
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
 
-    assert read("etc/environment").splitlines() == built.config["Env"]
+    layers = f"ROLLOUT_LAYERS={','.join(built.diff_ids)}"
+    assert read("etc/environment").splitlines() == [*built.config["Env"], layers]
     assert 'exec rollout "$@"' in read("etc/rc")
     assert read("etc/fstab") == ""
     argv = ["unsquashfs", "-lln", str(file)]
