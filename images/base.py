@@ -11,7 +11,6 @@ apt_sources.py knows the mirrors, debian.py asks them, rootfs.py is the recipe.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tempfile
 import tomllib
@@ -258,17 +257,11 @@ def make(lock: Path, destination: Path) -> Path:
     if sentence:
         raise Problem(sentence)
     folder = fetch(lock)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the destination, since only a rename within one file system is all or nothing.
-    partial = destination.with_name(f".{destination.name}.{os.getpid()}")
-    try:
+    with host.replacing(destination) as partial:
         rootfs.make(locked.debs, locked.requested, folder, partial)
         wrong = rootfs.differences(locked.debs, rootfs.status(partial))
         if wrong:
             raise Problem(f"the base came out other than {shown(lock)}: {'; '.join(wrong)}")
-        partial.replace(destination)
-    finally:
-        partial.unlink(missing_ok=True)
     return destination
 
 

@@ -11,10 +11,12 @@ from typing import Any
 from images import build, catalog, host, layers, lock, measure, prove
 from images.catalog import ROOT, Image
 from rollout import report, verify
-from rollout.checks import GROWTH
+from rollout.checks import FREED, GROWTH
+from rollout.cuda_ipc import BUCKET_BYTES
 from rollout.faults import FAULTS
 from rollout.oracle import BOUND_BF16, BOUND_FP8
 from rollout.problem import Problem
+from rollout.smoke import CALM
 
 README = ROOT / "README.md"
 
@@ -100,7 +102,7 @@ def gpu_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "sleep 1 frees, of weights and KV cache",
             f"{sleep['freed_fraction']:.1%} of {sleep['held_bytes'] / 1e9:.2f} GB",
-            "≥ 90 %, by the driver's count",
+            f"≥ {FREED:.0%}, by the driver's count",
         ),
         (
             "sleep 1, weights to main memory",
@@ -124,7 +126,7 @@ def gpu_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ),
         ("sleep 2", f"{two['sleep_seconds'] * 1e3:.0f} ms", ""),
         (
-            "refit over CUDA IPC, 256 MiB buckets",
+            f"refit over CUDA IPC, {BUCKET_BYTES >> 20} MiB buckets",
             f"{refit['gb_per_s']:.0f} GB/s",
             f"a copy on the device: {refit['copy_gb_per_s']:.0f} GB/s",
         ),
@@ -144,7 +146,7 @@ def gpu_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         found = checks["fp8"]["metrics"]
         rows.append(
             (
-                "the same in fp8, logits divided by 4 (undivided the bound is no bound)",
+                f"the same in fp8, logits times {CALM} (as they are, the bound is no bound)",
                 f"{found['divergence']:.4f}",
                 f"≤ {BOUND_FP8}; other weights: {found['stranger_divergence']:.2f}",
             )
@@ -160,7 +162,7 @@ def gpu_numbers(images: Sequence[Image]) -> str:
         if "cuda" not in image.expect or not path.exists():
             continue
         data = json.loads(path.read_text(encoding="utf-8"))
-        rows = list(gpu_rows(data))
+        rows = gpu_rows(data)
         sources = [f"[its report]({path.relative_to(ROOT)})"]
         size = measure.path(image)
         if size.exists():

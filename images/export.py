@@ -219,18 +219,6 @@ def pack(argv: Sequence[str], file: Path, write: Callable[[IO[bytes]], None]) ->
 
 
 @contextmanager
-def fresh(file: Path) -> Iterator[Path]:
-    """A temporary name for a file: it gets its own when it is whole, and none if it never is."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def mounted(tool: Buildah, name: str) -> Iterator[Path]:
     """The files of an image, in a working container that is removed at the end.
 
@@ -299,7 +287,7 @@ def export(
     """Write one image as one file, whole or not at all. Returns the file."""
     built = current(image, tool)
     file = target(image, kind, folder)
-    with fresh(file) as temporary:
+    with host.replacing(file) as temporary:
         if kind == "oci":
             argv = oci_argv(tool.local + image.reference, temporary, image.reference, layers)
             build.check_disk(folder)

@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rollout.problem import Problem
@@ -55,15 +56,23 @@ def cache() -> Path:
     return Path(base) / "verl-rollout"
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that an interrupted run leaves the old one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name for a file that gets its own when it is whole, and none if it never is."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, since only a rename within one file system is all or nothing.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file in one step, so that an interrupted run leaves the old one."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def sha256(path: Path) -> str:

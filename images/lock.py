@@ -16,6 +16,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -166,6 +167,7 @@ def compile_argv(
     ]
 
 
+@cache
 def _tags(python: str) -> dict[Tag, int]:
     """Wheel tags that the platform takes, each with its rank: 0 is the most specific."""
     version = tuple(int(part) for part in python.split("."))

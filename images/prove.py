@@ -102,8 +102,7 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
                 break
     _leave(report_path(image), merge(parts))
     if keep and not code:
-        layers.write(image, built)
-        host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
+        _keep(image, built)
         host.say(f"kept as {shown(kept(image))}; 'nox -s docs' renews the README's table")
     return code
 
@@ -155,11 +154,13 @@ def calibration(path: Path) -> str | None:
     try:
         text = path.read_text(encoding="utf-8")
         data = json.loads(text)
-        broken = calibrate.margins_hold(data) if data["schema"] == calibrate.SCHEMA else [""]
+        if data["schema"] != calibrate.SCHEMA:
+            raise ValueError
+        broken = calibrate.margins_hold(data)
     except (OSError, ValueError, KeyError, TypeError):
-        broken = [""]
-    if broken == [""]:
-        raise Problem(f"--from: {path} is no calibration; remake it with rollout.calibrate", 2)
+        raise Problem(
+            f"--from: {path} is no calibration; remake it with rollout.calibrate", 2
+        ) from None
     if broken:
         raise Problem(f"--from: {path}: {broken[0]}")
     return text
@@ -192,10 +193,7 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
     whole = merge(parts)
     _leave(report_path(image), whole)
     if keep and whole["verdict"] == "proved":
-        layers.write(image, built)
-        host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
-        # Reports of faults in other layers say nothing of these.
-        shutil.rmtree(kept_fault(image, "any").parent, ignore_errors=True)
+        _keep(image, built)
         for name, data in faults.items():
             host.write(kept_fault(image, name), json.dumps(data, indent=1) + "\n")
         if calibrated is not None:
@@ -210,6 +208,14 @@ def _leave(path: Path, data: dict[str, Any]) -> None:
         raise Problem(f"the report breaks its own schema: {'; '.join(wrong[:3])}")
     host.write(path, json.dumps(data, indent=1) + "\n")
     host.say(f"{data['image']}: {data['verdict']}; report in {shown(path)}")
+
+
+def _keep(image: Image, built: layers.Record) -> None:
+    """Keep the report that a run left, and the layers that it holds for."""
+    layers.write(image, built)
+    host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
+    # Reports of faults in other layers say nothing of these.
+    shutil.rmtree(kept_fault(image, "any").parent, ignore_errors=True)
 
 
 def smoke_options(options: Sequence[str], image: Image) -> tuple[list[str], dict[str, str]]:
@@ -240,16 +246,15 @@ def main(arguments: Sequence[str]) -> int:
     """
     images = catalog.load()
     chosen, options = catalog.select(arguments, images)
-    chosen = chosen or [catalog.find(catalog.DEFAULT, images)]
     keeping = "--keep" in options
     options = [option for option in options if option != "--keep"]
     if "--from" in options:
-        named = [argument for argument in arguments if not argument.startswith("-")]
-        if len(options) != 2 or options[0] != "--from" or len(chosen) != 1 or len(named) != 2:
+        if len(options) != 2 or options[0] != "--from" or len(chosen) != 1:
             raise Problem("--from FOLDER takes one REF before it, and --keep alone beside it", 2)
         return adopt(chosen[0], builder.detect(), Path(options[1]), keep=keeping)
     if keeping and options:
         raise Problem("--keep takes no other option: what is kept is the whole proof", 2)
+    chosen = chosen or [catalog.find(catalog.DEFAULT, images)]
     for image in chosen:
         smoke_options(options, image)
     tool = builder.detect()

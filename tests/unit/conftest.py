@@ -10,6 +10,7 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,12 @@ def install(prefix: Path, name: str, version: str, files: Mapping[str, bytes]) -
 
 def seal(prefix: Path) -> None:
     (prefix / hashes.SEAL).write_text(hashes.seal(prefix))
+
+
+@pytest.fixture(scope="session")
+def torch() -> Any:
+    """torch, where it is: inside an image (tests/image/test_inside.py)."""
+    return pytest.importorskip("torch", reason="torch is in the images, not in the host's tools")
 
 
 @pytest.fixture

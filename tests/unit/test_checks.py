@@ -20,11 +20,6 @@ WEIGHTS = {"body": 2.0, HEAD: 4.0}
 OTHERS = {"body": 3.0, HEAD: 4.0}
 
 
-@pytest.fixture(scope="module")
-def torch() -> Any:
-    return pytest.importorskip("torch", reason="torch is in the images, not in the host's tools")
-
-
 class Toy:
     """An engine whose weights are two numbers and whose log-probability is their product."""
 
@@ -76,9 +71,6 @@ class Toy:
 
     def memory(self) -> int:
         return 0 if self.asleep else 100
-
-    def inject(self, fault: str) -> None:
-        raise NotImplementedError
 
     def stop(self) -> None:
         self.calls.append("stop")

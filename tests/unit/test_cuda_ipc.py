@@ -13,13 +13,9 @@ import pytest
 
 from rollout import cuda_ipc
 from rollout.cuda_ipc import Bucket
-from rollout.transport import TransportError, as_bytes
+from rollout.transport import TransportError
 
-
-@pytest.fixture(scope="module")
-def torch() -> Any:
-    pytest.importorskip("zmq", reason="pyzmq is not installed")
-    return pytest.importorskip("torch", reason="torch is in the images, not in the host's tools")
+from .tensors import of_any_kind, same
 
 
 @pytest.fixture
@@ -118,32 +114,9 @@ def send(torch: Any, tensors: Any, address: str, size: int, alive: Any = fine) -
     return cuda_ipc.send(tensors, address, torch.device("cpu"), alive, size)
 
 
-def same(torch: Any, one: Any, two: Any) -> bool:
-    alike = one.shape == two.shape and one.dtype == two.dtype
-    return alike and torch.equal(as_bytes(one), as_bytes(two))
-
-
 @pytest.mark.parametrize("size", [256, 1000, 1 << 20])
 def test_tensors_of_any_kind_arrive_to_the_bit(torch: Any, address: str, size: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Any:
-        return torch.randn(*shape, generator=generator)
-
-    tensors = {
-        "larger than a bucket": noise(40, 30),
-        "bfloat16": noise(7, 5).to(torch.bfloat16),
-        "float8": noise(13).to(torch.float8_e4m3fn),
-        "scalar": torch.tensor(2.5),
-        "bool": noise(9) > 0,
-        "transposed": noise(6, 4).t(),
-        "transposed and larger": noise(30, 50).t(),
-        "every other": noise(50)[::2],
-        "int64": torch.arange(-3, 3),
-        "empty": torch.ones(0, 4),
-        "parameter": torch.nn.Parameter(noise(3, 3)),
-        "not a number": torch.tensor([float("nan"), float("inf"), -0.0]),
-    }
+    tensors = of_any_kind(torch)
     there: dict[str, Any] = {}
     engine = receiver(torch, address, lambda b: there.update((n, t.clone()) for n, t in b))
     sent = send(torch, tensors.items(), address, size)

@@ -113,17 +113,6 @@ def test_hard_links_are_counted_once(tree: Path) -> None:
     assert 5000 <= export.size(tree) < 10000 + folders
 
 
-def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "x.sqsh"
-    with pytest.raises(KeyboardInterrupt), export.fresh(file) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert not list(file.parent.iterdir())
-    with export.fresh(file) as temporary:
-        temporary.write_text("whole")
-    assert [p.name for p in file.parent.iterdir()] == ["x.sqsh"]
-
-
 def test_a_compressor_that_fails_is_a_problem_not_a_short_file(tmp_path: Path) -> None:
     def write(stream: object) -> None:
         for _ in range(100):

@@ -18,11 +18,6 @@ ENGINE = ("leak-per-cycle", "lost-buffer")
 PROOF = ("oracle-of-other-weights",)
 
 
-@pytest.fixture(scope="module")
-def torch() -> Any:
-    return pytest.importorskip("torch", reason="torch is in the images, not in the host's tools")
-
-
 class Recorder:
     """An engine that only remembers what it was asked for."""
 

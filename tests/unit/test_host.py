@@ -213,3 +213,14 @@ def test_what_nobody_expected_keeps_its_traceback() -> None:
 
 def test_a_station_gets_its_arguments_and_gives_its_code() -> None:
     assert host.guarded(len, ["a", "b"]) == 2
+
+
+def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "x.sqsh"
+    with pytest.raises(KeyboardInterrupt), host.replacing(file) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert not list(file.parent.iterdir())
+    with host.replacing(file) as temporary:
+        temporary.write_text("whole")
+    assert [p.name for p in file.parent.iterdir()] == ["x.sqsh"]

@@ -343,9 +343,8 @@ def test_the_probes_folder_does_not_outlive_the_run(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("dummy", [True, False])
 def test_an_engine_on_dummy_weights_gets_a_model_without_weights(
-    tmp_path: Path, dummy: bool
+    torch: Any, tmp_path: Path, dummy: bool
 ) -> None:
-    torch = pytest.importorskip("torch", reason="torch is in the images, not in the host's tools")
     threads = torch.get_num_threads()
     try:
         trial = smoke._trial(FACTS, smoke.Options(), tmp_path, dummy=dummy)

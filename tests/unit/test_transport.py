@@ -15,6 +15,8 @@ import pytest
 from rollout import transport
 from rollout.transport import Piece, TransportError
 
+from .tensors import of_any_kind, same
+
 Pipe = tuple[Connection, Connection]
 
 
@@ -24,11 +26,6 @@ def pipe() -> Iterator[Pipe]:
     yield ours, theirs
     ours.close()
     theirs.close()
-
-
-@pytest.fixture(scope="module")
-def torch() -> Any:
-    return pytest.importorskip("torch", reason="torch is in the images, not in the host's tools")
 
 
 @pytest.fixture(autouse=True)
@@ -94,29 +91,9 @@ def shared_memories() -> set[str]:
     return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith("psm_")}
 
 
-def same(torch: Any, one: Any, two: Any) -> bool:
-    alike = one.shape == two.shape and one.dtype == two.dtype
-    return alike and torch.equal(transport.as_bytes(one), transport.as_bytes(two))
-
-
 @pytest.mark.parametrize("size", [64, 1000, 1 << 20])
 def test_tensors_of_any_kind_arrive_to_the_bit(torch: Any, pipe: Pipe, size: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> Any:
-        return torch.randn(*shape, generator=generator)
-
-    tensors = {
-        "larger than a bucket": noise(40, 30),
-        "bfloat16": noise(7, 5).to(torch.bfloat16),
-        "float8": noise(13).to(torch.float8_e4m3fn),
-        "scalar": torch.tensor(2.5),
-        "bool": noise(9) > 0,
-        "transposed": noise(6, 4).t(),
-        "every other": noise(50)[::2],
-        "int64": torch.arange(-3, 3),
-        "not a number": torch.tensor([float("nan"), float("inf"), -0.0]),
-    }
+    tensors = of_any_kind(torch)
     before = shared_memories()
     there, sent = moved(pipe, tensors, size)
     assert list(there) == list(tensors)

@@ -18,11 +18,6 @@ from rollout.backends.vllm import _running
 from rollout.backends.vllm_extension import BLOCK, Extension, quantise
 
 
-@pytest.fixture(scope="module")
-def torch() -> Any:
-    return pytest.importorskip("torch", reason="torch is in the images, not in the host's tools")
-
-
 def test_every_name_is_one_that_no_worker_has() -> None:
     # vLLM refuses an extension that has a name of its worker.
     names = [name for name in dir(Extension) if not name.startswith("__")]
