@@ -1,4 +1,4 @@
-"""How the base is made of its packages: what is left out of them, and what is cleared away.
+"""How the base is made of its packages: what is left out, cleared away, and added.
 
 The packages are joined with no network at all and nothing of this machine, so that the same ones
 give the same bytes every time.
@@ -63,6 +63,12 @@ find "$1/var/log" -type f -delete
 rm -f "$1/etc/hostname" "$1/etc/resolv.conf" "$1/etc/machine-id"
 for f in hostname resolv.conf; do : > "$1/etc/$f"; done
 printf '127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n' > "$1/etc/hosts"
+# The user of the images, written by hand because useradd stamps /etc/shadow with the day. Here and
+# not in a later layer, which would hold passwd a second time. Group 0 owns what has to be written,
+# so that any UID that a cluster assigns (with group 0) can write it too.
+echo 'rollout:x:1000:0:rollout:/var/cache/rollout:/bin/sh' >> "$1/etc/passwd"
+install --directory --owner=1000 --group=0 --mode=2775 "$1/var/cache/rollout"
+install --directory --mode=0755 "$1/opt/rollout"
 # Debian compiles Python's library with time stamps in each file, or, for our SOURCE_DATE_EPOCH,
 # with a hash that every import compares with the source. Unchecked is as reproducible and reads
 # no source; no bytecode at all would slow every start of a user who may not write there.

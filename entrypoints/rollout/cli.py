@@ -169,6 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     place = preflight.work_folder(os.environ)
     if place:
         os.environ["TMPDIR"] = str(place)
+    # A UID that no passwd file knows has no home else, and FlashInfer cannot be imported without.
+    if not os.environ.get("HOME"):
+        os.environ["HOME"] = os.environ.get("XDG_CACHE_HOME") or preflight.CACHE
     try:
         return _dispatch(sys.argv[1:] if argv is None else argv)
     except Problem as problem:

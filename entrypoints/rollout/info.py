@@ -18,7 +18,6 @@ LOCK = f"{SHARE}/requirements.lock"
 
 _TORCH_CUDA = re.compile(r"^cuda\b[^=\n]*=\s*(?:None|['\"]([^'\"]+)['\"])", re.MULTILINE)
 _PYTHON = re.compile(r"^version(?:_info)?\s*=\s*(\d+\.\d+\.\d+)", re.MULTILINE)
-_OPTIONAL = ("size", "sizes", "size_bytes")  # as the build left them, if it did
 
 
 def prefix() -> Path:
@@ -62,7 +61,7 @@ def facts(root: Path) -> dict[str, Any]:
     engine = data.get("engine")
     engine = engine if isinstance(engine, dict) else {}
     versions = _versions(root)
-    found: dict[str, Any] = {
+    return {
         "reference": data.get("reference"),
         "backend": data.get("backend"),
         "framework": data.get("framework"),
@@ -76,7 +75,6 @@ def facts(root: Path) -> dict[str, Any]:
         "lock_sha256": lock_sha256(root),
         "resolved_as_of": data.get("resolved_as_of"),
     }
-    return found | {key: data[key] for key in _OPTIONAL if key in data}
 
 
 def lock_sha256(root: Path) -> str:
@@ -101,7 +99,6 @@ def text(found: Mapping[str, Any]) -> str:
         "lock sha256": found["lock_sha256"],
         "resolved as of": found["resolved_as_of"],
     }
-    rows |= {key.replace("_", " "): json.dumps(found[key]) for key in _OPTIONAL if key in found}
     shown = {key: "unknown" if value is None else value for key, value in rows.items()}
     return "\n".join(f"{key:<16}{value}" for key, value in shown.items())
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +104,13 @@ def _trial(facts: dict[str, Any], options: Options, folder: Path, *, dummy: bool
     if options.inject:
         engine = Faulty(engine, options.inject)
     if options.model is None:
-        config = probe.config("1b" if facts["cuda"] else "tiny")
-        weights = probe.weights(config, SEED)
+        config, given = probe.config("1b" if facts["cuda"] else "tiny"), None
+    else:
+        config, given = probe.load(folder)
+    with ThreadPoolExecutor() as pool:  # each set takes seconds, and none waits for the other
+        others = pool.submit(probe.weights, config, OTHER_SEED)
+        weights = given or probe.weights(config, SEED)
+    if options.model is None:
         try:
             # An engine that starts on dummy weights reads none.
             probe.save(folder, config, {} if dummy else weights)
@@ -114,18 +120,16 @@ def _trial(facts: dict[str, Any], options: Options, folder: Path, *, dummy: bool
             raise Problem(f"no disk space in {folder} for the probe; free some", 3) from None
         if not facts["cuda"]:
             torch.set_num_threads(1)  # as in the engine's process: for a tiny model more is slower
-    else:
-        config, weights = probe.load(folder)
     device = "cuda" if facts["cuda"] else "cpu"
     weights = {name: tensor.to(device) for name, tensor in weights.items()}
-    others = {name: t.to(device) for name, t in probe.weights(config, OTHER_SEED).items()}
+    strange = {name: tensor.to(device) for name, tensor in others.result().items()}
     return checks.Trial(
         engine=engine,
         model=folder,
         weights=weights,
-        others=others,
+        others=strange,
         oracle=oracle.Oracle(config, weights, device),
-        other_oracle=oracle.Oracle(config, others, device),
+        other_oracle=oracle.Oracle(config, strange, device),
         prompts=probe.prompts(config, SEED, PROMPTS),
         cycles=options.cycles,
         bound=oracle.BOUND_BF16,

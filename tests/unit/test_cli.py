@@ -330,6 +330,23 @@ def is_image_of(prefix: Path, backend: str, cuda: str | None) -> None:
     (prefix / "share/rollout/image.json").write_text(json.dumps(facts))
 
 
+@pytest.mark.usefixtures("stands_aside", "prefix")
+@pytest.mark.parametrize(
+    ("home", "expected"), [(None, "/caches"), ("", "/caches"), ("/home/me", "/home/me")]
+)
+def test_a_user_without_a_home_gets_the_folder_of_the_caches(
+    monkeypatch: pytest.MonkeyPatch, home: str | None, expected: str
+) -> None:
+    # FlashInfer asks for the home when it is imported, and a UID of a cluster has none.
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    monkeypatch.setenv("HOME", home or "")
+    if home is None:
+        monkeypatch.delenv("HOME")
+    with pytest.raises(SystemExit):
+        cli.main(["python3"])
+    assert os.environ["HOME"] == expected
+
+
 @pytest.mark.usefixtures("stands_aside")
 @pytest.mark.parametrize(
     ("backend", "server"),

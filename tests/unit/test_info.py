@@ -86,13 +86,6 @@ def test_what_is_not_installed_is_said(prefix: Path) -> None:
     assert "vllm (not installed)" in info.text(facts)
 
 
-def test_sizes_are_there_if_the_build_measured_them(prefix: Path) -> None:
-    assert "size" not in info.facts(prefix)
-    (prefix / info.IMAGE).write_text(json.dumps(IMAGE | {"size": {"bytes": 123}}))
-    assert info.facts(prefix)["size"] == {"bytes": 123}
-    assert "123" in info.text(info.facts(prefix))
-
-
 def test_the_table_has_every_fact(prefix: Path) -> None:
     text = info.text(info.facts(prefix))
     for fact in ("verl-rollout:vllm-0.12", "vllm 0.12.0", "2.9.0", "12.8", "3.11.2", "2025-12-20"):

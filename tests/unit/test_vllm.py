@@ -6,9 +6,11 @@ vLLM and torch are not here: what answers in their place does what the real ones
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -294,6 +296,14 @@ def test_an_engine_starts_again_after_it_was_stopped(llm: Llm, engine: vllm.Engi
     finally:
         second.kill()
         second.wait()
+
+
+@pytest.mark.usefixtures("llm")
+def test_what_an_interrupted_start_has_begun_does_not_outlive_the_proof() -> None:
+    begun = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    begun.start()
+    vllm.Engine().stop()
+    assert begun.exitcode == -9
 
 
 @pytest.mark.usefixtures("llm")

@@ -7,6 +7,7 @@ What differs between vLLM versions is data here (:func:`arguments`) or lies in t
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import queue
 import tempfile
@@ -218,15 +219,18 @@ class Engine:
 
     def stop(self) -> None:
         llm, self._llm = self._llm, None
-        if llm is None:
-            return
-        self._calls.put(None)
-        with contextlib.suppress(Exception):  # what is broken is killed below
-            llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            self._calls.put(None)
+            with contextlib.suppress(Exception):  # what is broken is killed below
+                llm.llm_engine.engine_core.shutdown()
         if self._process and _running(self._process):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process, 9)
         self._process = 0
+        # Interrupted while it starts, vLLM gives nothing to shut down, and its process holds the GPU.
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
 
 
 def _work(calls: queue.SimpleQueue[Any]) -> None:
