@@ -22,8 +22,9 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from images import base, builder, catalog, host, lock
+from images import base, budget, builder, catalog, host, lock
 from images.catalog import ROOT, Image
+from images.layers import Record, measure
 from images.lock import Locked
 from rollout.problem import Problem
 
@@ -186,11 +187,22 @@ def arguments(texts: Mapping[str, str], bottom: str, files: Mapping[str, bytes])
     return {"BASE": bottom, **values, "ENTRYPOINTS": digest(*scripts, *parts)}
 
 
+def layer_names(image: Image, locked: Sequence[Locked]) -> list[str]:
+    """What the layers of an image are called, from the lowest up."""
+    return ["base", *layers(locked, image.engine), "entrypoints"]
+
+
+def recipe_text(image: Image, locked: Sequence[Locked]) -> str:
+    """The Dockerfile of an image as it is built: its backend's, with variables and labels."""
+    stamped = labels(image, locked, host.sha256(image.lock), base_name())
+    return dockerfile(image.dockerfile.read_text(encoding="utf-8"), image.env, stamped)
+
+
 def inputs(image: Image) -> str:
-    """sha256 of everything that decides the layers of an image; needs no build."""
+    """sha256 of everything that decides an image, its variables and labels too; needs no build."""
     locked = lock.read(image)
     values = arguments(layers(locked, image.engine), base_name(), payload(image, locked))
-    return digest(json.dumps(values, sort_keys=True), image.dockerfile.read_bytes())
+    return digest(json.dumps(values, sort_keys=True), recipe_text(image, locked))
 
 
 # Settings of uv that say where packages come from. The others speak of the host's own projects,
@@ -199,6 +211,23 @@ _TRAVELS = re.compile(
     "UV_(DEFAULT_INDEX|INDEX(_.*)?|EXTRA_INDEX_URL|FIND_LINKS|NO_INDEX|OFFLINE|INSECURE_HOST|"
     "HTTP_.*|SYSTEM_CERTS|NATIVE_TLS|CONCURRENT_.*|TORCH_BACKEND)$"
 )
+
+
+# A test's: how much later the programs of a build step believe it is, as libfaketime reads it.
+CLOCK = "ROLLOUT_TEST_CLOCK"
+_FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+
+
+def clock(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables that turn the clock of a build's steps; none but where a test asks for it."""
+    if CLOCK not in environ:
+        return {}
+    return {
+        "LD_PRELOAD": f"/mnt/context/tools/{_FAKETIME.name}",
+        "FAKETIME": environ[CLOCK],
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # or programs that wait would wait for a day
+        "NO_FAKE_STAT": "1",
+    }
 
 
 def host_env(settings: Mapping[str, str], wheels: bool) -> str:
@@ -344,7 +373,12 @@ def base_image(tool: builder.Builder, *, cache: bool = True) -> str:
 
 
 def build(
-    image: Image, tool: builder.Builder, *, tag: str = "", cache: bool = True
+    image: Image,
+    tool: builder.Builder,
+    *,
+    tag: str = "",
+    cache: bool = True,
+    check: bool = True,
 ) -> builder.Built:
     """Build one image.
 
@@ -363,11 +397,13 @@ def build(
         settings["UV_TORCH_BACKEND"] = backend
     with _alone():
         bottom = base_image(tool, cache=cache)
-        stamped = labels(image, locked, host.sha256(image.lock), base_name())
-        text = dockerfile(image.dockerfile.read_text(encoding="utf-8"), image.env, stamped)
         folder = BUILD / "contexts" / image.repository / image.tag
-        prepare(folder, text, texts, files, wheels)
+        prepare(folder, recipe_text(image, locked), texts, files, wheels)
         values = arguments(texts, bottom, files)
+        settings |= clock(os.environ)
+        if CLOCK in os.environ:
+            host.require(str(_FAKETIME))
+            _place(_FAKETIME, folder / "tools" / _FAKETIME.name)
         with _secrets(BUILD / "secrets", settings, bool(wheels)) as secrets:
             tool.build(builder.Recipe(folder, name, TIMESTAMP, values, secrets, cache=cache))
         shutil.rmtree(folder)
@@ -375,7 +411,23 @@ def build(
     if not built:
         raise Problem(f"{tool.name} finished, but {name} is not in its storage")
     host.say(f"{name} is {built.id}")
+    if check and isinstance(tool, builder.Buildah):  # docker's storage gives no layer away
+        budget.check(image, tool, name, built, layer_names(image, locked))
     return built
+
+
+def record(image: Image, tool: builder.Buildah, built: builder.Built) -> Record:
+    """What is recorded of an image that was just built; every layer is read once more.
+
+    Raises:
+        Problem: a layer holds what none may hold.
+    """
+    known = budget.remembered() | budget.known()
+    names = layer_names(image, lock.read(image))
+    measured = measure(tool, tool.local + image.reference, names, known)
+    if measured.broken:
+        raise Problem(f"{image.reference} is not recorded: {'; '.join(measured.broken)}")
+    return Record(inputs(image), tool.version(), built.id, built.manifest, measured.layers)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -384,13 +436,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("refs", nargs="*", metavar="REF", help="default: " + catalog.DEFAULT)
     parser.add_argument("--builder", help="buildah (default) or docker")
     parser.add_argument("--no-cache", action="store_true", help="build every layer anew")
+    parser.add_argument("--no-check", action="store_true", help="skip size and hygiene rules")
     parser.add_argument("--tag", default="", help="another name for the result")
     given = parser.parse_args(list(arguments))
     images = catalog.load()
     chosen = [catalog.find(ref, images) for ref in given.refs or [catalog.DEFAULT]]
     tool = builder.detect(given.builder)
     for image in chosen:
-        build(image, tool, tag=given.tag, cache=not given.no_cache)
+        build(image, tool, tag=given.tag, cache=not given.no_cache, check=not given.no_check)
     return 0
 
 

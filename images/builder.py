@@ -49,7 +49,12 @@ def meaning(output: Sequence[str], code: int) -> str:
     return f"the builder exited with {code}: {last}"
 
 
-def stream(argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+def stream(
+    argv: Sequence[str],
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    umask: int = -1,
+) -> None:
     """Run a long command, show its lines as they come, and keep the last ones to explain a failure.
 
     Raises:
@@ -64,6 +69,8 @@ def stream(argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         text=True,
         errors="replace",
         env=None if env is None else dict(env),
+        cwd=cwd,
+        umask=umask,
         start_new_session=True,
     )
     try:
@@ -110,6 +117,7 @@ class Built:
     id: str
     config: Mapping[str, Any]
     diff_ids: tuple[str, ...]
+    manifest: str = ""  # its digest, layers uncompressed; docker keeps none of its own images
 
 
 class Builder(ABC):
@@ -202,7 +210,19 @@ class Buildah(Builder):
             return None
         data = json.loads(done.stdout)
         config, layers = data["OCIv1"]["config"], data["OCIv1"]["rootfs"]["diff_ids"]
-        return Built(data["FromImageID"], config, tuple(layers))
+        return Built(data["FromImageID"], config, tuple(layers), data["FromImageDigest"])
+
+    def version(self) -> str:
+        """Name and release: another one may write another manifest of the same layers."""
+        return " ".join(host.run(["buildah", "--version"], quiet=True).stdout.split()[::2][:2])
+
+    def blobs(self, name: str, folder: Path) -> list[Path]:
+        """The uncompressed layers of an image, from the lowest up: files named by their sha256."""
+        target = folder / "image"
+        argv = ["buildah", "push", "--quiet", "--disable-compression", name, f"dir:{target}"]
+        host.run(argv, quiet=True)
+        manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
+        return [target / layer["digest"].removeprefix("sha256:") for layer in manifest["layers"]]
 
     @contextmanager
     def container(self, image: str) -> Iterator[str]:

@@ -25,6 +25,7 @@ CATALOG = ROOT / "images" / "catalog"
 DEFAULT = "verl-rollout:transformers-cpu"
 BACKENDS = ("vllm", "sglang", "tensorrt-llm", "transformers")
 PYTHONS = ("3.11",)  # what the base image (Debian 12) has
+LEVELS = ("R1", "R2", "R3", "R4")  # what two builds agree in: images/reproduce.py
 TRANSPORTS = ("shared-memory", "cuda-ipc", "nccl", "disk")
 
 
@@ -47,6 +48,14 @@ class Smoke:
 
 
 @dataclass(frozen=True)
+class Size:
+    """What an image may weigh at most in a registry, in bytes."""
+
+    compressed: int
+    largest_layer: int
+
+
+@dataclass(frozen=True)
 class Image:
     """One released image, as its catalog file states it."""
 
@@ -60,6 +69,8 @@ class Image:
     expect: Mapping[str, str]
     env: Mapping[str, str]
     smoke: Smoke
+    size: Size
+    reproducible: str  # the level of images/reproduce.py that two builds have to reach
     path: Path
     # Libraries that something in the image could load and nothing of an engine does, with a reason.
     optional_libraries: Mapping[str, str] = field(default_factory=dict)
@@ -92,6 +103,8 @@ _KEYS: dict[str, tuple[type, bool]] = {
     "expect": (dict, True),
     "env": (dict, False),
     "smoke": (dict, True),
+    "size": (dict, True),
+    "reproducible": (str, True),
     "optional-libraries": (dict, False),
 }
 _SMOKE_KEYS: dict[str, tuple[type, bool]] = {
@@ -99,6 +112,11 @@ _SMOKE_KEYS: dict[str, tuple[type, bool]] = {
     "refit": (list, True),
     "fp8": (bool, False),
 }
+_SIZE_KEYS: dict[str, tuple[type, bool]] = {
+    "compressed": (str, True),
+    "largest-layer": (str, True),
+}
+_UNITS = {"MB": 10**6, "GB": 10**9}
 _TYPE_NAMES = {
     str: "a string",
     list: "a list",
@@ -148,6 +166,15 @@ def _chosen(values: Sequence[Any], known: Sequence[Any], path: Path, key: str) -
     return tuple(values)
 
 
+def _bytes(table: Mapping[str, str], path: Path, key: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) (MB|GB)", table[key])
+    if not match:
+        given = table[key]
+        message = f"{shown(path)}: key 'size.{key}' has {given!r}; say it like '3.6 GB' or '450 MB'"
+        raise Problem(message, 2)
+    return round(float(match[1]) * _UNITS[match[2]])
+
+
 def parse(path: Path) -> Image:
     """Read one catalog file.
 
@@ -162,6 +189,7 @@ def parse(path: Path) -> Image:
         raise Problem(f"{shown(path)} cannot be read: {error.strerror}", 2) from None
     _check_keys(table, _KEYS, path)
     _check_keys(table["smoke"], _SMOKE_KEYS, path, "smoke.")
+    _check_keys(table["size"], _SIZE_KEYS, path, "size.")
     backend = _chosen([table["backend"]], BACKENDS, path, "backend")[0]
     for line in table["requirements"]:
         try:
@@ -184,6 +212,10 @@ def parse(path: Path) -> Image:
             _chosen(table["smoke"]["refit"], TRANSPORTS, path, "smoke.refit"),
             table["smoke"].get("fp8", False),
         ),
+        size=Size(
+            _bytes(table["size"], path, "compressed"), _bytes(table["size"], path, "largest-layer")
+        ),
+        reproducible=_chosen([table["reproducible"]], LEVELS, path, "reproducible")[0],
         path=path,
         optional_libraries=_strings(
             table.get("optional-libraries", {}), path, "optional-libraries"

@@ -97,7 +97,9 @@ class Difference:
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path}: {', '.join(self.kinds)}" + (f" ({self.detail})" if self.detail else "")
+        return f"{self.path}: {', '.join(self.kinds)}" + (
+            f" ({self.detail})" if self.detail else ""
+        )
 
 
 _COMPARED = ("type", "content", "mode", "owner", "mtime")
@@ -305,8 +307,10 @@ def rules(timestamp: int) -> dict[str, Rule]:
         "machine": Rule(
             "the identity of a machine",
             lambda e: (
-                e.size > 0
-                and _matches(r"^etc/(hostname|resolv\.conf|machine-id|ssh/ssh_host_)")(e)
+                (
+                    e.size > 0
+                    and _matches(r"^etc/(hostname|resolv\.conf|machine-id|ssh/ssh_host_)")(e)
+                )
                 or e.path == "var/lib/dbus/machine-id"
             ),
         ),
@@ -321,7 +325,9 @@ def rules(timestamp: int) -> dict[str, Rule]:
             "a cache or temporary file",
             lambda e: (
                 e.type != "folder"
-                and _matches(r"^(tmp|var/tmp|mnt|run|var/cache/rollout|(root|home/[^/]+)/\.cache)/")(e)
+                and _matches(
+                    r"^(tmp|var/tmp|mnt|run|var/cache/rollout|(root|home/[^/]+)/\.cache)/"
+                )(e)
             ),
         ),
         "removed": Rule("the mark of something removed", _matches(r"(^|/)\.wh\.")),

@@ -26,6 +26,7 @@ PACKAGES = {
     "mmdebstrap": "mmdebstrap",
     "newuidmap": "uidmap",
     "zstd": "zstd",
+    "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1": "libfaketime",
     "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
 }
 # pip's variables and uv's names for the same settings. uv does not read pip's, and a host that is
@@ -54,6 +55,13 @@ def cache() -> Path:
     """Where downloads are kept between builds: outside the checkout and outside every image."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "verl-rollout"
+
+
+def scratch() -> Path:
+    """Where large files lie for a while: on the disk, for /tmp may be memory."""
+    folder = cache() / "scratch"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager

@@ -75,9 +75,11 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
     lock.read(image)
     _drift(image)
     host.say(f"{image.reference}: build")
-    built = layers.Record(build.inputs(image), build.build(image, tool).diff_ids)
-    if tool.name == "buildah":
-        host.say(f"{image.reference}: {layers.compare(layers.read(image), built)}")
+    built = build.build(image, tool)
+    if isinstance(tool, builder.Buildah):
+        inputs, version = build.inputs(image), tool.version()
+        verdict = layers.compare(layers.read(image), inputs, built, version)
+        host.say(f"{image.reference}: {verdict.sentence}")
     env = {"ROLLOUT_LAYERS": ",".join(built.diff_ids)}
     parts: list[dict[str, Any]] = []
     code = 0
@@ -102,7 +104,7 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
                 break
     _leave(report_path(image), merge(parts))
     if keep and not code:
-        _keep(image, built)
+        _keep(image, tool, built)
         host.say(f"kept as {shown(kept(image))}; 'nox -s docs' renews the README's table")
     return code
 
@@ -176,7 +178,7 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
     """
     lock.read(image)
     report_path(image).unlink(missing_ok=True)  # as in prove: an earlier run's is not this one's
-    built = layers.Record(build.inputs(image), build.build(image, tool).diff_ids)
+    built = build.build(image, tool)
     parts = [read_report(folder / f"{n}.json", image, built.diff_ids) for n in ("verify", "smoke")]
     faults = {}
     for path in sorted(folder.glob("fault-*.json")):
@@ -193,7 +195,7 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
     whole = merge(parts)
     _leave(report_path(image), whole)
     if keep and whole["verdict"] == "proved":
-        _keep(image, built)
+        _keep(image, tool, built)
         for name, data in faults.items():
             host.write(kept_fault(image, name), json.dumps(data, indent=1) + "\n")
         if calibrated is not None:
@@ -210,9 +212,13 @@ def _leave(path: Path, data: dict[str, Any]) -> None:
     host.say(f"{data['image']}: {data['verdict']}; report in {shown(path)}")
 
 
-def _keep(image: Image, built: layers.Record) -> None:
+def _keep(image: Image, tool: builder.Builder, built: builder.Built) -> None:
     """Keep the report that a run left, and the layers that it holds for."""
-    layers.write(image, built)
+    if not isinstance(tool, builder.Buildah):
+        raise Problem("--keep needs buildah: only its layers are recorded", 2)
+    recorded, inputs = layers.read(image), build.inputs(image)
+    if not recorded or (recorded.inputs, recorded.manifest) != (inputs, built.manifest):
+        layers.write(image, build.record(image, tool, built))
     host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
     # Reports of faults in other layers say nothing of these.
     shutil.rmtree(kept_fault(image, "any").parent, ignore_errors=True)
