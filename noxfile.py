@@ -44,6 +44,12 @@ def prove(session: nox.Session) -> None:
 
 
 @nox.session
+def reproduce(session: nox.Session) -> None:
+    """Build an image twice from nothing, and compare: REF [--keep] [--work DIR]."""
+    station(session, "reproduce")
+
+
+@nox.session
 def export(session: nox.Session) -> None:
     """Write an image as one file: REF --format oci|rootfs|sqsh [--output DIR] [--level N]."""
     station(session, "export")
@@ -51,7 +57,7 @@ def export(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Renew the generated part of the README: [--check]."""
+    """Renew the generated parts of the README and lockfiles/SIZES.md: [--check]."""
     station(session, "docs")
 
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
@@ -112,12 +113,12 @@ class Command:
 
 @dataclass(frozen=True)
 class Built:
-    """An image in a builder's storage. ``id`` is the sha256 of its configuration."""
+    """An image in a builder's storage, ``id`` is what that calls it by."""
 
     id: str
     config: Mapping[str, Any]
     diff_ids: tuple[str, ...]
-    manifest: str = ""  # its digest, layers uncompressed; docker keeps none of its own images
+    manifest: str = ""  # its digest; empty where a storage keeps none
 
 
 class Builder(ABC):
@@ -276,20 +277,47 @@ class Docker(Builder):
         return Path(info.stdout.strip())
 
     def build_argv(self, recipe: Recipe) -> list[str]:
+        return [*self._build(recipe), "--output", "type=docker", *_common(recipe)]
+
+    def archive_argv(self, recipe: Recipe, archive: Path) -> list[str]:
+        """The command that builds into an archive, which is where BuildKit rewrites times."""
+        output = f"type=docker,rewrite-timestamp=true,dest={archive}"
+        return [*self._build(recipe), "--output", output, *_common(recipe)]
+
+    def _build(self, recipe: Recipe) -> list[str]:
         return [
             *("docker", "buildx", "build", "--network", "host", "--provenance=false"),
-            *("--output", "type=docker,rewrite-timestamp=true", "--progress", "plain"),
-            *("--build-arg", f"SOURCE_DATE_EPOCH={recipe.timestamp}"),
-            *_common(recipe),
+            *("--progress", "plain", "--build-arg", f"SOURCE_DATE_EPOCH={recipe.timestamp}"),
         ]
+
+    def containerd(self) -> bool:
+        """Whether its images are in containerd's store; docker's classic one gives no archive."""
+        argv = ["docker", "info", "--format", "{{json .DriverStatus}}"]
+        return "io.containerd.snapshotter" in host.run(argv, quiet=True).stdout
+
+    def build(self, recipe: Recipe) -> None:
+        if not self.containerd():
+            host.say(
+                "docker's classic image store keeps the time of each file: the image will have the "
+                "same files as another build's, and another digest; its containerd image store "
+                "gives the same digest"
+            )
+            super().build(recipe)
+            return
+        with tempfile.TemporaryDirectory(prefix="rollout-docker-", dir=host.scratch()) as folder:
+            archive = Path(folder) / "image.tar"
+            stream(self.archive_argv(recipe, archive))
+            host.run(["docker", "load", "--quiet", "--input", str(archive)], quiet=True)
 
     def inspect(self, name: str) -> Built | None:
         done = host.run(["docker", "image", "inspect", name], quiet=True, check=False)
         if done.returncode:
             return None
         data = json.loads(done.stdout)[0]
-        layers = tuple(data["RootFS"]["Layers"])
-        return Built(data["Id"].removeprefix("sha256:"), data["Config"], layers)
+        layers, found = tuple(data["RootFS"]["Layers"]), str(data["Id"])
+        # containerd's store calls an image by its manifest, the classic one by its configuration.
+        manifest = found if self.containerd() else ""
+        return Built(found.removeprefix("sha256:"), data["Config"], layers, manifest)
 
     def writer(self, folder: Path) -> str:
         return f"{folder.stat().st_uid}:0"

@@ -19,6 +19,8 @@ from typing import IO
 from packaging.utils import canonicalize_name
 
 SITE = re.compile(r"opt/rollout/lib/python3\.\d+/site-packages/")
+# Not the one of a copy that another distribution carries (setuptools/_vendor).
+_RECORD = re.compile(SITE.pattern + r"([^/]+)-[^/-]+\.dist-info/RECORD")
 # In the order in which a difference is named: the first is the one to look at.
 KINDS = ("missing", "added", "type", "content", "mode", "owner", "mtime", "xattr", "order")
 _TYPES = {
@@ -75,9 +77,9 @@ def read(stream: IO[bytes], keep: Callable[[str], bool]) -> Iterable[tuple[Entry
                 path,
                 _TYPES.get(member.type, f"type {member.type!r}"),
                 content,
-                member.mode,
+                member.mode & 0o7777,  # buildah writes the type into it as well
                 f"{member.uid}:{member.gid}",
-                member.mtime,
+                member.mtime if member.mtime % 1 else int(member.mtime),  # a header may say 1.0
                 tuple(sorted((k, v) for k, v in member.pax_headers.items() if "xattr" in k)),
                 member.size if file else 0,
                 head,
@@ -129,11 +131,14 @@ def differences(first: Sequence[Entry], second: Sequence[Entry]) -> list[Differe
 
 
 def _detail(kind: str, one: Entry, two: Entry) -> str:
-    if kind == "content":
-        same = " of the same size" if one.size == two.size else ""
-        return f"{one.size} and {two.size} bytes" if not same else f"{one.size} bytes each"
+    if kind == "content" and one.type == "file":
+        same = one.size == two.size
+        return f"{one.size} bytes each" if same else f"{one.size} and {two.size} bytes"
     if kind == "mode":
         return f"{one.mode:o} and {two.mode:o}"
+    if kind == "xattr":
+        texts = [", ".join(f"{k}={v!r}" for k, v in entry.xattrs) for entry in (one, two)]
+        return " and ".join(text or "none" for text in texts)
     return f"{getattr(one, kind)} and {getattr(two, kind)}"
 
 
@@ -161,10 +166,12 @@ class Part:
 
 
 def part_of(path: str) -> str:
-    """The folder that an entry is counted with: a package of site-packages, else two levels."""
+    """The folder that an entry is counted with: a package of site-packages, or one of Debian's."""
     inside = SITE.match(path)
     if not inside:
-        return "/".join(path.split("/")[:2])
+        names = path.split("/")
+        deep = 3 if names[:2] == ["usr", "lib"] else 2 if names[0] in ("usr", "opt", "var") else 1
+        return "/".join(names[:deep])
     names = path[inside.end() :].split("/")
     depth = 2 if names[0] == "nvidia" and len(names) > 2 else 1  # fifteen libraries share that one
     return "site-packages/" + "/".join(names[:depth])
@@ -174,7 +181,7 @@ def short(values: Iterable[object]) -> str:
     """Twelve hex digits that stand for a sequence."""
     whole = hashlib.sha256()
     for value in values:
-        whole.update(f"{value}\0".encode())
+        whole.update(f"{value}\0".encode(errors="surrogateescape"))  # a name may be no UTF-8
     return whole.hexdigest()[:12]
 
 
@@ -241,11 +248,10 @@ def owners(records: Mapping[str, bytes]) -> dict[str, str]:
     """Which distribution a folder comes with, by RECORD path and its bytes; the largest share."""
     counts: dict[str, dict[str, int]] = {}
     for path, content in records.items():
-        site = SITE.match(path)
-        if not site:
+        site, record = SITE.match(path), _RECORD.fullmatch(path)
+        if not site or not record:
             continue
-        folder = path[site.end() :].split("/")[0]
-        name = canonicalize_name(folder.removesuffix(".dist-info").rpartition("-")[0])
+        name = canonicalize_name(record[1])
         for row in csv.reader(io.StringIO(content.decode())):
             if row and not row[0].startswith(".."):
                 share = counts.setdefault(part_of(site[0] + row[0]), {})
@@ -255,7 +261,7 @@ def owners(records: Mapping[str, bytes]) -> dict[str, str]:
 
 def is_record(path: str) -> bool:
     """Whether a path is the list of files of a distribution."""
-    return path.endswith(".dist-info/RECORD")
+    return _RECORD.fullmatch(path) is not None
 
 
 # What must not be in a layer
@@ -285,7 +291,8 @@ def rules(timestamp: int) -> dict[str, Rule]:
 
     def timed(entry: Entry) -> bool:
         # PEP 552: flags 1, the hash of a source that no import compares.
-        return entry.path.endswith(".pyc") and entry.head[4:8] != b"\1\0\0\0"
+        bytecode = entry.type == "file" and entry.path.endswith(".pyc")
+        return bytecode and entry.head[4:8] != b"\1\0\0\0"
 
     return {
         "bytecode": Rule("bytecode that holds a time, or is compared with its source", timed),

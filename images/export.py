@@ -29,6 +29,7 @@ from images import build, builder, catalog, host
 from images.build import TIMESTAMP
 from images.builder import Buildah, Built
 from images.catalog import ROOT, Image, shown
+from images.layers import LEVEL, zstd_argv
 from rollout.problem import Problem
 
 EXPORTS = ROOT / "build" / "exports"
@@ -39,8 +40,6 @@ FORMATS = {
     "rootfs": ("rootfs.tar.zst", "zstd"),
     "sqsh": ("sqsh", "mksquashfs"),
 }
-# Smaller by a fifth than level 3, and not yet slow. 19 takes many times as long for a few per cent.
-LEVEL = 10
 # enroot's hook looks at these to decide whether a container gets the driver; docker's --gpus sets
 # them by itself.
 _GPU = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
@@ -66,14 +65,6 @@ def oci_argv(name: str, file: Path, reference: str, layers: str) -> list[str]:
         *("buildah", "push", "--quiet", "--format", "oci", "--compression-format", layers),
         *(name, f"oci-archive:{file}:{reference}"),
     ]
-
-
-def zstd_argv(level: int) -> list[str]:
-    """The command that compresses a rootfs; the window of 2^27 is the largest that any zstd opens.
-
-    The number of threads does not change what comes out.
-    """
-    return ["zstd", "--quiet", "--stdout", f"-{level}", "--long=27", "-T0"]
 
 
 def sqsh_argv(root: Path, file: Path, level: int) -> list[str]:

@@ -10,17 +10,20 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from images import build, builder, catalog, export, host, prove
+from images import build, builder, catalog, export, host, layers, prove
 from images.catalog import ROOT, Image, shown
+from rollout.problem import Problem
 
 SITE = "/opt/rollout"
 
@@ -69,21 +72,11 @@ def inside(image: Image, tool: builder.Buildah) -> dict[str, float]:
     return found
 
 
-def compressed(image: Image) -> dict[str, float]:
-    """Bytes of the image as a registry would hold it (zstd layers), and of its largest layer."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = f"oci:{folder}/image:x"
-        argv = ["buildah", "push", "--quiet", "--compression-format", "zstd"]
-        _run([*argv, f"localhost/{image.reference}", target])
-        sizes = [p.stat().st_size for p in Path(folder).rglob("*") if p.is_file()]
-    return {"compressed_bytes": float(sum(sizes)), "largest_layer_bytes": float(max(sizes))}
-
-
 def exported(image: Image, tool: builder.Buildah, built: builder.Built) -> dict[str, float]:
     """Bytes of all files of the image in one zstd stream, as ``nox -s export`` writes them."""
     with tempfile.TemporaryDirectory(dir=build.BUILD) as folder:
         file = Path(folder) / "rootfs"
-        export.rootfs(image, tool, built, file, export.LEVEL)
+        export.rootfs(image, tool, built, file, layers.LEVEL)
         return {"export_bytes": float(file.stat().st_size)}
 
 
@@ -109,14 +102,42 @@ def cold_build(image: Image, tool: builder.Buildah) -> dict[str, float]:
         # buildah keeps the cache mounts of a Dockerfile below TMPDIR: an empty one, an empty cache.
         argv = [sys.executable, "-m", "images.build", image.reference, "--no-cache", "--tag", tag]
         env = {**os.environ, "TMPDIR": folder}
-        whole = seconds(lambda: _run(argv, env=env))
+        steps: list[tuple[float, str]] = []
+        whole = seconds(lambda: steps.extend(_timed(argv, env)))
     _run(["buildah", "rmi", tool.local + tag])
     found["cold_build_seconds"] = whole - found["base_seconds"]
+    found["steps_seconds"] = running(steps)
+    compiled = found["bare_compiled_install_seconds"]
     found["build_ratio"] = found["cold_build_seconds"] / found["bare_install_seconds"]
-    found["build_ratio_compiled"] = (
-        found["cold_build_seconds"] / found["bare_compiled_install_seconds"]
-    )
+    found["build_ratio_compiled"] = found["cold_build_seconds"] / compiled
+    found["steps_ratio_compiled"] = found["steps_seconds"] / compiled
     return found
+
+
+def _timed(argv: Sequence[str], env: Mapping[str, str]) -> list[tuple[float, str]]:
+    """The lines that a command prints, each with the second at which it came."""
+    with subprocess.Popen(
+        argv, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        lines = [(time.perf_counter(), line.rstrip()) for line in process.stdout or ()]
+    if process.returncode:
+        raise Problem(f"the build failed: {lines[-1][1] if lines else 'no output'}")
+    return lines
+
+
+def running(lines: Sequence[tuple[float, str]]) -> float:
+    """Seconds that a build's RUN steps took, without what buildah did to make layers of them.
+
+    A step begins with its ``STEP n/m: RUN`` and ends with its last line before buildah's ``-->``.
+    """
+    whole, begun, last = 0.0, 0.0, 0.0
+    for second, line in lines:
+        if re.match(r"STEP \d+/\d+: RUN ", line):
+            begun = second
+        elif line.startswith("--> ") and begun:
+            whole, begun = whole + last - begun, 0.0
+        last = second
+    return whole
 
 
 def proof_times(image: Image) -> dict[str, float]:
@@ -161,7 +182,6 @@ def main(arguments: Sequence[str]) -> int:
     }
     steps: list[tuple[str, Callable[[], dict[str, float]]]] = [
         ("inside the image", lambda: inside(image, tool)),
-        ("compressed size", lambda: compressed(image)),
         ("size of the export", lambda: exported(image, tool, built)),
     ]
     if "cuda" not in image.expect:  # those of a GPU image are in its proof

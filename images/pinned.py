@@ -17,8 +17,9 @@ from rollout.problem import Problem
 # What could bring something from a network, as a word of a shell's command.
 _FETCHERS = {
     *("apt", "apt-get", "aptitude", "conda", "curl", "docker", "git", "mamba", "npm", "pip"),
-    *("pip3", "pipx", "rsync", "scp", "ssh", "wget"),
+    *("pip3", "pipx", "rsync", "scp", "ssh", "uvx", "wget"),
 }
+_UV_NAMES = ("uv", "$uv", "${uv}")
 _UV = ("--no-deps", "--require-hashes", "--requirements")
 _MOVING = re.compile(r"\blatest\b|\b(dist-|full-)?upgrade\b|\$\(date|`date")
 
@@ -26,8 +27,10 @@ _MOVING = re.compile(r"\blatest\b|\b(dist-|full-)?upgrade\b|\$\(date|`date")
 def instructions(text: str) -> list[tuple[str, str]]:
     """The instructions of a Dockerfile, continued lines joined, in order."""
     bare = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE)
-    lines = [line for line in re.sub(r"\\\n", " ", bare).splitlines() if line.strip()]
-    return [(line.split()[0].upper(), line.split(None, 1)[1].strip()) for line in lines]
+    lines = [line.strip() for line in re.sub(r"\\\n", " ", bare).splitlines() if line.strip()]
+    # A line of one word is part of a text (RUN <<EOF), and none of ours has one.
+    parts = [[*line.split(None, 1), ""] for line in lines]
+    return [(part[0].upper(), part[1]) for part in parts]
 
 
 def dockerfile(text: str) -> list[str]:
@@ -40,8 +43,12 @@ def dockerfile(text: str) -> list[str]:
             found.append(f"{name} {value}: a file that no lock has")
         if name == "RUN":
             words = [w for w in shlex.split(value) if not w.startswith("--mount=")]
-            if words[:2] != ["sh", "/mnt/context/install"] or len(words) != 3:
+            called = words[:2] == ["sh", "/mnt/context/install"] and len(words) == 3
+            if not called or not words[2].isalpha():
                 found.append(f"RUN {shlex.join(words)}: not a call of the install script")
+            elif re.search(r"--mount=\S*\bfrom=", value):
+                what = "a mount from an image that was not made from our locks"
+                found.append(f"RUN … {words[2]}: {what}")
             elif words[2] == "entrypoints" and re.search(r"type=(cache|secret)", value):
                 found.append("RUN … entrypoints: it needs no package, so it gets no way to one")
     return found
@@ -54,12 +61,15 @@ def script(text: str) -> list[str]:
     for line in joined.splitlines():
         if _MOVING.search(line):
             found.append(f"{line.strip()}: depends on the day of the build")
-        for command in re.split(r"[;&|]+|\bthen\b|\bdo\b", line):
+        # What stands in quotes or in $(…) may be a command too.
+        for command in re.split(r"[;&|()`]+|\bthen\b|\bdo\b", re.sub("[\"']", "", line)):
             words = [word for word in command.split() if not re.match(r"\w+=", word)]
             tools = [word.rpartition("/")[2] for word in words]
-            if tools[:1] in (["uv"], ["$uv"]):
+            uv = next((n for n, tool in enumerate(tools, 1) if tool in _UV_NAMES), 0)
+            if uv:
                 lacking = [option for option in _UV if option not in words]
-                if words[1:2] != ["venv"] and (words[1:3] != ["pip", "install"] or lacking):
+                venv = words[uv : uv + 1] == ["venv"] and "--seed" not in words
+                if not venv and (words[uv : uv + 2] != ["pip", "install"] or lacking):
                     found.append(f"{command.strip()}: without {', '.join(lacking) or 'a lock'}")
             elif _FETCHERS & set(tools):
                 found.append(f"{command.strip()}: fetches past the lock")
@@ -79,7 +89,9 @@ def locked(text: str, path: Path) -> list[str]:
 
 def problems(image: Image) -> list[str]:
     """Every input of an image that is not pinned, with its place; empty is level R1."""
-    found = [f"{shown(image.dockerfile)}: {p}" for p in dockerfile(image.dockerfile.read_text())]
+    found = [
+        f"{shown(image.dockerfile)}: {p}" for p in dockerfile(image.dockerfile.read_text("utf-8"))
+    ]
     bottom = build.BASE_DOCKERFILE
     found += [f"{shown(bottom)}: {p}" for p in dockerfile(bottom.read_text("utf-8"))]
     install = build.SCRIPTS[0]

@@ -217,7 +217,11 @@ def _keep(image: Image, tool: builder.Builder, built: builder.Built) -> None:
     if not isinstance(tool, builder.Buildah):
         raise Problem("--keep needs buildah: only its layers are recorded", 2)
     recorded, inputs = layers.read(image), build.inputs(image)
-    if not recorded or (recorded.inputs, recorded.manifest) != (inputs, built.manifest):
+    verdict = layers.compare(recorded, inputs, built, tool.version())
+    if verdict.differs:
+        command = f"nox -s reproduce -- {image.reference}"
+        raise Problem(f"not kept: {verdict.sentence} ('{command}' says what differs)")
+    if not recorded or recorded.inputs != inputs:
         layers.write(image, build.record(image, tool, built))
     host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
     # Reports of faults in other layers say nothing of these.

@@ -169,7 +169,8 @@ def copy_checkout(target: Path) -> None:
     ignored = shutil.ignore_patterns(".git", ".nox", ".parts", "__pycache__", ".*_cache")
     target.mkdir(parents=True)
     for path in sorted(ROOT.iterdir()):
-        if path.name in ("build", ".git", ".nox", ".parts"):
+        # Nor the folder that holds the copy, which would then hold itself.
+        if path.name in ("build", ".git", ".nox", ".parts") or target.is_relative_to(path):
             continue
         if path.is_dir():
             shutil.copytree(path, target / path.name, ignore=ignored)
@@ -290,12 +291,16 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
     tool, recorded = builder.Buildah(), layers.read(image)
     verdict = layers.compare(recorded, build.inputs(image), one.built, tool.version())
     good = reached >= image.reproducible and not verdict.differs
+    for line in (*(f"not pinned: {problem}" for problem in unpinned), *lines):
+        host.say(line)
+    said = f"{reached} ({MEANING[reached]}), claimed is {image.reproducible}; {verdict.sentence}"
+    host.say(f"{image.reference}: {said}")
     if verdict.differs or (keep and good):
         with variables({"CONTAINERS_STORAGE_CONF": str(one.storage / "storage.conf")}):
             record = build.record(image, tool, one.built)
         if recorded and verdict.differs:
-            found = layers.explain(recorded.layers, record.layers)
-            lines += [f"recorded layer {layer.name}: {difference}" for layer, difference in found]
+            for layer, difference in layers.explain(recorded.layers, record.layers):
+                host.say(f"recorded layer {layer.name}: {difference}")
         if keep and good:
             run = {
                 "started": started,
@@ -307,11 +312,7 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
             }
             layers.write(image, record)
             remember(image, record, run)
-            lines.append(f"kept: {shown(layers.path(image))}, {shown(path(image))}")
-    for line in (*(f"not pinned: {problem}" for problem in unpinned), *lines):
-        host.say(line)
-    said = f"{reached} ({MEANING[reached]}), claimed is {image.reproducible}; {verdict.sentence}"
-    host.say(f"{image.reference}: {said}")
+            host.say(f"kept: {shown(layers.path(image))}, {shown(path(image))}")
     return 0 if good else 1
 
 
@@ -349,8 +350,11 @@ def main(arguments: Sequence[str]) -> int:
     image = catalog.find(given.ref, catalog.load())
     if not isinstance(builder.detect("buildah"), builder.Buildah) or os.geteuid() != 0:
         raise Problem("reproduce needs root: only its builds write files in one order", 3)
-    work = Path(tempfile.mkdtemp(prefix="reproduce-", dir=given.work or host.scratch()))
-    build.check_disk(work, room(image))
+    place = (given.work or host.scratch()).resolve()  # the builds run in other folders
+    if not place.is_dir():
+        raise Problem(f"--work: {place} is not a folder; name one with room for two builds", 2)
+    build.check_disk(place, room(image))
+    work = Path(tempfile.mkdtemp(prefix="reproduce-", dir=place))
     try:
         return reproduce(image, work, keep=given.keep)
     finally:
@@ -361,7 +365,7 @@ def room(image: Image) -> int:
     """The bytes that two builds take: files, layers and packages of each at once."""
     recorded = layers.read(image)
     whole = sum(layer.bytes for layer in recorded.layers) if recorded else image.size.compressed * 3
-    return 5 * whole + build.DISK_NEEDED
+    return 9 * whole // 2 + build.DISK_NEEDED
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ KEYS = {
     "expect": '{ torch = "2.9.0", cuda = "12.8" }',
     "env": '{ VLLM_WORKER_MULTIPROC_METHOD = "spawn" }',
     "smoke": '{ sleep-levels = [1, 2], refit = ["cuda-ipc"] }',
+    "size": '{ compressed = "3.6 GB", largest-layer = "1.5 GB" }',
+    "reproducible": '"R4"',
 }
 VERSIONS = {
     "nvidia-cuda-runtime-cu12": "12.8.90",

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from images import build, builder, catalog, host, lock
+from images import budget, build, builder, catalog, host, lock
 from images.catalog import Image
+from images.contents import Summary
+from images.layers import Layer, Measured, Record
 from images.lock import Locked
 from rollout.problem import Problem
 
@@ -98,6 +100,21 @@ def test_a_layer_does_not_depend_on_the_order_of_the_lock() -> None:
 def test_a_layer_that_would_be_empty_is_none() -> None:
     versions = {"torch": "2.9.0+cpu", "vllm": "0.12.0"}
     assert list(build.layers(locked(versions), "vllm")) == ["torch", "engine"]
+
+
+def test_every_layer_of_an_image_has_a_name_in_the_order_of_the_dockerfiles(
+    checkout: Checkout,
+) -> None:
+    image = checkout.image(versions=WHOLE)
+    assert build.layer_names(image, locked(WHOLE)) == ["base", *build.LAYERS, "entrypoints"]
+    few = {"torch": "2.9.0+cpu", "vllm": "0.12.0"}
+    assert build.layer_names(image, locked(few)) == ["base", "torch", "engine", "entrypoints"]
+
+
+@pytest.mark.parametrize("image", catalog.load(), ids=lambda image: image.reference)
+def test_a_dockerfile_makes_a_layer_for_each_name(image: Image) -> None:
+    steps = re.findall(r"(?m)install (\w+)$", image.dockerfile.read_text())
+    assert build.layer_names(image, lock.read(image)) == ["base", *steps]
 
 
 # names
@@ -269,6 +286,52 @@ def test_the_inputs_of_an_image_change_with_its_dockerfile_and_its_base(
     assert len({before, other_base, build.inputs(image)}) == 3
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"env": '{ VLLM_WORKER_MULTIPROC_METHOD = "fork" }'},
+        {"env": '{ VLLM_WORKER_MULTIPROC_METHOD = "spawn", ANOTHER = "1" }'},
+        {"env": None},
+    ],
+    ids=["value", "another", "none"],
+)
+def test_the_inputs_of_an_image_change_with_its_variables(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None]
+) -> None:
+    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    assert build.inputs(checkout.image(changes)) != build.inputs(checkout.image())
+
+
+def test_the_inputs_of_an_image_change_with_its_labels(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = checkout.image()
+    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    before = build.inputs(image)
+    monkeypatch.setattr(build, "labels", lambda *_: {"rollout.torch": "another"})
+    assert build.inputs(image) != before
+
+
+def test_what_an_image_may_weigh_is_no_input_of_it(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    changes = {"size": '{ compressed = "9 GB", largest-layer = "9 GB" }', "reproducible": '"R1"'}
+    assert build.inputs(checkout.image(changes)) == build.inputs(checkout.image())
+
+
+def test_the_dockerfile_that_is_built_has_the_variables_and_labels(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    image = checkout.image()
+    text = build.recipe_text(image, lock.read(image))
+    stamped = build.labels(image, lock.read(image), host.sha256(image.lock), "base:1")
+    assert text == build.dockerfile(image.dockerfile.read_text(), image.env, stamped)
+    assert 'ENV VLLM_WORKER_MULTIPROC_METHOD="spawn"' in text
+    assert 'rollout.base="base:1"' in text
+
+
 def test_the_last_layer_holds_our_package_the_lock_and_what_the_image_is(
     checkout: Checkout, own: Path
 ) -> None:
@@ -353,6 +416,19 @@ def test_a_wheel_of_the_host_is_taken_at_the_locked_version_alone(tmp_path: Path
     assert [wheel.name for wheel in found] == ["torch-2.9.0-py3-none-any.whl"]
 
 
+def test_the_clock_of_a_build_is_the_hosts_unless_a_test_asks_for_another() -> None:
+    assert build.clock({}) == {}
+    assert build.clock({"FAKETIME": "+1h", "TZ": "UTC", "LD_PRELOAD": "/x.so"}) == {}
+    found = build.clock({build.CLOCK: "+25h"})
+    assert found["FAKETIME"] == "+25h"
+    assert found["LD_PRELOAD"].startswith("/mnt/context/tools/libfaketime")
+
+
+def test_a_clock_reaches_the_steps_of_a_build() -> None:
+    turned = build.clock({build.CLOCK: "+25h"})
+    assert exported(turned) == turned
+
+
 def test_too_little_disk_is_said_with_numbers_and_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -369,7 +445,7 @@ def test_too_little_disk_is_said_with_numbers_and_place(
 # a whole build, with a builder that builds nothing
 
 
-class Fake(builder.Buildah):
+class Looks:
     """Looks at what it is given to build."""
 
     def __init__(self, *, interrupted: bool = False) -> None:
@@ -392,11 +468,38 @@ class Fake(builder.Buildah):
             raise KeyboardInterrupt
 
     def inspect(self, name: str) -> builder.Built | None:
-        return builder.Built("0" * 64, {}, ()) if name == self.seen["recipe"].name else None
+        return BUILT if name == self.seen["recipe"].name else None
+
+
+class Fake(Looks, builder.Buildah):
+    """The builder whose digests count."""
+
+    def version(self) -> str:
+        return "buildah 1.28.2"
+
+
+class FakeDocker(Looks, builder.Docker):
+    """The other one."""
+
+
+BUILT = builder.Built("0" * 64, {}, ("sha256:a",), "sha256:manifest")
+NAMES = ["base", "nvidia", "torch", "dependencies", "engine", "entrypoints"]
 
 
 @pytest.fixture
-def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What builds are held against their budgets with; all of them keep theirs."""
+    made: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(budget, "check", lambda *arguments: made.append(arguments))
+    return made
+
+
+@pytest.fixture
+def image(
+    checkout: Checkout,
+    monkeypatch: pytest.MonkeyPatch,
+    checked: list[tuple[Any, ...]],  # noqa: ARG001 - there are no layers to look at
+) -> Image:
     """An image, on a host with an index of its own, credentials and a CA bundle."""
     monkeypatch.setattr(build, "base_image", lambda *_, **__: "localhost/base:1")
     monkeypatch.setattr(build, "check_disk", lambda _: None)
@@ -406,6 +509,7 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     monkeypatch.setenv("SSL_CERT_FILE", str(checkout.root / "ca.pem"))
     monkeypatch.setenv("UV_DEFAULT_INDEX", "https://me:xyzzy-password@mirror.example/simple")
     monkeypatch.setenv("UV_FIND_LINKS", "")
+    monkeypatch.delenv(build.CLOCK, raising=False)
     return checkout.image()
 
 
@@ -446,3 +550,137 @@ def test_a_build_without_its_image_is_a_failure(
     monkeypatch.setattr(Fake, "inspect", lambda *_: None)
     with pytest.raises(Problem, match="finished, but localhost/mine:1 is not in its storage"):
         build.build(image, Fake(), tag="mine:1")
+
+
+def test_what_buildah_built_is_held_against_its_budget(
+    image: Image, checked: list[tuple[Any, ...]]
+) -> None:
+    tool = Fake()
+    assert build.build(image, tool, tag="mine:1") == BUILT
+    assert checked == [(image, tool, "localhost/mine:1", BUILT, NAMES)]
+
+
+def test_a_build_over_its_budget_fails(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    def over(*_: object) -> None:
+        raise Problem("it takes too much")
+
+    monkeypatch.setattr(budget, "check", over)
+    with pytest.raises(Problem, match="it takes too much"):
+        build.build(image, Fake())
+
+
+def test_a_budget_is_left_alone_where_that_is_asked_for(
+    image: Image, checked: list[tuple[Any, ...]]
+) -> None:
+    build.build(image, Fake(), check=False)
+    assert checked == []
+
+
+def test_docker_gives_no_layers_to_be_held_against_a_budget(
+    image: Image, checked: list[tuple[Any, ...]]
+) -> None:
+    assert build.build(image, FakeDocker()) == BUILT
+    assert checked == []
+
+
+def test_a_build_has_the_hosts_own_clock(image: Image) -> None:
+    tool = Fake()
+    build.build(image, tool)
+    assert "FAKETIME" not in tool.seen["secrets"]["host"]
+    assert "LD_PRELOAD" not in tool.seen["secrets"]["host"]
+    assert not [name for name in tool.seen["files"] if "faketime" in name]
+
+
+def test_a_build_with_a_turned_clock_has_what_turns_it(
+    image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "libfaketime.so.1"
+    library.write_bytes(b"turns clocks")
+    required: list[str] = []
+    monkeypatch.setattr(build, "_FAKETIME", library)
+    monkeypatch.setattr(host, "require", required.append)
+    monkeypatch.setenv(build.CLOCK, "+25h")
+    tool = Fake()
+    build.build(image, tool)
+    assert "export FAKETIME=+25h\n" in tool.seen["secrets"]["host"]
+    preloaded = re.search(r"LD_PRELOAD=/mnt/context/(\S+)", tool.seen["secrets"]["host"])
+    assert preloaded
+    assert tool.seen["context"][tool.seen["recipe"].context / preloaded[1]] == b"turns clocks"
+    assert required == [str(library)]
+    assert tool.seen["recipe"].timestamp == build.TIMESTAMP
+    values = tool.seen["recipe"].arguments
+    assert values == arguments(image) | {"BASE": "localhost/base:1"}, "no layer is told of it"
+
+
+def test_what_turns_clocks_can_be_installed() -> None:
+    assert str(build._FAKETIME) in host.PACKAGES
+
+
+# what is recorded
+
+LAYERS = (Layer("base", "sha256:a", 2, 1, Summary({}, "o", "m", "x", "r")),)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What layers are measured with; they break no rule."""
+    made: list[tuple[Any, ...]] = []
+
+    def measure(*arguments: Any) -> Measured:
+        made.append(arguments)
+        return Measured(LAYERS, ())
+
+    monkeypatch.setattr(build, "measure", measure)
+    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(budget, "remembered", lambda: {"sha256:a": LAYERS[0]})
+    return made
+
+
+def test_a_record_holds_for_the_inputs_the_builder_and_the_image(
+    checkout: Checkout, measured: list[tuple[Any, ...]]
+) -> None:
+    image, tool = checkout.image(), Fake()
+    found = build.record(image, tool, BUILT)
+    wanted = (build.inputs(image), "buildah 1.28.2", BUILT.id, BUILT.manifest, LAYERS)
+    assert found == Record(*wanted)
+    known = {"sha256:a": LAYERS[0]}
+    assert measured == [(tool, "localhost/verl-rollout:vllm-0.12", NAMES, known)]
+
+
+@pytest.mark.usefixtures("measured")
+def test_an_image_that_breaks_a_rule_is_not_recorded(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Measured(LAYERS, ("logs: a log: var/log/x", "twice: in two layers: etc/x"))
+    monkeypatch.setattr(build, "measure", lambda *_: broken)
+    with pytest.raises(Problem) as caught:
+        build.record(checkout.image(), Fake(), BUILT)
+    why = "logs: a log: var/log/x; twice: in two layers: etc/x"
+    assert caught.value.sentence == f"verl-rollout:vllm-0.12 is not recorded: {why}"
+
+
+# the session's arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "references", "options"),
+    [
+        ([], ["transformers-cpu"], {}),
+        (["vllm-0.12", "transformers-cpu"], ["vllm-0.12", "transformers-cpu"], {}),
+        (["vllm-0.12", "--no-check"], ["vllm-0.12"], {"check": False}),
+        (["vllm-0.12", "--no-cache"], ["vllm-0.12"], {"cache": False}),
+        (["vllm-0.12", "--tag", "mine:1"], ["vllm-0.12"], {"tag": "mine:1"}),
+    ],
+)
+def test_a_build_is_made_as_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    references: list[str],
+    options: dict[str, Any],
+) -> None:
+    made: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(builder, "detect", lambda _: Fake())
+    monkeypatch.setattr(build, "build", lambda i, _, **given: made.append((i.tag, given)))
+    assert build.main(arguments) == 0
+    usual = {"tag": "", "cache": True, "check": True}
+    assert made == [(reference, usual | options) for reference in references]

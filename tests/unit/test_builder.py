@@ -48,12 +48,15 @@ def test_buildah_builds_with_one_timestamp_and_no_trace_of_itself() -> None:
 
 
 def test_docker_builds_the_same_dockerfile_with_the_same_timestamp() -> None:
-    argv = Docker().build_argv(RECIPE)
-    assert argv[:3] == ["docker", "buildx", "build"]
-    assert argv[-len(COMMON) :] == COMMON
-    assert "SOURCE_DATE_EPOCH=1686355200" in argv
-    assert "type=docker,rewrite-timestamp=true" in argv
-    assert "--provenance=false" in argv, "provenance records who built it, and when"
+    plain = Docker().build_argv(RECIPE)
+    archive = Docker().archive_argv(RECIPE, Path("/scratch/image.tar"))
+    for argv in (plain, archive):
+        assert argv[:3] == ["docker", "buildx", "build"]
+        assert argv[-len(COMMON) :] == COMMON
+        assert "SOURCE_DATE_EPOCH=1686355200" in argv
+        assert "--provenance=false" in argv, "provenance records who built it, and when"
+    assert "type=docker" in plain
+    assert "type=docker,rewrite-timestamp=true,dest=/scratch/image.tar" in archive
 
 
 @pytest.mark.parametrize("tool", [Buildah(), Docker()])
@@ -90,21 +93,106 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, str]]:
     return table
 
 
-BUILDAH_SAYS = """{"FromImageID": "0123", "OCIv1":
+BUILDAH_SAYS = """{"FromImageID": "0123", "FromImageDigest": "sha256:4567", "OCIv1":
     {"config": {"User": "1000:0"}, "rootfs": {"diff_ids": ["sha256:a", "sha256:b"]}}}"""
 DOCKER_SAYS = """[{"Id": "sha256:0123", "Config": {"User": "1000:0"},
     "RootFS": {"Layers": ["sha256:a", "sha256:b"]}}]"""
 
 
-@pytest.mark.parametrize(("tool", "says"), [(Buildah(), BUILDAH_SAYS), (Docker(), DOCKER_SAYS)])
+CONTAINERD = '[["driver-type","io.containerd.snapshotter.v1"]]'
+CLASSIC = '[["Backing Filesystem","extfs"]]'
+
+
+@pytest.mark.parametrize(
+    ("tool", "says", "store", "manifest"),
+    [
+        (Buildah(), BUILDAH_SAYS, "", "sha256:4567"),
+        (Docker(), DOCKER_SAYS, CLASSIC, ""),
+        (Docker(), DOCKER_SAYS, CONTAINERD, "sha256:0123"),
+    ],
+    ids=["buildah", "docker", "docker with containerd"],
+)
 def test_both_builders_describe_an_image_alike(
-    tool: builder.Builder, says: str, answers: dict[str, tuple[int, str]]
+    tool: builder.Builder,
+    says: str,
+    store: str,
+    manifest: str,
+    answers: dict[str, tuple[int, str]],
 ) -> None:
-    answers["inspect"] = (0, says)
+    answers["inspect"], answers["docker info"] = (0, says), (0, store)
     found = tool.inspect("toy:1")
-    assert found == builder.Built("0123", {"User": "1000:0"}, ("sha256:a", "sha256:b"))
+    assert found == builder.Built("0123", {"User": "1000:0"}, ("sha256:a", "sha256:b"), manifest)
     answers["inspect"] = (1, "")
     assert tool.inspect("toy:1") is None
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "buildah version 1.28.2 (image-spec 1.0.2-dev, runtime-spec 1.0.2-dev)\n",
+        "buildah version 1.28.2\n",
+    ],
+)
+def test_buildah_says_its_release_and_nothing_of_its_own_parts(
+    answers: dict[str, tuple[int, str]], says: str
+) -> None:
+    answers["buildah --version"] = (0, says)
+    assert Buildah().version() == "buildah 1.28.2"
+
+
+def test_the_layers_of_an_image_come_in_the_order_of_its_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["cc", "aa", "bb"]
+    ran: list[Sequence[str]] = []
+
+    def run(argv: Sequence[str], **_: Any) -> None:
+        ran.append(argv)
+        target = Path(argv[-1].removeprefix("dir:"))
+        target.mkdir()
+        for name in [*names, "version", "the configuration"]:
+            (target / name).write_text(name)
+        layers = [{"digest": f"sha256:{name}", "size": 2} for name in names]
+        manifest = {"config": {"digest": "sha256:the configuration"}, "layers": layers}
+        (target / "manifest.json").write_text(json.dumps(manifest))
+
+    monkeypatch.setattr(host, "run", run)
+    found = Buildah().blobs("localhost/toy:1", tmp_path)
+    assert [path.read_text() for path in found] == names
+    assert all(path.is_relative_to(tmp_path) for path in found)
+    (argv,) = ran
+    assert list(argv[:2]) == ["buildah", "push"]
+    assert argv[-2] == "localhost/toy:1"
+    assert "--disable-compression" in argv, "a diff_id is of the uncompressed layer"
+
+
+def test_docker_builds_an_archive_where_its_store_takes_one(
+    answers: dict[str, tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[list[str]] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(builder, "stream", built.append)
+    answers["docker info"] = (0, CONTAINERD)
+    Docker().build(RECIPE)
+    loaded = answers["calls"][1].splitlines()[-1].split()
+    assert loaded[:2] == ["docker", "load"]
+    archive = Path(loaded[-1])
+    assert built == [Docker().archive_argv(RECIPE, archive)]
+    assert archive.is_relative_to(tmp_path)
+    assert not archive.parent.exists()
+
+
+def test_docker_says_what_its_classic_store_cannot_do(
+    answers: dict[str, tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    built: list[list[str]] = []
+    monkeypatch.setattr(builder, "stream", built.append)
+    answers["docker info"] = (0, CLASSIC)
+    Docker().build(RECIPE)
+    assert built == [Docker().build_argv(RECIPE)]
+    assert "keeps the time of each file" in capsys.readouterr().out
 
 
 def test_a_working_container_is_removed_whatever_happened(
@@ -272,6 +360,26 @@ def test_a_failed_command_shows_its_lines_and_raises_the_last(
 def test_a_command_that_succeeds_raises_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     builder.stream(["sh", "-c", "echo no space left on device"])
     assert capsys.readouterr().out == "no space left on device\n"
+
+
+def test_a_command_runs_where_and_with_the_mask_it_is_told(tmp_path: Path) -> None:
+    script = "pwd; umask; echo $A; touch file"
+    builder.stream(["sh", "-c", f"({script}) > out"], {"A": "b"}, tmp_path, 0o077)
+    assert (tmp_path / "out").read_text() == f"{tmp_path}\n0077\nb\n"
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_command_that_is_told_nothing_runs_as_this_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("A", "of this process")
+    before = os.umask(0o027)
+    try:
+        builder.stream(["sh", "-c", "pwd; umask; echo $A"])
+    finally:
+        os.umask(before)
+    assert capsys.readouterr().out == f"{tmp_path}\n0027\nof this process\n"
 
 
 class Interrupted:

@@ -36,6 +36,8 @@ def test_a_file_is_read_into_an_image(checkout: Checkout) -> None:
     assert image.expect == {"torch": "2.9.0", "cuda": "12.8"}
     assert image.env == {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     assert image.smoke == catalog.Smoke((1, 2), ("cuda-ipc",), fp8=False)
+    assert image.size == catalog.Size(3_600_000_000, 1_500_000_000)
+    assert image.reproducible == "R4"
     assert image.optional_libraries == {}
     assert image.lock == checkout.root / "lockfiles/verl-rollout/vllm-0.12.lock"
     assert image.dockerfile == checkout.root / "images/vllm/Dockerfile"
@@ -54,6 +56,16 @@ def test_a_file_is_read_into_an_image(checkout: Checkout) -> None:
             {"smoke": '{ sleep-level = [1], refit = ["disk"] }'},
             "unknown key 'smoke.sleep-level'; did you mean 'smoke.sleep-levels'?",
             id="in a table",
+        ),
+        pytest.param(
+            {"size": '{ compressed = "3.6 GB", largest_layer = "1.5 GB" }'},
+            "unknown key 'size.largest_layer'; did you mean 'size.largest-layer'?",
+            id="of a size",
+        ),
+        pytest.param(
+            {"size": '{ compressed = "3 GB", largest-layer = "1 GB", files = "9" }'},
+            "unknown key 'size.files'; remove it",
+            id="of a size that nothing resembles",
         ),
     ],
 )
@@ -74,6 +86,62 @@ def test_a_missing_key_of_the_smoke_table_is_named(checkout: Checkout, key: str)
     del rest[key]
     path = checkout.file({"smoke": "{ " + "".join(rest.values()) + " }"})
     assert refused(path) == f"key 'smoke.{key}' is missing; add it"
+
+
+@pytest.mark.parametrize("key", ["compressed", "largest-layer"])
+def test_a_missing_key_of_the_size_table_is_named(checkout: Checkout, key: str) -> None:
+    rest = {"compressed": 'compressed = "3.6 GB"', "largest-layer": 'largest-layer = "1.5 GB"'}
+    del rest[key]
+    path = checkout.file({"size": "{ " + "".join(rest.values()) + " }"})
+    assert refused(path) == f"key 'size.{key}' is missing; add it"
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        ("3.6 GB", 3_600_000_000),
+        ("2 GB", 2_000_000_000),
+        ("450 MB", 450_000_000),
+        ("0.5 MB", 500_000),
+        ("2.01 GB", 2_010_000_000),  # 2.01 * 10**9 is a little less as a float
+    ],
+)
+def test_a_size_is_read_in_bytes_as_registries_count_them(
+    checkout: Checkout, size: str, count: int
+) -> None:
+    table = f'{{ compressed = "{size}", largest-layer = "1 MB" }}'
+    assert catalog.parse(checkout.file({"size": table})).size == catalog.Size(count, 1_000_000)
+
+
+@pytest.mark.parametrize("key", ["compressed", "largest-layer"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        "3,6 GB",
+        "3.6",
+        "3.6GB",
+        "3.6  GB",
+        "3.6 gb",
+        "3.6 GiB",
+        "3.6 TB",
+        "-1 GB",
+        ".5 GB",
+        "GB",
+        "",
+    ],
+)
+def test_a_size_in_other_words_is_answered_with_the_right_ones(
+    checkout: Checkout, size: str, key: str
+) -> None:
+    values = {"compressed": "3.6 GB", "largest-layer": "1.5 GB", key: size}
+    table = ", ".join(f'{name} = "{value}"' for name, value in values.items())
+    sentence = refused(checkout.file({"size": f"{{ {table} }}"}))
+    assert sentence == f"key 'size.{key}' has {size!r}; say it like '3.6 GB' or '450 MB'"
+
+
+@pytest.mark.parametrize("level", catalog.LEVELS)
+def test_an_image_claims_a_level_of_reproducibility(checkout: Checkout, level: str) -> None:
+    assert catalog.parse(checkout.file({"reproducible": f'"{level}"'})).reproducible == level
 
 
 def test_weights_in_fp8_are_proved_where_a_file_asks_for_it(checkout: Checkout) -> None:
@@ -109,6 +177,14 @@ def test_variables_may_be_left_out(checkout: Checkout) -> None:
             '{ sleep-levels = [1], refit = ["disk"], fp8 = 1 }',
             "key 'smoke.fp8' must be true or false",
         ),
+        ("size", '"3.6 GB"', "key 'size' must be a table"),
+        (
+            "size",
+            '{ compressed = 3.6, largest-layer = "1.5 GB" }',
+            "key 'size.compressed' must be a string",
+        ),
+        ("reproducible", "4", "key 'reproducible' must be a string"),
+        ("reproducible", "true", "key 'reproducible' must be a string"),
         ("optional-libraries", '["libmpi.so.40"]', "key 'optional-libraries' must be a table"),
         (
             "optional-libraries",
@@ -137,6 +213,10 @@ def test_a_value_of_the_wrong_type_is_named(
             '{ sleep-levels = [1, 3], refit = ["disk"] }',
             "key 'smoke.sleep-levels' has 3; known are 1, 2",
         ),
+        ("reproducible", '"R5"', "key 'reproducible' has 'R5'; known are R1, R2, R3, R4"),
+        ("reproducible", '"r4"', "key 'reproducible' has 'r4'; known are R1, R2, R3, R4"),
+        ("reproducible", '"R0"', "key 'reproducible' has 'R0'; known are R1, R2, R3, R4"),
+        ("reproducible", '""', "key 'reproducible' has ''; known are R1, R2, R3, R4"),
     ],
 )
 def test_an_unknown_choice_is_answered_with_the_known_ones(

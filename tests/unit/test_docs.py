@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from images import build, catalog, docs, host, layers, prove
+from images import build, catalog, docs, host, layers, prove, reproduce, sizes
 from images.catalog import Image
+from images.contents import Summary
 from rollout.faults import FAULTS
 from rollout.problem import Problem
 
@@ -24,7 +25,10 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     monkeypatch.setattr(build, "base_name", lambda: "base:1")
     found = checkout.image()
     keep(found)
-    layers.write(found, layers.Record(build.inputs(found), DIFF_IDS))
+    nothing = Summary({}, "owner", "mtime", "xattr", "order")
+    built = tuple(layers.Layer("base", diff_id, 2, 1, nothing) for diff_id in DIFF_IDS)
+    record = layers.Record(build.inputs(found), "buildah 1.28.2", "0123", "sha256:m", built)
+    layers.write(found, record)
     return found
 
 
@@ -42,6 +46,28 @@ def keep(image: Image, **changes: Any) -> None:
 
 def test_a_fresh_proof_is_shown_with_device_and_day(image: Image) -> None:
     assert docs.standing(image) == PROVED
+
+
+def reproduced(image: Image, *levels: str, inputs: str = "") -> None:
+    """Keep runs that reproduced the image, on a machine each."""
+    data = {"inputs": inputs or build.inputs(image), "runs": [{"level": x} for x in levels]}
+    host.write(reproduce.path(image), json.dumps(data))
+
+
+REPRODUCED = "images/proofs/verl-rollout/vllm-0.12.reproduced.json"
+
+
+def test_the_level_shown_is_the_lowest_of_all_machines(image: Image) -> None:
+    assert docs.reproduced(image) == "not shown yet"
+    reproduced(image, "R4")
+    assert docs.reproduced(image) == f"[R4]({REPRODUCED})"
+    reproduced(image, "R4", "R3")
+    assert docs.reproduced(image) == f"[R3]({REPRODUCED}) on 2 machines"
+
+
+def test_a_level_of_other_inputs_is_stale(image: Image) -> None:
+    reproduced(image, "R4", inputs="others")
+    assert docs.reproduced(image) == f"stale: [R4]({REPRODUCED}), of other inputs"
 
 
 def test_an_image_without_a_report_is_not_proved_yet(image: Image) -> None:
@@ -77,7 +103,8 @@ def test_a_proof_of_another_lock_or_other_layers_is_stale(image: Image, age: Any
 
 def test_a_row_says_what_the_lock_says(image: Image) -> None:
     assert docs.row(image, VERSIONS | {"torch": "2.9.0+cu128"}) == (
-        f"| `verl-rollout:vllm-0.12` | vllm 0.12.0 | 2.9.0 | 12.8 | 3.11 | 2025-12-20 | {PROVED} |"
+        "| `verl-rollout:vllm-0.12` | vllm 0.12.0 | 2.9.0 | 12.8 | 3.11 | 2025-12-20 | "
+        f"not shown yet | {PROVED} |"
     )
     assert "| none (CPU) |" in docs.row(image, {"vllm": "0.12.0", "torch": "2.9.0+cpu"})
 
@@ -86,7 +113,7 @@ def test_the_table_has_a_row_for_each_image(checkout: Checkout, image: Image) ->
     lines = docs.table([image, checkout.image(tag="other")]).splitlines()
     assert len(lines) == 4
     assert "`verl-rollout:other`" in lines[3]
-    assert {line.count("|") for line in lines} == {8}
+    assert {line.count("|") for line in lines} == {9}
 
 
 # the README around it
@@ -192,10 +219,11 @@ def test_without_a_proof_on_a_gpu_there_are_no_numbers(image: Image) -> None:
 def readme(image: Image, monkeypatch: pytest.MonkeyPatch) -> str:
     """A README in need of renewal, and a catalog whose default is the image."""
     monkeypatch.setattr(catalog, "DEFAULT", image.reference)
+    monkeypatch.setattr(sizes, "PAGE", docs.README.with_name("SIZES.md"))
     monkeypatch.setattr(docs, "printed", lambda _: "printed last")
     monkeypatch.setattr(docs, "measured", lambda _: "measured last")
     monkeypatch.setattr(docs, "gpu_numbers", lambda _: "gpu last")
-    names = ("printed", "images", "faults", "measured", "gpu")
+    names = ("printed", "images", "faults", "measured", "gpu", "layers")
     text = "".join(marked(name, "old") for name in names)
     docs.README.write_text(text)
     return text
@@ -204,7 +232,7 @@ def readme(image: Image, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_stale_readme_fails_the_check_and_stays(
     readme: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(Problem, match=r"is not fresh .* run 'nox -s docs'") as caught:
+    with pytest.raises(Problem, match=r"^not fresh .*README.md.* run 'nox -s docs'") as caught:
         docs.main(["--check"])
     assert caught.value.code == 1
     out = capsys.readouterr().out
@@ -216,7 +244,8 @@ def test_a_stale_readme_fails_the_check_and_stays(
 @pytest.mark.usefixtures("readme")
 def test_a_renewed_readme_passes_the_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert docs.main([]) == 0
-    assert capsys.readouterr().out == "README.md renewed\n"
+    said = capsys.readouterr().out
+    assert said == "README.md renewed\nSIZES.md renewed\n"
     assert docs.main(["--check"]) == 0
     assert docs.main([]) == 0
     assert capsys.readouterr().out == ""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from images import builder, catalog, export
+from images import builder, catalog, export, layers
 from images.build import TIMESTAMP
 from rollout.problem import Problem
 
@@ -42,7 +42,7 @@ def test_each_format_has_a_file_of_its_own() -> None:
 
 
 def test_commands_keep_time_users_and_window_fixed() -> None:
-    assert export.zstd_argv(10) == ["zstd", "--quiet", "--stdout", "-10", "--long=27", "-T0"]
+    assert layers.zstd_argv(10) == ["zstd", "--quiet", "--stdout", "-10", "--long=27", "-T0"]
     argv = " ".join(export.sqsh_argv(Path("/root"), Path("/out/x"), 10))
     moment = TIMESTAMP
     assert f"-mkfs-time {moment} -all-time {moment}" in argv

@@ -224,3 +224,15 @@ def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     with host.replacing(file) as temporary:
         temporary.write_text("whole")
     assert [p.name for p in file.parent.iterdir()] == ["x.sqsh"]
+
+
+def test_large_files_lie_beside_the_caches_and_not_in_tmp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", "/tmp")
+    folder = host.scratch()
+    assert folder.is_dir()
+    assert folder.is_relative_to(host.cache())
+    assert host.cache().is_relative_to(tmp_path)
+    assert host.scratch() == folder, "it may be there already"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from images import build, builder, host, layers, prove
 from images.builder import Built, Command
 from images.catalog import Image
+from images.contents import Summary
 from rollout import report
 from rollout.faults import FAULTS
 from rollout.problem import Problem
@@ -20,6 +22,13 @@ from rollout.problem import Problem
 from ..conftest import Checkout, sha256
 
 LAYERS = (f"sha256:{sha256('a')}", f"sha256:{sha256('b')}")
+BUILT = Built("0" * 64, {}, LAYERS, "sha256:manifest")
+BUILDAH = "buildah 1.28.2"
+NO_FILES = Summary({}, "owner", "mtime", "xattr", "order")
+RECORD = layers.Record(
+    *("inputs", BUILDAH, BUILT.id, BUILT.manifest),
+    tuple(layers.Layer(n, d, 2, 1, NO_FILES) for n, d in zip(("base", "top"), LAYERS, strict=True)),
+)
 
 
 def part(verdict: str, *names: str, **changes: Any) -> dict[str, Any]:
@@ -68,7 +77,7 @@ def test_reports_lie_where_the_readme_says(checkout: Checkout) -> None:
 Outcome = tuple[int, dict[str, Any] | None]  # exit code, report
 
 
-class Fake(builder.Buildah):
+class Runs:
     """Leaves the reports that it was given where ``--report`` says."""
 
     def __init__(self, **outcomes: Outcome) -> None:
@@ -93,6 +102,17 @@ class Fake(builder.Buildah):
         return subprocess.CompletedProcess([], code, "", "")
 
 
+class Fake(Runs, builder.Buildah):
+    """The builder whose layers are recorded."""
+
+    def version(self) -> str:
+        return BUILDAH
+
+
+class FakeDocker(Runs, builder.Docker):
+    """The other builder."""
+
+
 SOUND = {"verify": (0, part("proved", "files")), "smoke": (0, part("proved", "start", "refit"))}
 
 
@@ -110,7 +130,8 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     text = found.lock.read_text()
     monkeypatch.setattr(prove.lock, "resolve", lambda _: text)
     monkeypatch.setattr(build, "inputs", lambda _: "inputs")
-    monkeypatch.setattr(build, "build", lambda *_: Built("0" * 64, {}, LAYERS))
+    monkeypatch.setattr(build, "build", lambda *_: BUILT)
+    monkeypatch.setattr(build, "record", lambda *_: RECORD)
     return found
 
 
@@ -173,7 +194,90 @@ def test_what_is_not_proved_is_not_kept(image: Image, verdict: str) -> None:
 def test_a_proof_is_kept_with_the_layers_it_holds_for(image: Image) -> None:
     assert prove.prove(image, Fake(**SOUND), [], keep=True) == 0
     assert json.loads(prove.kept(image).read_text()) == left(image)
-    assert layers.read(image) == layers.Record("inputs", LAYERS)
+    assert layers.read(image) == RECORD
+
+
+def test_a_record_that_is_current_is_left_as_it_is(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers.write(image, replace(RECORD, builder="buildah 1.39.3"))
+    before = layers.path(image).read_bytes()
+    monkeypatch.delattr(build, "record")  # every layer would be read once more
+    assert prove.prove(image, Fake(**SOUND), [], keep=True) == 0
+    assert layers.path(image).read_bytes() == before
+    assert prove.kept(image).exists()
+
+
+def test_a_record_of_other_inputs_is_replaced_with_the_proof(image: Image) -> None:
+    old = replace(RECORD, inputs="others")
+    layers.write(image, old)
+    assert prove.prove(image, Fake(**SOUND), [], keep=False) == 0
+    assert layers.read(image) == old
+    assert prove.prove(image, Fake(**SOUND), [], keep=True) == 0
+    assert layers.read(image) == RECORD
+
+
+def test_the_record_of_another_builders_manifest_stays(image: Image) -> None:
+    old = replace(RECORD, builder="buildah 1.39.3", manifest="sha256:other")
+    layers.write(image, old)
+    assert prove.prove(image, Fake(**SOUND), [], keep=True) == 0
+    assert layers.read(image) == old
+    assert prove.kept(image).exists()
+
+
+def test_a_build_that_is_not_the_recorded_one_is_not_kept(image: Image) -> None:
+    old = replace(RECORD, manifest="sha256:other")  # the same inputs, the same builder
+    layers.write(image, old)
+    with pytest.raises(Problem, match=r"not kept: .* is a bug \('nox -s reproduce -- verl-"):
+        prove.prove(image, Fake(**SOUND), [], keep=True)
+    assert layers.read(image) == old
+    assert not prove.kept(image).exists()
+
+
+def test_an_image_that_breaks_a_rule_for_layers_is_not_kept(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> layers.Record:
+        raise Problem("verl-rollout:vllm-0.12 is not recorded: logs")
+
+    monkeypatch.setattr(build, "record", broken)
+    with pytest.raises(Problem, match="is not recorded: logs"):
+        prove.prove(image, Fake(**SOUND), [], keep=True)
+    assert nothing_is_kept(image)
+
+
+def test_what_docker_built_is_proved_and_not_kept(image: Image) -> None:
+    assert prove.prove(image, FakeDocker(**SOUND), [], keep=False) == 0
+    with pytest.raises(Problem, match="--keep needs buildah: only its layers are rec") as caught:
+        prove.prove(image, FakeDocker(**SOUND), [], keep=True)
+    assert caught.value.code == 2
+    assert left(image)["verdict"] == "proved"
+    assert nothing_is_kept(image)
+
+
+@pytest.mark.parametrize(
+    ("old", "sentence"),
+    [
+        (None, "no layers are recorded for this image"),
+        (RECORD, "the image is the recorded one, byte for byte"),
+        (
+            replace(RECORD, layers=RECORD.layers[:1]),
+            "NOT the recorded layers: the number of layers differs, from the same inputs; "
+            "that is a bug",
+        ),
+    ],
+    ids=["none", "same", "a layer more"],
+)
+def test_a_proof_says_whether_the_layers_are_the_recorded_ones(
+    image: Image,
+    old: layers.Record | None,
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if old:
+        layers.write(image, old)
+    assert prove.prove(image, Fake(**SOUND), [], keep=False) == 0
+    assert f"verl-rollout:vllm-0.12: {sentence}\n" in capsys.readouterr().out
 
 
 def test_a_report_that_breaks_its_schema_is_no_report(image: Image) -> None:
@@ -233,7 +337,7 @@ def folder(image: Image, tmp_path: Path) -> Path:
     return found
 
 
-def replace(folder: Path, name: str, data: object) -> None:
+def put(folder: Path, name: str, data: object) -> None:
     (folder / f"{name}.json").write_text(json.dumps(data))
 
 
@@ -252,7 +356,7 @@ def test_reports_of_another_machine_become_one_and_are_left(image: Image, folder
 def test_they_are_kept_with_their_layers_faults_and_calibration(image: Image, folder: Path) -> None:
     assert prove.adopt(image, Fake(), folder, keep=True) == 0
     assert json.loads(prove.kept(image).read_text()) == left(image)
-    assert layers.read(image) == layers.Record("inputs", LAYERS)
+    assert layers.read(image) == RECORD
     faults = prove.kept(image).parent / "vllm-0.12.faults"
     assert sorted(path.name for path in faults.iterdir()) == [
         "flipped-byte.json",
@@ -320,7 +424,7 @@ def test_a_proof_without_faults_or_calibration_is_kept_too(image: Image, folder:
 def test_a_report_of_anything_else_is_refused(
     image: Image, folder: Path, name: str, key: str, value: object, said: str
 ) -> None:
-    replace(folder, name, json.loads((folder / f"{name}.json").read_text()) | {key: value})
+    put(folder, name, json.loads((folder / f"{name}.json").read_text()) | {key: value})
     with pytest.raises(Problem) as caught:
         prove.adopt(image, Fake(), folder, keep=True)
     assert caught.value.code == 2
@@ -362,14 +466,14 @@ def test_verify_and_smoke_are_both_asked_for(image: Image, folder: Path, name: s
 
 
 def test_one_report_twice_is_not_taken_for_both(image: Image, folder: Path) -> None:
-    replace(folder, "smoke", json.loads((folder / "verify.json").read_text()))
+    put(folder, "smoke", json.loads((folder / "verify.json").read_text()))
     with pytest.raises(Problem, match="checks: files is there 2 times"):
         prove.adopt(image, Fake(), folder, keep=True)
     assert nothing_is_kept(image)
 
 
 def test_a_fault_that_nobody_knows_is_refused_with_the_nearest(image: Image, folder: Path) -> None:
-    replace(folder, "fault-flipped-bite", of_fault(image, "flipped-byte"))
+    put(folder, "fault-flipped-bite", of_fault(image, "flipped-byte"))
     with pytest.raises(Problem, match="did you mean 'flipped-byte'") as caught:
         prove.adopt(image, Fake(), folder, keep=True)
     assert caught.value.code == 2
@@ -396,7 +500,7 @@ OTHER = "CUDA error: out of memory"
 def test_a_fault_that_its_check_did_not_find_is_refused(
     image: Image, folder: Path, failed: list[str], reason: str, said: str
 ) -> None:
-    replace(folder, "fault-flipped-byte", of_fault(image, "flipped-byte", *failed, reason=reason))
+    put(folder, "fault-flipped-byte", of_fault(image, "flipped-byte", *failed, reason=reason))
     with pytest.raises(Problem) as caught:
         prove.adopt(image, Fake(), folder, keep=True)
     wrong = f"{folder}/fault-flipped-byte.json does not show that flipped-byte is found: {said}"
@@ -407,7 +511,7 @@ def test_a_fault_that_its_check_did_not_find_is_refused(
 
 @pytest.mark.parametrize("verdict", ["proved", "unproved"])
 def test_a_fault_that_no_check_found_is_refused(image: Image, folder: Path, verdict: str) -> None:
-    replace(folder, "fault-flipped-byte", about(image, verdict, "start", "refit"))
+    put(folder, "fault-flipped-byte", about(image, verdict, "start", "refit"))
     with pytest.raises(Problem, match="flipped-byte is found: failed were no checks") as caught:
         prove.adopt(image, Fake(), folder, keep=True)
     assert caught.value.code == 1
@@ -419,7 +523,7 @@ def test_a_fault_that_no_check_found_is_refused(image: Image, folder: Path, verd
 def test_what_another_machine_did_not_prove_is_left_and_not_kept(
     image: Image, folder: Path, name: str, verdict: str
 ) -> None:
-    replace(folder, name, about(image, verdict, f"{name} of it"))
+    put(folder, name, about(image, verdict, f"{name} of it"))
     assert prove.adopt(image, Fake(), folder, keep=True) == report.exit_code(verdict)
     assert left(image)["verdict"] == verdict
     assert nothing_is_kept(image)
