@@ -55,6 +55,7 @@ class Circumstances:
     checkout: str  # below the working folder
     umask: int
     env: Mapping[str, str]
+    trace: str = ""  # a setting of a host that a build gets to see
     reversed_cache: bool = False
 
 
@@ -72,9 +73,9 @@ BUILDS = (
             "PYTHONHASHSEED": "7",
             "UV_CONCURRENT_DOWNLOADS": "1",
             "UV_CONCURRENT_INSTALLS": "1",
-            "NO_PROXY": "trace-of-the-host.example",
             build.CLOCK: "+25h",
         },
+        trace="trace-of-the-host.example",
         reversed_cache=True,
     ),
 )
@@ -152,6 +153,8 @@ def environment(work: Path, circumstances: Circumstances) -> dict[str, str]:
             if part
         ),
         **circumstances.env,
+        # Beside what this host needs, or its packages could not be had.
+        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), circumstances.trace])),
         "XDG_CACHE_HOME": str(own / "cache"),
         "TMPDIR": str(own / "tmp"),
         "CONTAINERS_STORAGE_CONF": str(own / "storage.conf"),
@@ -256,6 +259,14 @@ def discard(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
+def sweep(place: Path) -> None:
+    """Remove what a killed run has left here: it may be more than the disk has room for twice."""
+    for work in place.glob("reproduce-*-*"):
+        number = work.name.split("-")[1]
+        if number.isdigit() and not Path("/proc", number).exists():
+            discard(work)
+
+
 def machine() -> dict[str, Any]:
     """Which machine this is, as far as two can be told apart without naming one."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -289,15 +300,19 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
     reached, lines = compared(image, one, two, work)
     reached = "R0" if unpinned else reached
     tool, recorded = builder.Buildah(), layers.read(image)
-    verdict = layers.compare(recorded, build.inputs(image), one.built, tool.version())
+    inputs = build.inputs(image)
+    verdict = layers.compare(recorded, inputs, one.built, tool.version())
     good = reached >= image.reproducible and not verdict.differs
     for line in (*(f"not pinned: {problem}" for problem in unpinned), *lines):
         host.say(line)
     said = f"{reached} ({MEANING[reached]}), claimed is {image.reproducible}; {verdict.sentence}"
     host.say(f"{image.reference}: {said}")
     if verdict.differs or (keep and good):
-        with variables({"CONTAINERS_STORAGE_CONF": str(one.storage / "storage.conf")}):
-            record = build.record(image, tool, one.built)
+        record = recorded
+        if not recorded or (recorded.inputs, recorded.manifest) != (inputs, one.built.manifest):
+            with variables({"CONTAINERS_STORAGE_CONF": str(one.storage / "storage.conf")}):
+                record = build.record(image, tool, one.built)
+        assert record  # noqa: S101 - either of the two
         if recorded and verdict.differs:
             for layer, difference in layers.explain(recorded.layers, record.layers):
                 host.say(f"recorded layer {layer.name}: {difference}")
@@ -310,7 +325,8 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
                 "machine": machine(),
                 "builder": tool.version(),
             }
-            layers.write(image, record)
+            if record is not recorded:
+                layers.write(image, record)
             remember(image, record, run)
             host.say(f"kept: {shown(layers.path(image))}, {shown(path(image))}")
     return 0 if good else 1
@@ -353,8 +369,9 @@ def main(arguments: Sequence[str]) -> int:
     place = (given.work or host.scratch()).resolve()  # the builds run in other folders
     if not place.is_dir():
         raise Problem(f"--work: {place} is not a folder; name one with room for two builds", 2)
+    sweep(place)
     build.check_disk(place, room(image))
-    work = Path(tempfile.mkdtemp(prefix="reproduce-", dir=place))
+    work = Path(tempfile.mkdtemp(prefix=f"reproduce-{os.getpid()}-", dir=place))
     try:
         return reproduce(image, work, keep=given.keep)
     finally:

@@ -24,6 +24,8 @@ def test_two_builds_from_nothing_give_the_recorded_image(image: catalog.Image) -
     command = [sys.executable, "-m", "images.reproduce", catalog.DEFAULT]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     said = done.stdout.splitlines()
+    if done.returncode == 3:  # no room for two builds
+        pytest.skip(done.stderr.strip().removeprefix("error: "))
     assert done.returncode == 0, (*said[-20:], done.stderr[-2000:])
     same = "the image is the recorded one, byte for byte"
     if recorded.builder != builder.Buildah().version():

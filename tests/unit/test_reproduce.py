@@ -739,3 +739,21 @@ def test_what_builds_left_is_removed_and_what_is_no_mount_does_no_harm(work: Pat
     put(work, "first-own/graphroot/overlay/x", "second-own/tmp/y", "one/README.md")
     reproduce.discard(work)
     assert not work.exists()
+
+
+def test_what_a_killed_run_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    left = tmp_path / "reproduce-4194305-x"  # more than the greatest process id of Linux
+    running, strange = tmp_path / f"reproduce-{os.getpid()}-y", tmp_path / "reproduce-mine"
+    for folder in (left / "first-own/graphroot/overlay", running, strange):
+        folder.mkdir(parents=True)
+    reproduce.sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([running, strange])
+
+
+def test_what_the_host_needs_no_proxy_for_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "mirror.example")
+    first, second = (reproduce.environment(tmp_path, c)["NO_PROXY"] for c in reproduce.BUILDS)
+    assert first == "mirror.example"
+    assert second == "mirror.example,trace-of-the-host.example"
