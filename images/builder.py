@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any, ClassVar
@@ -119,6 +120,7 @@ class Built:
     config: Mapping[str, Any]
     diff_ids: tuple[str, ...]
     manifest: str = ""  # its digest; empty where a storage keeps none
+    about: Mapping[str, Any] = field(default_factory=dict)  # what a manifest holds beside these
 
 
 class Builder(ABC):
@@ -210,8 +212,11 @@ class Buildah(Builder):
         if done.returncode:
             return None
         data = json.loads(done.stdout)
-        config, layers = data["OCIv1"]["config"], data["OCIv1"]["rootfs"]["diff_ids"]
-        return Built(data["FromImageID"], config, tuple(layers), data["FromImageDigest"])
+        image = data["OCIv1"]
+        about = {key: image.get(key) for key in ("created", "architecture", "os", "history")}
+        about["annotations"] = data.get("ImageAnnotations")
+        layers = tuple(image["rootfs"]["diff_ids"])
+        return Built(data["FromImageID"], image["config"], layers, data["FromImageDigest"], about)
 
     def version(self) -> str:
         """Name and release: another one may write another manifest of the same layers."""
@@ -267,6 +272,16 @@ def unfinished(container: Mapping[str, str]) -> bool:
     return nameless and re.search(r"-working-container(-\d+)?$", name) is not None
 
 
+@cache
+def _say_classic() -> None:
+    """Said once, not for base and image each."""
+    host.say(
+        "docker's classic image store keeps the time of each file: the image will have the same "
+        "files as another build's, and another digest; its containerd image store gives the same "
+        "digest"
+    )
+
+
 class Docker(Builder):
     """docker with BuildKit: the same Dockerfile, for people who have it already."""
 
@@ -286,8 +301,12 @@ class Docker(Builder):
 
     def _build(self, recipe: Recipe) -> list[str]:
         return [
-            *("docker", "buildx", "build", "--network", "host", "--provenance=false"),
-            *("--progress", "plain", "--build-arg", f"SOURCE_DATE_EPOCH={recipe.timestamp}"),
+            # Not `docker buildx build`: that takes whichever builder a person has chosen, and one
+            # in a container of its own does not see this storage.
+            *("docker", "build", "--network", "host", "--provenance=false", "--progress", "plain"),
+            *("--build-arg", f"SOURCE_DATE_EPOCH={recipe.timestamp}"),
+            # The base is an argument without a default on purpose: it is named by a digest.
+            *("--build-arg", "BUILDKIT_DOCKERFILE_CHECK=skip=InvalidDefaultArgInFrom"),
         ]
 
     def containerd(self) -> bool:
@@ -297,11 +316,7 @@ class Docker(Builder):
 
     def build(self, recipe: Recipe) -> None:
         if not self.containerd():
-            host.say(
-                "docker's classic image store keeps the time of each file: the image will have the "
-                "same files as another build's, and another digest; its containerd image store "
-                "gives the same digest"
-            )
+            _say_classic()
             super().build(recipe)
             return
         with tempfile.TemporaryDirectory(prefix="rollout-docker-", dir=host.scratch()) as folder:

@@ -185,9 +185,11 @@ def compare(expected: Record | None, inputs: str, found: builder.Built, version:
         pairs = zip(expected.diff_ids, found.diff_ids, strict=False)
         differing = [str(number) for number, (a, b) in enumerate(pairs, 1) if a != b]
         which = f"layer {', '.join(differing)}" if differing else "the number of layers"
-        return Verdict(
-            f"NOT the recorded layers: {which} differs, from the same inputs; that is a bug", True
-        )
+        why = "that is a bug"
+        if expected.builder != version:
+            why = f"they were recorded with {expected.builder}, and this is {version}"
+        sentence = f"NOT the recorded layers: {which} differs, from the same inputs; {why}"
+        return Verdict(sentence, True)
     if expected.manifest == found.manifest:
         return Verdict("the image is the recorded one, byte for byte")
     same = "the layers are the recorded ones, byte for byte"

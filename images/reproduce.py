@@ -286,9 +286,18 @@ def compared(image: Image, one: Outcome, two: Outcome, work: Path) -> tuple[str,
     if one.built.diff_ids != two.built.diff_ids:
         first, second = look(image, one, work), look(image, two, work)
         equal = same_files(first, second)
-        lines = explained(build.layer_names(image, lock.read(image)), first, second)
+        names = build.layer_names(image, lock.read(image))
+        lines = explained(names, first, second)
+        lines += [
+            f"layer {name}: the tar itself: encoding"
+            for name, a, b, x, y in zip(
+                names, one.built.diff_ids, two.built.diff_ids, first, second, strict=True
+            )
+            if a != b and not contents.differences(x, y)
+        ]
     elif one.built.manifest != two.built.manifest:
-        lines = config_differences(one.built.config, two.built.config)
+        first_all, second_all = ({**o.built.config, **o.built.about} for o in (one, two))
+        lines = config_differences(first_all, second_all)
     return level(one.built, two.built, same_files=equal), lines
 
 
@@ -342,7 +351,7 @@ def remember(image: Image, record: layers.Record, run: dict[str, Any]) -> None:
     runs = []
     if path(image).exists():
         data = json.loads(path(image).read_text(encoding="utf-8"))
-        if data["inputs"] == record.inputs:
+        if (data["inputs"], data["manifest"]) == (record.inputs, record.manifest):
             runs = [r for r in data["runs"] if r["machine"] != run["machine"]]
     data = {
         "schema": SCHEMA,

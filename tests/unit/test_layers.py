@@ -183,7 +183,11 @@ OTHER_MANIFEST = built("a", "b", "c", manifest="sha256:other")
         (
             replace(RECORD, builder="buildah 1.39.3"),
             built("x", "b", "c", manifest="sha256:other"),
-            Verdict(f"NOT the recorded layers: layer 1 differs, {BUG}", True),
+            Verdict(
+                "NOT the recorded layers: layer 1 differs, from the same inputs; they were "
+                "recorded with buildah 1.39.3, and this is buildah 1.28.2",
+                True,
+            ),
         ),
         (
             RECORD,

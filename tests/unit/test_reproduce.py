@@ -618,6 +618,15 @@ def test_runs_of_other_inputs_are_dropped(checkout: Checkout) -> None:
     assert (data["inputs"], data["manifest"]) == ("others", "sha256:n")
 
 
+def test_runs_of_another_manifest_are_dropped(checkout: Checkout) -> None:
+    # Another builder's: what it made is not what the others made.
+    image = checkout.image()
+    kept = Record("inputs", BUILDAH, "0123", "sha256:m", ())
+    reproduce.remember(image, kept, run("a"))
+    reproduce.remember(image, replace(kept, manifest="sha256:n"), run("b"))
+    assert runs(image) == [run("b")]
+
+
 # the session
 
 
