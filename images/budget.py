@@ -14,6 +14,7 @@ from pathlib import Path
 from images import builder, catalog, contents, host, layers
 from images.catalog import Image, shown
 from images.layers import Layer
+from images.sizes import megabytes
 from rollout.problem import Problem
 
 
@@ -24,20 +25,15 @@ def over(image: Image, found: Sequence[Layer]) -> list[str]:
     broken = []
     if whole > image.size.compressed:
         broken.append(
-            f"it takes {gigabytes(whole)} compressed, and 'size.compressed' allows "
-            f"{gigabytes(image.size.compressed)}"
+            f"it takes {megabytes(whole)} compressed, and 'size.compressed' allows "
+            f"{megabytes(image.size.compressed)}"
         )
     if largest.compressed > image.size.largest_layer:
         broken.append(
-            f"its layer {largest.name} takes {gigabytes(largest.compressed)} compressed, and "
-            f"'size.largest-layer' allows {gigabytes(image.size.largest_layer)}"
+            f"its layer {largest.name} takes {megabytes(largest.compressed)} compressed, and "
+            f"'size.largest-layer' allows {megabytes(image.size.largest_layer)}"
         )
     return broken
-
-
-def gigabytes(size: float) -> str:
-    """Bytes for people, as registries count them."""
-    return f"{size / 1e9:.2f} GB"
 
 
 def _checked() -> Path:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -51,13 +51,10 @@ class Entry:
     head: bytes = b""  # a file's first sixteen bytes
 
 
-def entries(stream: IO[bytes], keep: Callable[[str], bool] = lambda _: False) -> list[Entry]:
-    """The entries of an uncompressed layer, in their order. The stream is read to its end."""
-    return [entry for entry, _ in read(stream, keep)]
-
-
-def read(stream: IO[bytes], keep: Callable[[str], bool]) -> Iterable[tuple[Entry, bytes]]:
-    """Each entry, and its bytes where ``keep`` wants them of that path."""
+def read(
+    stream: IO[bytes], keep: Callable[[str], bool] = lambda _: False
+) -> Iterator[tuple[Entry, bytes]]:
+    """Each entry of an uncompressed layer, and its bytes where ``keep`` wants them of that path."""
     with tarfile.open(fileobj=stream, mode="r|") as tar:
         for member in tar:
             path = member.name.removeprefix("./").strip("/")
