@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from images import build, builder, catalog, export, host, layers, prove
+from images import build, builder, catalog, export, host, layers, prove, reproduce
 from images.catalog import ROOT, Image, shown
 from rollout.problem import Problem
 
@@ -149,11 +149,7 @@ def proof_times(image: Image) -> dict[str, float]:
         clone = Path(folder) / "clone"
         _run(["git", "clone", "--quiet", str(ROOT), str(clone)])
         storage = Path(folder) / "storage.conf"
-        storage.write_text(
-            '[storage]\ndriver = "overlay"\n'
-            f'graphroot = "{folder}/storage"\nrunroot = "{folder}/run"\n',
-            encoding="utf-8",
-        )
+        storage.write_text(reproduce.storage_conf(Path(folder)), encoding="utf-8")
         env = {**os.environ, "CONTAINERS_STORAGE_CONF": str(storage)}
         command = (
             f"cd {clone} && {sys.executable} -m pip install --quiet --target build/tools "

@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,11 @@ def variables(values: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
+def storage_of(own: Path) -> AbstractContextManager[None]:
+    """For a while the builder's storage is the one of a build."""
+    return variables({"CONTAINERS_STORAGE_CONF": str(own / "storage.conf")})
+
+
 def build_once(image: Image, work: Path, circumstances: Circumstances) -> Outcome:
     """Build from nothing in these circumstances.
 
@@ -232,7 +237,7 @@ def build_once(image: Image, work: Path, circumstances: Circumstances) -> Outcom
     builder.stream(argv, env, checkout, circumstances.umask)
     seconds = time.perf_counter() - start
     tool = builder.Buildah()
-    with variables({"CONTAINERS_STORAGE_CONF": env["CONTAINERS_STORAGE_CONF"]}):
+    with storage_of(own):
         built = tool.inspect(tool.local + image.reference)
     if not built:
         raise Problem(f"the {circumstances.name} build left no image in {own}")
@@ -243,7 +248,7 @@ def look(image: Image, outcome: Outcome, folder: Path) -> list[list[Entry]]:
     """What is in each layer of a build."""
     tool = builder.Buildah()
     with (
-        variables({"CONTAINERS_STORAGE_CONF": str(outcome.storage / "storage.conf")}),
+        storage_of(outcome.storage),
         tempfile.TemporaryDirectory(dir=folder) as blobs,
     ):
         found = tool.blobs(tool.local + image.reference, Path(blobs))
@@ -319,7 +324,7 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
     if verdict.differs or (keep and good):
         record = recorded
         if not recorded or (recorded.inputs, recorded.manifest) != (inputs, one.built.manifest):
-            with variables({"CONTAINERS_STORAGE_CONF": str(one.storage / "storage.conf")}):
+            with storage_of(one.storage):
                 record = build.record(image, tool, one.built)
         assert record  # noqa: S101 - either of the two
         if recorded and verdict.differs:
