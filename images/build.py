@@ -36,7 +36,7 @@ BASE_DOCKERFILE = ROOT / "images" / "base" / "Dockerfile"
 BASE = "verl-rollout-base"
 # Layers in the order of the Dockerfiles, from slow to fast changing: images with the same torch
 # share the first ones to the byte.
-LAYERS = ("mathlibs", "nvidia", "torch", "toolchain", "dependencies", "engine")
+LAYERS = ("mathlibs", "nvidia", "torch", "toolchain", "dependencies", "sources", "engine")
 TORCH = ("torch", "torchvision", "torchaudio", "triton")
 # What torch pins of CUDA, in two layers: in one it would be the largest by far, and a broken pull
 # begins a layer anew.
@@ -55,8 +55,13 @@ TIMESTAMP = base.EPOCH
 DISK_NEEDED = 4 << 30
 
 
-def layer_of(name: str, engine: str, names: Collection[str] = ()) -> str:
+def layer_of(
+    name: str, engine: str, names: Collection[str] = (), sources: Collection[str] = ()
+) -> str:
     """The layer that a distribution belongs to, among the names of its lock."""
+    # Above the layer that has what they are built with.
+    if name in sources:
+        return "sources"
     if name == engine:
         return "engine"
     if name in TORCH:
@@ -69,12 +74,12 @@ def layer_of(name: str, engine: str, names: Collection[str] = ()) -> str:
     return "nvidia" if _NVIDIA.fullmatch(name) else "dependencies"
 
 
-def layers(locked: Sequence[Locked], engine: str) -> dict[str, str]:
+def layers(locked: Sequence[Locked], engine: str, sources: Collection[str] = ()) -> dict[str, str]:
     """The lock, cut into the layers that hold anything: name to requirements text."""
     texts: dict[str, str] = {}
     names = {entry.name for entry in locked}
     for layer in LAYERS:
-        entries = [e for e in locked if layer_of(e.name, engine, names) == layer]
+        entries = [e for e in locked if layer_of(e.name, engine, names, sources) == layer]
         if entries:
             texts[layer] = "".join(e.text for e in sorted(entries, key=lambda e: e.name))
     return texts
@@ -130,6 +135,17 @@ def labels(image: Image, locked: Sequence[Locked], lock_sha256: str, bottom: str
         "rollout.resolved-as-of": image.resolved_as_of.isoformat(),
         "rollout.torch": versions["torch"],
     }
+
+
+def without(text: str, empty: Collection[str]) -> str:
+    """A Dockerfile without the paragraphs of layers that hold nothing.
+
+    A step that installs nothing would make a layer all the same, which no name belongs to. What
+    stands in one paragraph with a step (its argument, variables that name its files) goes with it.
+    """
+    arguments = {f"ARG {layer.upper()}" for layer in empty}
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(p for p in paragraphs if not arguments & set(p.splitlines()))
 
 
 def dockerfile(text: str, env: Mapping[str, str], labels: Mapping[str, str]) -> str:
@@ -189,19 +205,25 @@ def arguments(texts: Mapping[str, str], bottom: str, files: Mapping[str, bytes])
 
 def layer_names(image: Image, locked: Sequence[Locked]) -> list[str]:
     """What the layers of an image are called, from the lowest up."""
-    return ["base", *layers(locked, image.engine), "entrypoints"]
+    texts = layers(locked, image.engine, image.source_distributions)
+    return ["base", *texts, "entrypoints"]
 
 
 def recipe_text(image: Image, locked: Sequence[Locked]) -> str:
-    """The Dockerfile of an image as it is built: its backend's, with variables and labels."""
+    """The Dockerfile of an image as it is built: its backend's, with variables and labels.
+
+    One Dockerfile makes images of several engine versions, not all of which fill every layer.
+    """
     stamped = labels(image, locked, host.sha256(image.lock), base_name())
-    return dockerfile(image.dockerfile.read_text(encoding="utf-8"), image.env, stamped)
+    empty = set(LAYERS) - set(layer_names(image, locked))
+    return dockerfile(without(image.dockerfile.read_text("utf-8"), empty), image.env, stamped)
 
 
 def inputs(image: Image) -> str:
     """sha256 of everything that decides an image, its variables and labels too; needs no build."""
     locked = lock.read(image)
-    values = arguments(layers(locked, image.engine), base_name(), payload(image, locked))
+    texts = layers(locked, image.engine, image.source_distributions)
+    values = arguments(texts, base_name(), payload(image, locked))
     return digest(json.dumps(values, sort_keys=True), recipe_text(image, locked))
 
 
@@ -389,7 +411,8 @@ def build(
         raise Problem(f"the locks are for x86-64, this machine is {platform.machine()}", 3)
     check_disk(tool.storage())
     name = tool.local + (tag or image.reference)
-    texts, files = layers(locked, image.engine), payload(image, locked)
+    texts = layers(locked, image.engine, image.source_distributions)
+    files = payload(image, locked)
     settings = host.uv_environment(os.environ)
     wheels = own_wheels(locked, settings.get("UV_FIND_LINKS", ""))
     backend = lock.torch_backend([f"{e.name}=={e.version}" for e in locked], settings)

@@ -26,7 +26,7 @@ DEFAULT = "verl-rollout:transformers-cpu"
 BACKENDS = ("vllm", "sglang", "tensorrt-llm", "transformers")
 PYTHONS = ("3.11",)  # what the base image (Debian 12) has
 LEVELS = ("R1", "R2", "R3", "R4")  # what two builds agree in: images/reproduce.py
-TRANSPORTS = ("shared-memory", "cuda-ipc", "nccl", "disk")
+TRANSPORTS = ("shared-memory", "cuda-ipc", "cuda-ipc-flattened", "nccl", "disk")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Smoke:
     sleep_levels: tuple[int, ...]
     refit: tuple[str, ...]
     fp8: bool = False  # a second start with weights in 8 bits, refitted from bfloat16
+    server: bool = False  # the engine's own server, over HTTP
+    tensor_parallel: int = 0  # GPUs to divide a model among, where so many are visible
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -44,6 +46,8 @@ class Smoke:
             "sleep_levels": list(self.sleep_levels),
             "refit": list(self.refit),
             "fp8": self.fp8,
+            "server": self.server,
+            **({"tensor_parallel": self.tensor_parallel} if self.tensor_parallel else {}),
         }
 
 
@@ -74,6 +78,8 @@ class Image:
     path: Path
     # Libraries that something in the image could load and nothing of an engine does, with a reason.
     optional_libraries: Mapping[str, str] = field(default_factory=dict)
+    # Distributions that exist as source alone, by their normal names: the image builds them.
+    source_distributions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -106,11 +112,14 @@ _KEYS: dict[str, tuple[type, bool]] = {
     "size": (dict, True),
     "reproducible": (str, True),
     "optional-libraries": (dict, False),
+    "source-distributions": (dict, False),
 }
 _SMOKE_KEYS: dict[str, tuple[type, bool]] = {
     "sleep-levels": (list, True),
     "refit": (list, True),
     "fp8": (bool, False),
+    "server": (bool, False),
+    "tensor-parallel": (int, False),
 }
 _SIZE_KEYS: dict[str, tuple[type, bool]] = {
     "compressed": (str, True),
@@ -122,6 +131,7 @@ _TYPE_NAMES = {
     list: "a list",
     dict: "a table",
     bool: "true or false",
+    int: "a number",
     datetime.date: "a date",
 }
 
@@ -210,7 +220,11 @@ def parse(path: Path) -> Image:
         smoke=Smoke(
             _chosen(table["smoke"]["sleep-levels"], (1, 2), path, "smoke.sleep-levels"),
             _chosen(table["smoke"]["refit"], TRANSPORTS, path, "smoke.refit"),
-            table["smoke"].get("fp8", False),
+            fp8=table["smoke"].get("fp8", False),
+            server=table["smoke"].get("server", False),
+            tensor_parallel=_chosen(
+                [table["smoke"].get("tensor-parallel", 0)], (0, 2), path, "smoke.tensor-parallel"
+            )[0],
         ),
         size=Size(
             _bytes(table["size"], path, "compressed"), _bytes(table["size"], path, "largest-layer")
@@ -220,6 +234,12 @@ def parse(path: Path) -> Image:
         optional_libraries=_strings(
             table.get("optional-libraries", {}), path, "optional-libraries"
         ),
+        source_distributions={
+            canonicalize_name(name): reason
+            for name, reason in _strings(
+                table.get("source-distributions", {}), path, "source-distributions"
+            ).items()
+        },
     )
     for name in image.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):

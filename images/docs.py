@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from images import build, catalog, host, layers, lock, measure, prove, reproduce, sizes
-from images.catalog import ROOT, Image, shown
-from rollout import report, verify
+from images import build, catalog, features, host, layers, lock, measure, prove, reproduce, sizes
+from images.catalog import ROOT, TRANSPORTS, Image, shown
+from rollout import report, smoke, verify
 from rollout.checks import FREED, GROWTH
 from rollout.cuda_ipc import BUCKET_BYTES
 from rollout.faults import FAULTS
@@ -22,26 +22,41 @@ from rollout.smoke import CALM
 README = ROOT / "README.md"
 
 
-def standing(image: Image) -> str:
-    """What the kept report of an image is worth today.
+def current(image: Image, data: Mapping[str, Any]) -> bool:
+    """Whether a report is of the image as it is now.
 
-    Stale is a report of another lock, of other layers than the recorded ones, or recorded before
+    It is not if it is of another lock, of other layers than the recorded ones, or recorded before
     the inputs of the layers changed: it proves an image that is no longer this one.
     """
-    path = prove.kept(image)
-    if not path.exists():
-        return "not proved yet"
-    data = json.loads(path.read_text(encoding="utf-8"))
     recorded = layers.read(image)
-    current = (
+    return (
         data["lock_sha256"] == host.sha256(image.lock)
         and recorded is not None
         and recorded.inputs == build.inputs(image)
         and tuple(data["layers"]) == recorded.diff_ids
     )
-    where = f"[{data['verdict']}]({path.relative_to(ROOT)}) on {data['device']}"
+
+
+def kept(image: Image) -> features.Kept | None:
+    """The kept report of an image, None where none is kept."""
+    path = prove.kept(image)
+    if not path.exists():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return features.Kept(str(path.relative_to(ROOT)), data, current(image, data))
+
+
+def standing(image: Image) -> str:
+    """What the kept report of an image is worth today."""
+    found = kept(image)
+    if found is None:
+        return "not proved yet"
+    data = found.report
+    where = f"[{data['verdict']}]({found.where}) on {data['device']}"
     day = data["started"][:10]
-    return f"{where}, {day}" if current else f"stale: {where}, {day}, for another lock or layers"
+    if found.current:
+        return f"{where}, {day}"
+    return f"stale: {where}, {day}, for another lock or layers"
 
 
 def reproduced(image: Image) -> str:
@@ -84,41 +99,106 @@ def table(images: Sequence[Image]) -> str:
 def fault_table(images: Sequence[Image]) -> str:
     """The faults that can be injected, the check that finds each, and where that was shown.
 
-    On the CPU every run of the tests shows it; of a GPU image the report of the run is kept.
+    On the CPU every run of the tests shows it, where the default image has the check; of a GPU
+    image the report of the run is kept.
     """
+    default = next((image for image in images if image.reference == catalog.DEFAULT), None)
+    on_cpu = smoke.available(default.smoke.facts) if default else smoke.CHECKS
     lines = ["| fault | what happens | found by | shown on |", "| --- | --- | --- | --- |"]
     for name, fault in FAULTS.items():
-        shown_on = ["CPU (tests)"]
+        shown_on = ["CPU (tests)"] if fault.check in on_cpu else []
         for image in images:
             path = prove.kept_fault(image, name)
             if path.exists():
                 shown_on.append(f"[{image.tag}]({path.relative_to(ROOT)})")
-        lines.append(f"| `{name}` | {fault.what} | `{fault.check}` | {', '.join(shown_on)} |")
+        lines.append(
+            f"| `{name}` | {fault.what} | `{fault.check}` | "
+            f"{', '.join(shown_on) or 'not shown yet'} |"
+        )
     return "\n".join(lines)
 
 
-def gpu_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The numbers of a report as rows: what, measured, beside what."""
-    checks = {check["name"]: check for check in data["checks"]}
-    start, refit, sleep = (checks[name]["metrics"] for name in ("start", "refit", "sleep-1"))
-    two, turn = checks["sleep-2"]["metrics"], checks["cycle"]["metrics"]
-    verified = sum(c["seconds"] for c in data["checks"] if c["name"] in verify.CHECKS)
-    second = checks["fp8"]["metrics"]["start_seconds"] if "fp8" in checks else 0.0
-    starts, begun = start["start_seconds"] + second, checks["start"]["seconds"]
-    rest = data["seconds"] - verified - starts
-    rows = [
-        ("start on dummy weights, CUDA graphs included", f"{start['start_seconds']:.1f} s", ""),
-        ("… and the first answer, with what is compiled for it", f"{begun:.1f} s", ""),
+Row = tuple[str, str, str]  # what, measured, beside what
+Metrics = Mapping[str, Any]
+DIVERGENCE = "mean exp(\\|Δ log-probability\\|)"
+
+
+def gpu_rows(data: Mapping[str, Any]) -> list[Row]:
+    """The numbers of a report as rows, of whatever checks its image has."""
+    found: dict[str, Metrics] = {check["name"]: check["metrics"] for check in data["checks"]}
+    rows = start_rows(data, found)
+    if "sleep-1" in found:
+        rows += sleep_rows(found["sleep-1"])
+    if "sleep-2" in found:
+        rows += discard_rows(found["sleep-2"], alone="sleep-1" not in found)
+    rows += refit_rows(found["refit"])
+    turn, judged = found["cycle"], found["generation"]
+    rows += [
+        (
+            "sleep, wake, refit, wake (a turn of the loop)",
+            f"{turn['turn_seconds'] * 1e3:.0f} ms",
+            "",
+        ),
+        (
+            f"{DIVERGENCE}, bf16",
+            f"{judged['divergence']:.4f}",
+            f"≤ {BOUND_BF16}; other weights: {judged['control_divergence']:.1f}",
+        ),
+    ]
+    if "fp8" in found:
+        eight = found["fp8"]
+        rows.append(
+            (
+                f"the same in fp8, logits times {CALM} (as they are, the bound is no bound)",
+                f"{eight['divergence']:.4f}",
+                f"≤ {BOUND_FP8}; other weights: {eight['stranger_divergence']:.2f}",
+            )
+        )
+    if "server" in found:
+        rows += server_rows(found["server"])
+    if "tensor-parallel" in found:
+        rows += parallel_rows(found["tensor-parallel"])
+    return rows
+
+
+def start_rows(data: Mapping[str, Any], found: Mapping[str, Metrics]) -> list[Row]:
+    """The start of the engine, and what the whole smoke test took, less ``verify``."""
+    seconds = {check["name"]: check["seconds"] for check in data["checks"]}
+    verified = sum(value for name, value in seconds.items() if name in verify.CHECKS)
+    # Several checks start an engine of their own.
+    starts = sum(metrics.get("start_seconds", 0.0) for metrics in found.values())
+    return [
+        (
+            "start on dummy weights, CUDA graphs included",
+            f"{found['start']['start_seconds']:.1f} s",
+            "",
+        ),
+        (
+            "… and the first answer, with what is compiled for it",
+            f"{seconds['start']:.1f} s",
+            "",
+        ),
         (
             "the whole smoke test: engine starts, and the rest",
-            f"{starts:.1f} s + {rest:.1f} s",
+            f"{starts:.1f} s + {data['seconds'] - verified - starts:.1f} s",
             "aim for the rest: ≤ 60 s",
         ),
-        (
-            "sleep 1 frees, of weights and KV cache",
-            f"{sleep['freed_fraction']:.1%} of {sleep['held_bytes'] / 1e9:.2f} GB",
-            f"≥ {FREED:.0%}, by the driver's count",
-        ),
+    ]
+
+
+def freed_row(level: int, metrics: Metrics) -> Row:
+    """What a sleep gives back."""
+    return (
+        f"sleep {level} frees, of weights and KV cache",
+        f"{metrics['freed_fraction']:.1%} of {metrics['held_bytes'] / 1e9:.2f} GB",
+        f"≥ {FREED:.0%}, by the driver's count",
+    )
+
+
+def sleep_rows(sleep: Metrics) -> list[Row]:
+    """Level 1: the weights go to main memory and come back."""
+    return [
+        freed_row(1, sleep),
         (
             "sleep 1, weights to main memory",
             f"{sleep['sleep_gb_per_s']:.0f} GB/s",
@@ -139,46 +219,77 @@ def gpu_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"{sleep['growth_bytes']} bytes",
             f"≤ {GROWTH:.0%} of what is held",
         ),
-        ("sleep 2", f"{two['sleep_seconds'] * 1e3:.0f} ms", ""),
+    ]
+
+
+def discard_rows(two: Metrics, *, alone: bool) -> list[Row]:
+    """Level 2: the weights are gone. What it frees is said where it is the only level."""
+    rows = [("sleep 2", f"{two['sleep_seconds'] * 1e3:.0f} ms", "")]
+    return [freed_row(2, two), *rows] if alone else rows
+
+
+# What is timed by each transport of a refit.
+REFITS = {
+    "shared-memory": "refit through shared memory",
+    "cuda-ipc": f"refit over CUDA IPC, {BUCKET_BYTES >> 20} MiB buckets",
+    "cuda-ipc-flattened": "… each bucket flattened into one tensor",
+    "nccl": "refit by NCCL from another GPU, its group made anew",
+    "disk": "refit by a checkpoint on disk, written and read",
+}
+
+
+def refit_rows(refit: Metrics) -> list[Row]:
+    """The refit of an image on a GPU, by CUDA IPC first and then by each further transport."""
+    copy = f"a copy on the device: {refit['copy_gb_per_s']:.0f} GB/s"
+    rows = [(REFITS["cuda-ipc"], f"{refit['gb_per_s']:.0f} GB/s", copy)]
+    for transport in TRANSPORTS:
+        key = f"{transport.replace('-', '_')}_gb_per_s"
+        if key in refit:
+            rows.append((REFITS[transport], f"{refit[key]:.3g} GB/s", ""))
+    return rows
+
+
+def server_rows(server: Metrics) -> list[Row]:
+    """The engine's own server."""
+    return [
+        ("start of the engine's own server, dummy weights", f"{server['start_seconds']:.1f} s", ""),
         (
-            f"refit over CUDA IPC, {BUCKET_BYTES >> 20} MiB buckets",
-            f"{refit['gb_per_s']:.0f} GB/s",
-            f"a copy on the device: {refit['copy_gb_per_s']:.0f} GB/s",
-        ),
-        (
-            "sleep, wake, refit, wake (a turn of the loop)",
-            f"{turn['turn_seconds'] * 1e3:.0f} ms",
+            "… refitted in the middle of rollouts",
+            f"{server['refit_gb_per_s']:.3g} GB/s",
             "",
         ),
         (
-            "mean exp(\\|Δ log-probability\\|), bf16",
-            f"{checks['generation']['metrics']['divergence']:.4f}",
-            f"≤ {BOUND_BF16}; other weights: "
-            f"{checks['generation']['metrics']['control_divergence']:.1f}",
+            f"{DIVERGENCE} of these rollouts",
+            f"{server['other_divergence']:.4f}",
+            f"≤ {BOUND_BF16}; other weights: {server['stranger_divergence']:.1f}",
         ),
     ]
-    if "fp8" in checks:
-        found = checks["fp8"]["metrics"]
-        rows.append(
-            (
-                f"the same in fp8, logits times {CALM} (as they are, the bound is no bound)",
-                f"{found['divergence']:.4f}",
-                f"≤ {BOUND_FP8}; other weights: {found['stranger_divergence']:.2f}",
-            )
-        )
-    return rows
+
+
+def parallel_rows(two: Metrics) -> list[Row]:
+    """Two GPUs, one of which has less to give."""
+    free = " and ".join(f"{size / 1e9:.0f}" for size in two["free_bytes"])
+    refused = "told to insist on balance, it refused" if two.get("refused") else ""
+    return [
+        (
+            f"start on two GPUs with {free} GB free, dummy weights",
+            f"{two['start_seconds']:.1f} s",
+            refused,
+        ),
+        (f"{DIVERGENCE} on both, bf16", f"{two['divergence']:.4f}", f"≤ {BOUND_BF16}"),
+    ]
 
 
 def gpu_numbers(images: Sequence[Image]) -> str:
     """A table for each image with a kept proof on a GPU."""
     parts = []
     for image in images:
-        path = prove.kept(image)
-        if "cuda" not in image.expect or not path.exists():
+        found = kept(image)
+        if "cuda" not in image.expect or found is None:
             continue
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data, path = found.report, prove.kept(image)
         rows = gpu_rows(data)
-        sources = [f"[its report]({path.relative_to(ROOT)})"]
+        sources = [f"[its report]({found.where})"]
         size = measure.path(image)
         if size.exists():
             sources.append(f"[sizes measured at the build]({size.relative_to(ROOT)})")
@@ -187,18 +298,20 @@ def gpu_numbers(images: Sequence[Image]) -> str:
         if calibrated.exists():
             sources.append(f"[the probe's calibration]({calibrated.relative_to(ROOT)})")
             rows += calibration_rows(json.loads(calibrated.read_text(encoding="utf-8")))
-        parts += [
+        stale = "" if found.current else " (stale: of another lock or layers)"
+        lines = [
             f"`{image.reference}` on {data['device']}, driver {data['driver']}, "
-            f"{data['started'][:10]}, from {', '.join(sources)}:",
+            f"{data['started'][:10]}{stale}, from {', '.join(sources)}:",
             "",
             "| what | measured | bound, aim or yardstick |",
             "| --- | --- | --- |",
             *(f"| {what} | {value} | {beside} |" for what, value, beside in rows),
         ]
-    return "\n".join(parts) or "No image is proved on a GPU yet."
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "No image is proved on a GPU yet."
 
 
-def size_rows(image: Image, data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def size_rows(image: Image, data: Mapping[str, Any]) -> list[Row]:
     """The size of an image: its export as ``nox -s measure`` has it, its layers as recorded."""
     rows = []
     if "export_bytes" in data:
@@ -214,7 +327,7 @@ def size_rows(image: Image, data: Mapping[str, Any]) -> list[tuple[str, str, str
     return rows
 
 
-def calibration_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def calibration_rows(data: Mapping[str, Any]) -> list[Row]:
     """The probe on that device, from ``rollout.calibrate``."""
     noise, loss = data["noise"], data["loss"]
     return [
@@ -317,6 +430,7 @@ def fresh(text: str, images: Sequence[Image]) -> str:
     parts = {
         "printed": printed(default),
         "images": table(images),
+        "features": features.table([(image, kept(image)) for image in images]),
         "faults": fault_table(images),
         "measured": measured(default),
         "gpu": gpu_numbers(images),

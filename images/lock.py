@@ -2,7 +2,7 @@
 
 A lock is ``uv pip compile`` output in requirements form: exact versions, the sha256 of the one file
 that the platform installs, and no index address, so it works with any mirror and the hash alone
-decides what is genuine.
+decides what is genuine. That file is a wheel, but for what ``[source-distributions]`` names.
 """
 
 from __future__ import annotations
@@ -94,12 +94,15 @@ def read(image: Image) -> list[Locked]:
 
 
 def claims_broken(image: Image, versions: Mapping[str, str]) -> list[str]:
-    """The keys of ``[expect]`` that a lock contradicts, each as a clause of a sentence."""
+    """What a lock contradicts of a catalog file, each as a clause of a sentence."""
     broken = []
     for key, claim in image.expect.items():
         locked = cuda(versions) if key == "cuda" else versions.get(canonicalize_name(key))
         if locked != claim:
             broken.append(f"key 'expect.{key}' says {claim}, the lock has {locked or 'none'}")
+    for name in image.source_distributions:
+        if name not in versions:
+            broken.append(f"key 'source-distributions.{name}' is not in the lock; remove it")
     return broken
 
 
@@ -160,7 +163,11 @@ def compile_argv(
         *(uv, "pip", "compile", "--quiet", "--no-header", "--no-config"),
         *("--python-version", image.python, "--python-platform", PLATFORM),
         *("--exclude-newer", image.resolved_as_of.isoformat()),
-        *("--only-binary", ":all:"),  # a source distribution would run code of its own to build
+        # A source distribution runs code of its own to build: only what the catalog file names may.
+        # The image builds it. Here uv reads the metadata that lies in it, and builds only where
+        # that is not all there: in isolation, with tools that no lock has.
+        *("--only-binary", ":all:"),
+        *(word for name in image.source_distributions for word in ("--no-binary", name)),
         *("--generate-hashes", "--output-file", str(output)),
         *extra,
         str(source),
@@ -202,8 +209,19 @@ def best(wheels: Sequence[Mapping[str, Any]], python: str) -> Mapping[str, Any]:
     return min(wheels, key=rank)
 
 
+def locked_file(package: Mapping[str, Any], python: str) -> Mapping[str, Any]:
+    """The one file of a release that is locked.
+
+    uv gives no wheels for what it may not take as a wheel, and no source for everything else.
+    """
+    found: Mapping[str, Any] = (
+        best(package["wheels"], python) if "wheels" in package else package["sdist"]
+    )
+    return found
+
+
 def keep_hashes(text: str, chosen: set[str]) -> str:
-    """Drop the hashes of files that the platform does not install (other systems, sources)."""
+    """Drop the hashes of files that the image does not install (other systems, sources)."""
     lines: list[str] = []
     for line in text.splitlines():
         hashed = _HASH.search(line)
@@ -240,7 +258,7 @@ def resolve(image: Image) -> str:
                 raise Problem(f"{image.reference} cannot be resolved: {_reason(done.stderr)}")
             texts.append(output.read_text(encoding="utf-8"))
     packages = tomllib.loads(texts[0])["packages"]
-    chosen = {best(package["wheels"], image.python)["hashes"]["sha256"] for package in packages}
+    chosen = {locked_file(package, image.python)["hashes"]["sha256"] for package in packages}
     facts = f"Python {image.python}, {PLATFORM}, resolved as of {image.resolved_as_of}"
     # uv's "via" comments name the temporary input file.
     body = re.sub(r"-r \S*requirements\.in", shown(image.path), texts[1])

@@ -184,7 +184,7 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
     for path in sorted(folder.glob("fault-*.json")):
         name = path.stem.removeprefix("fault-")
         try:
-            smoke.fault(name)
+            smoke.fault(name, image.smoke.facts)
         except Problem as problem:
             raise Problem(f"--from: {path}: {problem.sentence}", 2) from None
         faults[name] = read_report(path, image, built.diff_ids)
@@ -239,8 +239,8 @@ def smoke_options(options: Sequence[str], image: Image) -> tuple[list[str], dict
     if any(o == "--report" or o.startswith("--report=") for o in options):
         raise Problem(f"--report is set by prove: the report is {shown(report_path(image))}", 2)
     given = cli.parser().parse_args(["smoke", *options])
-    smoke.selected([name for name in given.only.split(",") if name], image.smoke.facts)
-    smoke.fault(given.inject)
+    smoke.selected([name for name in given.only.split(",") if name], image.smoke.facts, smoke.ANY)
+    smoke.fault(given.inject, image.smoke.facts)
     if given.model is None:
         return list(options), {}
     folder = given.model.resolve()

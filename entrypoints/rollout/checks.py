@@ -7,6 +7,8 @@ negative control that it can fail: the same criterion, applied where it must not
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rollout.backends import KV_CACHE, WEIGHTS, Completion, Engine
+from rollout.backends import KV_CACHE, WEIGHTS, Completion, Engine, EngineError
 from rollout.oracle import BOUND_FP8, Oracle
 from rollout.oracle import divergence as mean_divergence
 from rollout.transport import as_bytes
@@ -25,6 +27,15 @@ if TYPE_CHECKING:
 Metrics = dict[str, Any]
 _HASHERS = 8  # threads; hashing is the slowest part of a proof
 TOKENS = 16  # generated for each prompt: one KV block more than the prompt has
+ROLLOUT = 128  # tokens of a rollout that is interrupted
+INTERRUPTED = 16  # tokens that each has when it is
+TURNS = 3  # of a conversation
+TOOL = 24  # tokens of a tool's answer between two turns
+# Natural log-probability by which the oracle may prefer one of two answers where they part: in
+# bfloat16 either may win a tie, and a prompt computed at once is rounded otherwise than its tokens
+# one by one. What is lost or wrong parts by whole units.
+TIE = 0.1
+IMBALANCE = 0.3  # of a GPU's free memory, taken from the second before the engine starts on both
 FREED = 0.90  # of what the engine held, at least, while it sleeps
 GROWTH = 0.02  # of what the engine held, at most, over all cycles
 
@@ -55,6 +66,8 @@ class Trial:
     cycles: int
     bound: float
     sleep_levels: Sequence[int]
+    transports: Sequence[str] = ()  # of a refit; the first one serves all other checks
+    serve: Callable[[], Engine] | None = None  # the engine's own server
     fault: str | None = None
     device: str = "cpu"
     calm: float = 1.0  # the probe's factor for its lm_head in fp8; see CALM in smoke.py
@@ -87,11 +100,37 @@ class Trial:
             theirs += judge.logprobs(list(prompt), list(completion.tokens), scale)
         return mean_divergence(ours, theirs)
 
-    def refit(self, weights: Mapping[str, torch.Tensor]) -> int:
+    def refit(self, weights: Mapping[str, torch.Tensor], transport: str = "") -> int:
         """A refit as a trainer makes it, the prefix cache reset included; returns bytes."""
-        moved = self.engine.refit(weights.items())
+        moved = self.engine.refit(weights.items(), transport)
         self.engine.reset_prefix_cache()
         return moved
+
+    def prepare(self, level: int) -> Metrics:
+        """Have an engine that can sleep to this level, with the weights of this trial.
+
+        Some decide at their start whether they keep a copy of the weights; those start anew, and
+        the seconds of that are returned as a metric.
+        """
+        if level in self.engine.levels:
+            return {}
+        self.engine.stop()
+        seconds = timed(lambda: self.engine.start(self.model, dummy=True, level=level))
+        self.refit(self.weights)
+        return {"start_seconds": seconds}
+
+    def parted(self, prompt: Sequence[int], one: Sequence[int], two: Sequence[int]) -> float:
+        """How sure the oracle is of one token more than of the other where two answers part.
+
+        In natural log-probability; 0 where they do not. Different lengths part for certain.
+        """
+        where = next((i for i, (a, b) in enumerate(zip(one, two)) if a != b), None)  # noqa: B905
+        if where is None:
+            return 0.0 if len(one) == len(two) else math.inf
+        first, second = (
+            self.oracle.logprobs(prompt, answer[: where + 1])[-1] for answer in (one, two)
+        )
+        return abs(first - second)
 
     def calmed(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The weights with their lm_head as small as the check of fp8 needs it."""
@@ -182,12 +221,35 @@ def refit(trial: Trial) -> Metrics:
     if [c.tokens for c in first] == [c.tokens for c in second]:
         raise Failed("other weights gave the same tokens", metrics)
 
+    if engine.witness:
+        engine.remember()
     # Timed now that both sides have done it: the first has what is made once in it.
     metrics["refit_seconds"] = timed(lambda: trial.refit(trial.weights))
     metrics["gb_per_s"] = metrics["bytes"] / metrics["refit_seconds"] / 1e9
     metrics["copy_gb_per_s"] = copy_bandwidth(trial.device)
     if trial.alone() != first:
         raise Failed("the first weights, sent again, do not bring the first output back", metrics)
+    if engine.witness:
+        metrics["witness"] = "the engine's own checker"
+        if engine.unchanged():
+            raise Failed("control: the engine's own checker takes other weights for these", metrics)
+        engine.remember()
+    for transport in trial.transports[1:]:
+        key = transport.replace("-", "_")
+        trial.refit(trial.others, transport)
+        wrong = trial.differing(trial.others)
+        if wrong:
+            raise Failed(
+                f"by {transport} the engine does not hold what was sent: {named(wrong)}", metrics
+            )
+        seconds = timed(lambda transport=transport: trial.refit(trial.weights, transport))  # type: ignore[misc]
+        metrics[f"{key}_gb_per_s"] = metrics["bytes"] / seconds / 1e9
+        wrong = trial.differing(trial.weights)
+        if wrong or trial.alone() != first:
+            which = named(wrong) or "the digests agree, the output does not"
+            raise Failed(f"by {transport} the first weights do not come back: {which}", metrics)
+    if engine.witness and not engine.unchanged():
+        raise Failed("the digests agree, yet the engine's own checker finds a difference", metrics)
     return metrics
 
 
@@ -217,6 +279,105 @@ def generation(trial: Trial) -> Metrics:
     return metrics
 
 
+def multi_turn(trial: Trial) -> Metrics:
+    """A conversation with a tool's answer between its turns: nothing said is computed twice.
+
+    Each turn the engine must take from its prefix cache what both sides said before, to the token
+    (or to the block, where its cache shares whole ones), and the oracle must agree with its answer.
+    Control: from an empty cache nothing may count as taken, and another tool's answer must give
+    another turn.
+    """
+    engine, block = trial.engine, trial.engine.cache_block
+    metrics: Metrics = {"turns": TURNS}
+    engine.reset_prefix_cache()
+    conversation, said, asked = list(trial.prompts[0]), 0, 0
+    reused: list[int] = []
+    expected: list[int] = []
+    values: list[float] = []
+    judged: list[float] = []
+    for turn in range(TURNS):
+        completion = engine.generate([conversation], TOKENS)[0]
+        # The last token was chosen and never computed: it begins what is new.
+        known = max(said - 1, 0) // block * block
+        if turn == 0 and completion.cached:
+            raise Failed("control: an empty prefix cache counts tokens as taken from it", metrics)
+        if turn:
+            reused.append(completion.cached)
+            expected.append(known)
+            metrics["reused_tokens"], metrics["of_tokens"] = sum(reused), sum(expected)
+            if not known <= completion.cached <= said:
+                what = f"{completion.cached} of {known} tokens"
+                raise Failed(f"turn {turn + 1}: {what} said before came from the cache", metrics)
+        values += completion.logprobs
+        judged += trial.oracle.logprobs(conversation, completion.tokens)
+        asked = len(conversation)
+        conversation += completion.tokens
+        said = len(conversation)
+        conversation += trial.prompts[turn + 1][:TOOL]
+    metrics["divergence"] = mean_divergence(values, judged)
+    if metrics["divergence"] > trial.bound:
+        raise Failed("a later turn diverges from the float32 oracle", metrics)
+    last, answer = conversation[:asked], conversation[asked:said]
+    engine.reset_prefix_cache()
+    cold = engine.generate([last], TOKENS)[0]
+    if cold.cached:
+        raise Failed("control: an emptied prefix cache counts tokens as taken from it", metrics)
+    metrics["parted"] = trial.parted(last, answer, cold.tokens)
+    if metrics["parted"] > TIE:
+        raise Failed("the last turn is another where nothing came from the cache", metrics)
+    other = last[:-TOOL] + list(trial.prompts[-1][:TOOL])
+    if engine.generate([other], TOKENS)[0].tokens == cold.tokens:
+        raise Failed("control: another answer of the tool gave the same turn", metrics)
+    return metrics
+
+
+def partial_rollout(trial: Trial) -> Metrics:
+    """Rollouts stopped half-way and continued from the tokens kept end as if never stopped.
+
+    Control: with one kept token lost, the same comparison must find it.
+    """
+    engine, metrics = trial.engine, Metrics(tokens=ROLLOUT)
+    whole = engine.generate(trial.prompts, ROLLOUT)
+    engine.reset_prefix_cache()
+    kept = engine.interrupt(trial.prompts, ROLLOUT, INTERRUPTED)
+    metrics["kept_tokens"] = [len(part.tokens) for part in kept]
+    if not half_way(kept):
+        raise Failed("control: the rollouts were not stopped half-way", metrics)
+    values, judged, partings = [], [], []
+    for prompt, part, uninterrupted in zip(trial.prompts, kept, whole, strict=True):
+        rest = engine.generate([[*prompt, *part.tokens]], ROLLOUT - len(part.tokens))[0]
+        tokens = (*part.tokens, *rest.tokens)
+        partings.append(trial.parted(prompt, uninterrupted.tokens, tokens))
+        values += [*part.logprobs, *rest.logprobs]
+        judged += trial.oracle.logprobs(prompt, tokens)
+    metrics["equal"] = sum(parting == 0.0 for parting in partings)
+    metrics["parted"] = max(partings)
+    metrics["divergence"] = mean_divergence(values, judged)
+    if metrics["parted"] > TIE:
+        raise Failed("continued from the tokens kept, a rollout ends otherwise", metrics)
+    if metrics["divergence"] > trial.bound:
+        raise Failed("what was kept and continued diverges from the float32 oracle", metrics)
+    # As many tokens of both: answers of different lengths would part for that alone.
+    shorter = [without(part.tokens, INTERRUPTED // 2) for part in kept]
+    metrics["control_parted"] = max(
+        trial.parted(prompt, uninterrupted.tokens[: len(short)], short)
+        for prompt, short, uninterrupted in zip(trial.prompts, shorter, whole, strict=True)
+    )
+    if metrics["control_parted"] <= TIE:
+        raise Failed("control: a lost token would not be seen", metrics)
+    return metrics
+
+
+def half_way(kept: Sequence[Completion]) -> bool:
+    """Whether rollouts were stopped where they should be, and none had all its tokens."""
+    return all(INTERRUPTED <= len(part.tokens) < ROLLOUT for part in kept)
+
+
+def without(tokens: Sequence[int], place: int) -> tuple[int, ...]:
+    """Tokens less the one at a place."""
+    return (*tokens[:place], *tokens[place + 1 :])
+
+
 def freed_enough(before: int, asleep: int, held: int) -> bool:
     """The criterion of sleeping: enough of what the engine held is free (all in bytes)."""
     return before - asleep >= FREED * held
@@ -228,9 +389,11 @@ def sleep_1(trial: Trial) -> Metrics:
     Control: between two readings without a sleep, the criterion must not hold.
     """
     engine = trial.engine
+    begun = trial.prepare(1)
     held, before = engine.held(), engine.memory()
     weights = size_of(trial.weights)
     metrics: Metrics = {"held_bytes": held, "weights_bytes": weights, "cycles": trial.cycles}
+    metrics |= begun
     if freed_enough(before, engine.memory(), held):
         raise Failed("control: memory counts as freed while the engine is awake", metrics)
     expected = trial.fresh()
@@ -274,8 +437,9 @@ def sleep_2(trial: Trial) -> Metrics:
     Control: after waking and before the refit, weights and output must be gone.
     """
     engine = trial.engine
+    begun = trial.prepare(2)
     held, expected, before = engine.held(), trial.fresh(), engine.memory()
-    metrics: Metrics = {"held_bytes": held}
+    metrics: Metrics = {"held_bytes": held, **begun}
     metrics["sleep_seconds"] = timed(lambda: engine.sleep(2))
     asleep = engine.memory()
     metrics["freed_fraction"] = (before - asleep) / held
@@ -310,7 +474,7 @@ def cycle(trial: Trial) -> Metrics:
     """
     engine, metrics = trial.engine, Metrics()
     level = max(trial.sleep_levels)
-    metrics["level"] = level
+    metrics |= {**trial.prepare(level), "level": level}
     divergences, seconds = [], []
     turns = ((trial.others, trial.other_oracle), (trial.weights, trial.oracle))
     for turn in range(3):
@@ -350,7 +514,10 @@ def fp8(trial: Trial) -> Metrics:
         return trial.divergence(completions, judge, trial.calm)
 
     engine.stop()
-    metrics["start_seconds"] = timed(lambda: engine.start(trial.model, dummy=True, fp8=True))
+    level = max(trial.sleep_levels)
+    metrics["start_seconds"] = timed(
+        lambda: engine.start(trial.model, dummy=True, fp8=True, level=level)
+    )
     metrics["control_divergence"] = divergence(trial.alone(), trial.oracle)
     if metrics["control_divergence"] <= bound:
         raise Failed("control: the engine had the weights before they were sent", metrics)
@@ -366,7 +533,7 @@ def fp8(trial: Trial) -> Metrics:
     if max(metrics["divergence"], metrics["other_divergence"]) > bound:
         raise Failed("weights in fp8 diverge from the float32 oracle of the same weights", metrics)
     before = engine.memory()
-    engine.sleep(max(trial.sleep_levels))
+    engine.sleep(level)
     metrics["freed_fraction"] = (before - engine.memory()) / engine.held()
     trial.train(int(FREED * engine.held()))
     engine.wake((WEIGHTS,))
@@ -375,6 +542,117 @@ def fp8(trial: Trial) -> Metrics:
     if trial.fresh() != first:
         raise Failed("after sleeping and a refit the output is another", metrics)
     return metrics
+
+
+def server(trial: Trial) -> Metrics:
+    """The engine's own HTTP server: weights change between requests and in the middle of rollouts.
+
+    Control: before its first weights, and after its second for the first, the oracle must disagree.
+    """
+    if trial.serve is None:
+        raise Failed("this backend has no server to drive", {})
+    trial.engine.stop()
+    level, bound, metrics = max(trial.sleep_levels), trial.bound, Metrics()
+    own, trial.engine = trial.engine, trial.serve()
+    engine = trial.engine
+    try:
+        metrics["start_seconds"] = timed(lambda: engine.start(trial.model, dummy=True, level=level))
+        metrics["control_divergence"] = trial.divergence(trial.alone(), trial.oracle)
+        if metrics["control_divergence"] <= bound:
+            raise Failed("control: the server had the weights before they were sent", metrics)
+        moved = trial.refit(trial.weights)
+        first = trial.fresh()
+        metrics["divergence"] = trial.divergence(first, trial.oracle)
+        # Requests are on their way when the trainer has new weights: what they have is kept, and
+        # they go on with those.
+        kept = engine.interrupt(trial.prompts, ROLLOUT, INTERRUPTED)
+        metrics["kept_tokens"] = [len(part.tokens) for part in kept]
+        if not half_way(kept):
+            raise Failed("control: the rollouts were not stopped half-way", metrics)
+        seconds = timed(lambda: trial.refit(trial.others))
+        metrics["refit_gb_per_s"] = moved / seconds / 1e9
+        values, judged, strange = [], [], []
+        for prompt, part in zip(trial.prompts, kept, strict=True):
+            begun = [*prompt, *part.tokens]
+            rest = engine.generate([begun], TOKENS)[0]
+            values += [*part.logprobs, *rest.logprobs]
+            judged += trial.oracle.logprobs(prompt, part.tokens)
+            judged += trial.other_oracle.logprobs(begun, rest.tokens)
+            strange += trial.oracle.logprobs(prompt, (*part.tokens, *rest.tokens))
+        metrics["other_divergence"] = mean_divergence(values, judged)
+        metrics["stranger_divergence"] = mean_divergence(values, strange)
+        if metrics["stranger_divergence"] <= bound:
+            raise Failed("control: the oracle of the first weights agrees with the second", metrics)
+        if max(metrics["divergence"], metrics["other_divergence"]) > bound:
+            raise Failed("the server's output is not that of the weights sent", metrics)
+        before = engine.memory()
+        engine.sleep(level)
+        metrics["freed_bytes"] = before - engine.memory()
+        if metrics["freed_bytes"] < FREED * engine.held():
+            raise Failed(f"asleep, the server freed only {metrics['freed_bytes']} bytes", metrics)
+        trial.train(int(FREED * engine.held()))
+        engine.wake((WEIGHTS,))
+        engine.refit(trial.weights.items())
+        engine.wake((KV_CACHE,))
+        if trial.fresh() != first:
+            raise Failed("after sleeping and a refit the server's output is another", metrics)
+    finally:
+        engine.stop()
+        trial.engine = own
+    return metrics
+
+
+def tensor_parallel(trial: Trial) -> Metrics:
+    """Two GPUs, one of them half full: the engine starts on both, and answers rightly.
+
+    Control: an engine that can insist on GPUs alike, told to, must refuse these.
+    """
+    import torch
+
+    engine, metrics = trial.engine, Metrics(gpus=2)
+    engine.stop()
+    free = [torch.cuda.mem_get_info(number)[0] for number in range(2)]
+    # More than the tenth that SGLang tolerates, and room enough left for the engine.
+    ballast = torch.empty(int(max(free) * IMBALANCE), dtype=torch.uint8, device="cuda:1")
+    metrics["free_bytes"] = [torch.cuda.mem_get_info(number)[0] for number in range(2)]
+    try:
+        if engine.insisting:
+            metrics["refused"] = refuses(engine, trial.model, engine.insisting)
+            if not metrics["refused"]:
+                what = "control: told to insist on balance, it did not refuse the GPUs for it"
+                raise Failed(what, metrics)
+        metrics["start_seconds"] = timed(
+            lambda: engine.start(trial.model, dummy=True, level=max(trial.sleep_levels), gpus=2)
+        )
+        metrics["control_divergence"] = trial.divergence(trial.alone(), trial.oracle)
+        if metrics["control_divergence"] <= trial.bound:
+            raise Failed("control: the engine had the weights before they were sent", metrics)
+        metrics["refit_seconds"] = timed(lambda: trial.refit(trial.weights))
+        metrics["divergence"] = trial.divergence(trial.together(), trial.oracle)
+        if metrics["divergence"] > trial.bound:
+            raise Failed("on two GPUs a batch diverges from the float32 oracle", metrics)
+    finally:
+        del ballast
+        torch.cuda.empty_cache()
+    return metrics
+
+
+def refuses(engine: Engine, model: Path, variables: Mapping[str, str]) -> bool:
+    """Whether an engine, started on two GPUs with these variables, refuses them as unbalanced."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        engine.start(model, dummy=True, gpus=2)
+    except EngineError as error:
+        return "balanced" in str(error)
+    else:
+        engine.stop()
+        return False
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def copy_bandwidth(device: str, size: int = 256 << 20) -> float:
@@ -412,8 +690,12 @@ def _rate(source: torch.Tensor, target: torch.Tensor) -> float:
 CHECKS: dict[str, Callable[[Trial], Metrics]] = {
     "refit": refit,
     "generation": generation,
+    "multi-turn": multi_turn,
+    "partial-rollout": partial_rollout,
     "sleep-1": sleep_1,
     "sleep-2": sleep_2,
     "cycle": cycle,
     "fp8": fp8,
+    "server": server,
+    "tensor-parallel": tensor_parallel,
 }

@@ -58,6 +58,17 @@ FAULTS = {
     "lost-buffer": Fault(
         "sleep-2", "wake does not restore what is not in a checkpoint", "a buffer was lost"
     ),
+    "cold-turns": Fault(
+        "multi-turn", "the prefix cache forgets what a conversation said before", "from the cache"
+    ),
+    "lost-token": Fault(
+        "partial-rollout", "of a rollout that is stopped one token is lost", "ends otherwise"
+    ),
+    "deaf-server": Fault(
+        "server",
+        "the engine's server reports success for new weights and keeps its own",
+        "not that of the weights sent",
+    ),
 }
 # Made inside the engine; the others are made at its protocol, whatever the engine is.
 _INSIDE = ("leak-per-cycle", "lost-buffer")
@@ -66,35 +77,74 @@ _INSIDE = ("leak-per-cycle", "lost-buffer")
 class Faulty:
     """An engine with one fault (see :class:`rollout.backends.Engine` for the methods)."""
 
-    def __init__(self, engine: Engine, fault: str) -> None:
+    def __init__(self, engine: Engine, fault: str, *, served: bool = False) -> None:
         self._engine = engine
         self._fault = fault
+        self._served = served
         self._resets = 0
+        self._shortest = 0
         self.device = engine.device
         self.transports = engine.transports
+        self.cache_block = engine.cache_block
+        self.mlp_bias = engine.mlp_bias
+        self._learn()
 
-    def start(self, model: Path, *, dummy: bool, fp8: bool = False) -> None:
-        self._engine.start(model, dummy=dummy, fp8=fp8)
+    def _learn(self) -> None:
+        """What an engine says of itself, some of it when it has started."""
+        # An engine that kept no copy of its weights, and says that it did.
+        claims = (1,) if self._keeps_nothing else ()
+        self.levels = (*claims, *self._engine.levels)
+        self.witness, self.insisting = self._engine.witness, self._engine.insisting
+
+    @property
+    def _keeps_nothing(self) -> bool:
+        return self._fault == "wake-restores-nothing"
+
+    def start(
+        self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
+    ) -> None:
+        level = 2 if self._keeps_nothing else level
+        self._engine.start(model, dummy=dummy, fp8=fp8, level=level, gpus=gpus)
+        self._learn()
         if self._fault in _INSIDE:
             self._engine.inject(self._fault)
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
+        shortest = min(map(len, prompts))
+        self._shortest = self._shortest or shortest
+        if self._fault == "cold-turns" and shortest > self._shortest:  # a later turn
+            self._engine.reset_prefix_cache()
         return self._engine.generate(prompts, tokens)
+
+    def interrupt(
+        self, prompts: Sequence[Sequence[int]], tokens: int, after: int
+    ) -> list[Completion]:
+        kept = self._engine.interrupt(prompts, tokens, after + 1)
+        if self._fault != "lost-token":
+            return kept
+        middle = after // 2
+        return [
+            Completion(
+                answer.tokens[:middle] + answer.tokens[middle + 1 :],
+                answer.logprobs[:middle] + answer.logprobs[middle + 1 :],
+            )
+            for answer in kept
+        ]
 
     def sleep(self, level: int) -> None:
         if self._fault == "sleep-frees-nothing":
             return
         # A level-2 sleep where level 1 was asked for is just that: memory returns, weights do not.
-        self._engine.sleep(2 if self._fault == "wake-restores-nothing" else level)
+        self._engine.sleep(2 if self._keeps_nothing else level)
 
     def wake(self, tags: Sequence[str]) -> None:
         if self._fault != "sleep-frees-nothing":
             self._engine.wake(tags)
 
-    def refit(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-        if self._fault == "refit-skipped":
+    def refit(self, tensors: Iterable[tuple[str, torch.Tensor]], transport: str = "") -> int:
+        if self._fault == "refit-skipped" or (self._fault == "deaf-server" and self._served):
             return sum(t.numel() * t.element_size() for _, t in tensors)
-        return self._engine.refit(spoil(tensors, self._fault))
+        return self._engine.refit(spoil(tensors, self._fault), transport)
 
     def reset_prefix_cache(self) -> None:
         # The first reset clears what the engine cached before any refit; without it the fault would
@@ -105,6 +155,12 @@ class Faulty:
 
     def digests(self) -> dict[str, str]:
         return self._engine.digests()
+
+    def remember(self) -> None:
+        self._engine.remember()
+
+    def unchanged(self) -> bool:
+        return self._engine.unchanged()
 
     def held(self) -> int:
         return self._engine.held()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import struct
@@ -45,8 +46,8 @@ def libraries(prefix: Path, optional: Collection[str] = ()) -> Findings:
 
     A library that the loader does not find is counted, not reported, if a file below prefix is that
     library (by_import_order: the engine imports its owner first, as torch before its extensions),
-    if the NVIDIA driver on the host has it (driver), or if it is named in optional. Problem (code
-    2) if there is no environment at prefix.
+    if the NVIDIA driver on the host has it (driver), or if a pattern in optional names it. Problem
+    (code 2) if there is no environment at prefix.
     """
     root, _ = opened(prefix)
     own = read_elf(os.path.realpath(sys.executable))
@@ -113,7 +114,8 @@ def _account(library: str, provided: Collection[str], optional: Collection[str])
         return "driver"
     if library in provided:
         return "by_import_order"
-    return "optional" if library in optional else "unresolved"
+    named = any(fnmatch.fnmatchcase(library, pattern) for pattern in optional)
+    return "optional" if named else "unresolved"
 
 
 def _failures(root: str, answers: Mapping[str, Loaded]) -> Iterator[Finding]:

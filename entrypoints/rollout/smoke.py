@@ -18,7 +18,22 @@ from rollout import preflight, report
 from rollout.faults import FAULTS
 from rollout.problem import Problem
 
-CHECKS = ("start", "refit", "generation", "sleep-1", "sleep-2", "cycle", "fp8")
+CHECKS = (
+    "start",
+    "refit",
+    "generation",
+    "multi-turn",
+    "partial-rollout",
+    "sleep-1",
+    "sleep-2",
+    "cycle",
+    "fp8",
+    "server",
+    "tensor-parallel",
+)
+ANY = 1 << 10  # GPUs: what is asked for is judged apart from what this machine has
+# Checks that start an engine of their own.
+_ALONE = {"fp8", "server"}
 SEED, OTHER_SEED = 20260708, 20260709
 PROMPTS = 8
 # Eight bits round so coarsely that the probe, made to show every lost tensor in sixteen, exceeds
@@ -39,43 +54,44 @@ class Options:
     inject: str | None = None
 
 
-def available(wanted: Mapping[str, Any]) -> list[str]:
-    """The checks of an image, in their order; ``wanted`` is "smoke" in its image.json."""
-    levels = [f"sleep-{level}" for level in wanted["sleep_levels"]]
-    return [
-        name
-        for name in CHECKS
-        if (name in levels if name.startswith("sleep-") else name != "fp8" or wanted.get("fp8"))
-    ]
+def available(wanted: Mapping[str, Any], gpus: int = 1) -> list[str]:
+    """The checks of an image on so many GPUs; ``wanted`` is "smoke" in its image.json."""
+    left_out = {f"sleep-{level}" for level in (1, 2) if level not in wanted["sleep_levels"]}
+    left_out |= {name for name in ("fp8", "server") if not wanted.get(name)}
+    if gpus < wanted.get("tensor_parallel", ANY + 1):
+        left_out.add("tensor-parallel")
+    return [name for name in CHECKS if name not in left_out]
 
 
-def selected(only: Sequence[str], wanted: Mapping[str, Any]) -> list[str]:
+def selected(only: Sequence[str], wanted: Mapping[str, Any], gpus: int = 1) -> list[str]:
     """The checks to run, in their order: of what an image has (``available``) those asked for.
 
     Raises:
         Problem: exit code 2 for a check that does not exist, with the nearest one that does.
     """
-    known = available(wanted)
+    known = available(wanted, gpus)
     for name in only:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise Problem(f"--only: no check {name!r} in this image; {hint}", 2)
-    # All others need a started engine; fp8 starts its own.
-    begun = [] if set(only) == {"fp8"} else ["start"]
+    begun = [] if only and set(only) <= _ALONE else ["start"]
     return [name for name in known if not only or name in (*only, *begun)]
 
 
-def fault(name: str | None) -> str | None:
-    """The fault to inject, checked.
+def fault(name: str | None, wanted: Mapping[str, Any]) -> str | None:
+    """The fault to inject, checked; ``wanted`` is "smoke" in the image.json.
 
     Raises:
-        Problem: exit code 2 for one that does not exist.
+        Problem: exit code 2 for one that does not exist, or that no check of this image looks for.
     """
     if name is not None and name not in FAULTS:
         near = difflib.get_close_matches(name, FAULTS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FAULTS)}"
         raise Problem(f"--inject: no fault {name!r}; {hint}", 2)
+    if name is not None and FAULTS[name].check not in available(wanted, ANY):
+        check = FAULTS[name].check
+        raise Problem(f"--inject: {name} is found by {check}, which this image has not", 2)
     return name
 
 
@@ -89,7 +105,21 @@ def _model_folder(given: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _trial(facts: dict[str, Any], options: Options, folder: Path, *, dummy: bool) -> Any:
+def transports(wanted: Sequence[str], gpus: int) -> list[str]:
+    """How weights are sent on so many GPUs: NCCL refuses two processes on one."""
+    return [transport for transport in wanted if transport != "nccl" or gpus > 1]
+
+
+def visible_gpus(facts: Mapping[str, Any]) -> int:
+    """GPUs that this process may use; 0 in an image without CUDA."""
+    if not facts["cuda"]:
+        return 0
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
+def _trial(facts: dict[str, Any], options: Options, folder: Path, *, dummy: bool, gpus: int) -> Any:
     """Weights, prompts, oracles, and an engine that is not started yet."""
     import torch
 
@@ -103,8 +133,14 @@ def _trial(facts: dict[str, Any], options: Options, folder: Path, *, dummy: bool
         raise Problem(f"this backend refits over {known}, not over {', '.join(sorted(unknown))}", 2)
     if options.inject:
         engine = Faulty(engine, options.inject)
+
+    def serve() -> Any:
+        served = backends.create(facts["backend"], served=True)
+        return Faulty(served, options.inject, served=True) if options.inject else served
+
     if options.model is None:
-        config, given = probe.config("1b" if facts["cuda"] else "tiny"), None
+        size = "1b" if facts["cuda"] else "tiny"
+        config, given = probe.config(size, mlp_bias=engine.mlp_bias), None
     else:
         config, given = probe.load(folder)
     with ThreadPoolExecutor() as pool:  # each set takes seconds, and none waits for the other
@@ -134,6 +170,8 @@ def _trial(facts: dict[str, Any], options: Options, folder: Path, *, dummy: bool
         cycles=options.cycles,
         bound=oracle.BOUND_BF16,
         sleep_levels=facts["smoke"]["sleep_levels"],
+        transports=transports(facts["smoke"]["refit"], gpus),
+        serve=serve,
         fault=options.inject,
         device=device,
         calm=CALM if options.model is None else 1.0,
@@ -173,7 +211,12 @@ def proof(
     """
     from rollout.checks import CHECKS as FUNCTIONS
 
-    names = selected(options.only, facts["smoke"])
+    gpus = visible_gpus(facts)
+    lacking = set(options.only) - set(available(facts["smoke"], gpus))
+    if lacking:
+        wanted = facts["smoke"]["tensor_parallel"]
+        raise Problem(f"{', '.join(sorted(lacking))} needs {wanted} GPUs; {gpus} are visible", 3)
+    names = selected(options.only, facts["smoke"], gpus)
     dummy = "refit" in names or "start" not in names  # a refit follows that fills the engine
     done: list[report.Check] = []
 
@@ -182,7 +225,7 @@ def proof(
         show(check)
 
     with _model_folder(options.model) as folder:
-        trial = _trial(facts, options, folder, dummy=dummy)
+        trial = _trial(facts, options, folder, dummy=dummy, gpus=gpus)
         try:
             for name in names:
                 broken = next((c.name for c in done if c.status == "failed"), None)
@@ -210,7 +253,8 @@ def start(trial: Any, *, dummy: bool) -> dict[str, Any]:
     else:
         raise Failed("control: an engine that was not started answers", {})
     clock = time.perf_counter()
-    trial.engine.start(trial.model, dummy=dummy)
+    level = min(trial.sleep_levels)
+    trial.engine.start(trial.model, dummy=dummy, level=level)
     seconds = time.perf_counter() - clock
     completion = trial.engine.generate(trial.prompts[:1], 1)
     if len(completion) != 1 or len(completion[0].tokens) != 1:
@@ -230,8 +274,8 @@ def run(
     Raises:
         Problem: exit code 2 for wrong usage, 3 where this machine cannot prove anything.
     """
-    selected(options.only, data["smoke"])
-    fault(options.inject)
+    selected(options.only, data["smoke"], ANY)
+    fault(options.inject, data["smoke"])
     found = preflight.findings(data["cuda"], Path("/"), os.environ)
     if found:
         raise Problem(found[0], 3)

@@ -24,8 +24,13 @@ from ..conftest import VERSIONS, Checkout, sha256
 
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 SHA = sha256("lock")
-# A lock with a distribution for each layer.
-WHOLE = VERSIONS | {"nvidia-cublas-cu12": "12.8.4.1", "nvidia-cuda-nvcc": "13.0.88"}
+# A lock with a distribution for each layer, and the catalog file that says which one is a source.
+WHOLE = VERSIONS | {
+    "nvidia-cublas-cu12": "12.8.4.1",
+    "nvidia-cuda-nvcc": "13.0.88",
+    "flashinfer-python": "0.2.5",
+}
+SOURCES = {"source-distributions": '{ flashinfer-python = "no wheel" }'}
 
 
 def locked(versions: Mapping[str, str] = VERSIONS) -> list[Locked]:
@@ -79,6 +84,14 @@ def test_a_second_cuda_runtime_is_the_toolchains() -> None:
     assert build.layer_of(plain, "vllm", [plain, "nvidia-cudnn-cu13", "torch"]) == "nvidia"
 
 
+def test_a_source_distribution_lies_above_what_it_is_built_with() -> None:
+    names = ["ray", "setuptools", "triton"]
+    assert [build.layer_of(name, "vllm", names, ["ray"]) for name in names] == [
+        *("sources", "dependencies", "torch")
+    ]
+    assert build.LAYERS.index("sources") > build.LAYERS.index("dependencies")
+
+
 def test_an_engine_by_any_name_is_the_engine() -> None:
     assert build.layer_of("nvidia-engine", "nvidia-engine") == "engine"
 
@@ -86,7 +99,7 @@ def test_an_engine_by_any_name_is_the_engine() -> None:
 @pytest.mark.parametrize("image", catalog.load(), ids=lambda image: image.reference)
 def test_layers_hold_every_distribution_of_a_lock_once(image: Image) -> None:
     entries = lock.read(image)
-    texts = build.layers(entries, image.engine)
+    texts = build.layers(entries, image.engine, image.source_distributions)
     found = Counter(e for text in texts.values() for e in lock.parse(text, image.lock))
     assert found == Counter(entries)
     assert list(texts) == [layer for layer in build.LAYERS if layer in texts]
@@ -105,7 +118,7 @@ def test_a_layer_that_would_be_empty_is_none() -> None:
 def test_every_layer_of_an_image_has_a_name_in_the_order_of_the_dockerfiles(
     checkout: Checkout,
 ) -> None:
-    image = checkout.image(versions=WHOLE)
+    image = checkout.image(SOURCES, versions=WHOLE)
     assert build.layer_names(image, locked(WHOLE)) == ["base", *build.LAYERS, "entrypoints"]
     few = {"torch": "2.9.0+cpu", "vllm": "0.12.0"}
     assert build.layer_names(image, locked(few)) == ["base", "torch", "engine", "entrypoints"]
@@ -113,8 +126,11 @@ def test_every_layer_of_an_image_has_a_name_in_the_order_of_the_dockerfiles(
 
 @pytest.mark.parametrize("image", catalog.load(), ids=lambda image: image.reference)
 def test_a_dockerfile_makes_a_layer_for_each_name(image: Image) -> None:
-    steps = re.findall(r"(?m)install (\w+)$", image.dockerfile.read_text())
+    recipe = build.recipe_text(image, lock.read(image))
+    steps = re.findall(r"(?m)install (\w+)$", recipe)
     assert build.layer_names(image, lock.read(image)) == ["base", *steps]
+    arguments = re.findall(r"(?m)^ARG (\w+)$", recipe)
+    assert arguments == ["BASE", *(step.upper() for step in steps)]
 
 
 # names
@@ -198,6 +214,55 @@ def test_a_value_reaches_the_image_as_the_catalog_has_it(value: str, quoted: str
     assert build.dockerfile("FROM x", {"A": value}, {}) == f"FROM x\n\nENV A={quoted}\n"
 
 
+# steps of a Dockerfile that an image does not have
+
+STEPS = """\
+# base ── torch ── sources ── engine
+ARG BASE
+FROM ${BASE}
+
+ARG TORCH
+RUN --mount=x \\
+    sh install torch
+# Why.
+ENV TORCH_HOME=/x
+
+# What is built.
+ARG SOURCES
+RUN sh install sources
+
+ARG ENGINE
+RUN sh install engine
+USER 1
+"""
+
+
+def test_a_layer_that_holds_nothing_takes_its_whole_paragraph_along() -> None:
+    assert build.without(STEPS, []) == STEPS
+    assert build.without(STEPS, ["sources", "toolchain"]) == STEPS.replace(
+        "# What is built.\nARG SOURCES\nRUN sh install sources\n\n", ""
+    )
+    rest = build.without(STEPS, ["sources", "torch"])
+    assert "TORCH_HOME" not in rest
+    assert rest.count("RUN") == 1
+    assert rest.endswith("ARG ENGINE\nRUN sh install engine\nUSER 1\n")
+
+
+def test_an_image_has_the_steps_of_its_own_layers_alone(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    few = {"torch": "2.9.0+cpu", "vllm": "0.12.0"}
+    for changes, versions, steps in (
+        ({}, few, ["torch", "engine"]),
+        (SOURCES, few | {"flashinfer-python": "0.2.5"}, ["torch", "sources", "engine"]),
+    ):
+        image = checkout.image({**changes, "expect": "{}"}, versions=versions)
+        image.dockerfile.write_text(STEPS)
+        text = build.recipe_text(image, lock.read(image))
+        assert re.findall(r"(?m)install (\w+)$", text) == steps
+
+
 # what decides a layer
 
 
@@ -222,8 +287,8 @@ def own(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def arguments(image: Image) -> dict[str, str]:
     entries = lock.read(image)
-    texts, files = build.layers(entries, image.engine), build.payload(image, entries)
-    return build.arguments(texts, "base:1", files)
+    texts = build.layers(entries, image.engine, image.source_distributions)
+    return build.arguments(texts, "base:1", build.payload(image, entries))
 
 
 def changed(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
@@ -232,7 +297,7 @@ def changed(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
 
 
 def test_there_is_an_argument_for_each_layer_and_the_base(checkout: Checkout) -> None:
-    values = arguments(checkout.image(versions=WHOLE))
+    values = arguments(checkout.image(SOURCES, versions=WHOLE))
     assert list(values) == ["BASE", *(layer.upper() for layer in build.LAYERS), "ENTRYPOINTS"]
     assert values["BASE"] == "base:1"
 
@@ -262,14 +327,15 @@ def test_a_byte_of_an_entrypoint_changes_that_layer_alone(checkout: Checkout, ow
         ("triton", "TORCH"),
         ("nvidia-cuda-nvcc", "TOOLCHAIN"),
         ("ray", "DEPENDENCIES"),
+        ("flashinfer-python", "SOURCES"),
         ("vllm", "ENGINE"),
     ],
 )
 def test_another_version_changes_its_layer_and_the_last_one(
     checkout: Checkout, name: str, layer: str
 ) -> None:
-    before = arguments(checkout.image(versions=WHOLE))
-    after = arguments(checkout.image(versions=WHOLE | {name: "99"}))
+    before = arguments(checkout.image(SOURCES, versions=WHOLE))
+    after = arguments(checkout.image(SOURCES, versions=WHOLE | {name: "99"}))
     assert changed(before, after) == {layer, "ENTRYPOINTS"}  # the last one holds the lock
 
 

@@ -35,10 +35,12 @@ def test_a_file_is_read_into_an_image(checkout: Checkout) -> None:
     assert image.requirements == ("vllm==0.12.0", "ray[default]>=2.41")
     assert image.expect == {"torch": "2.9.0", "cuda": "12.8"}
     assert image.env == {"VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    assert image.smoke == catalog.Smoke((1, 2), ("cuda-ipc",), fp8=False)
+    assert image.smoke == catalog.Smoke((1, 2), ("cuda-ipc",))
+    assert not (image.smoke.fp8 or image.smoke.server or image.smoke.tensor_parallel)
     assert image.size == catalog.Size(3_600_000_000, 1_500_000_000)
     assert image.reproducible == "R4"
     assert image.optional_libraries == {}
+    assert image.source_distributions == {}
     assert image.lock == checkout.root / "lockfiles/verl-rollout/vllm-0.12.lock"
     assert image.dockerfile == checkout.root / "images/vllm/Dockerfile"
 
@@ -144,16 +146,48 @@ def test_an_image_claims_a_level_of_reproducibility(checkout: Checkout, level: s
     assert catalog.parse(checkout.file({"reproducible": f'"{level}"'})).reproducible == level
 
 
-def test_weights_in_fp8_are_proved_where_a_file_asks_for_it(checkout: Checkout) -> None:
-    table = '{ sleep-levels = [1], refit = ["disk"], fp8 = %s }'
-    for value in (True, False):
-        image = catalog.parse(checkout.file({"smoke": table % str(value).lower()}))
-        assert image.smoke.facts == {"sleep_levels": [1], "refit": ["disk"], "fp8": value}
+PLAIN = {"sleep_levels": [1], "refit": ["disk"], "fp8": False, "server": False}
+
+
+@pytest.mark.parametrize(
+    ("more", "facts"),
+    [
+        ("", {}),
+        (", fp8 = true", {"fp8": True}),
+        (", server = true", {"server": True}),
+        (", tensor-parallel = 2", {"tensor_parallel": 2}),
+        (", fp8 = false, server = false, tensor-parallel = 0", {}),
+        (
+            ", fp8 = true, server = true, tensor-parallel = 2",
+            {"fp8": True, "server": True, "tensor_parallel": 2},
+        ),
+    ],
+    ids=["none", "fp8", "server", "tensor-parallel", "none, said", "all"],
+)
+def test_a_check_that_not_every_engine_has_is_made_where_a_file_asks_for_it(
+    checkout: Checkout, more: str, facts: dict[str, bool | int]
+) -> None:
+    table = f'{{ sleep-levels = [1], refit = ["disk"]{more} }}'
+    found = catalog.parse(checkout.file({"smoke": table})).smoke.facts
+    assert found == PLAIN | facts
+
+
+def test_weights_travel_as_a_file_says(checkout: Checkout) -> None:
+    ways = '["cuda-ipc", "cuda-ipc-flattened", "nccl", "disk"]'
+    image = catalog.parse(checkout.file({"smoke": f"{{ sleep-levels = [2], refit = {ways} }}"}))
+    assert image.smoke.refit == ("cuda-ipc", "cuda-ipc-flattened", "nccl", "disk")
 
 
 def test_an_optional_library_comes_with_its_reason(checkout: Checkout) -> None:
     image = catalog.parse(checkout.file({"optional-libraries": '{ "libmpi.so.40" = "no MPI" }'}))
     assert image.optional_libraries == {"libmpi.so.40": "no MPI"}
+
+
+def test_a_source_distribution_comes_with_its_reason_under_its_normal_name(
+    checkout: Checkout,
+) -> None:
+    image = catalog.parse(checkout.file({"source-distributions": '{ "A_b.C" = "no wheel" }'}))
+    assert image.source_distributions == {"a-b-c": "no wheel"}
 
 
 def test_variables_may_be_left_out(checkout: Checkout) -> None:
@@ -177,6 +211,16 @@ def test_variables_may_be_left_out(checkout: Checkout) -> None:
             '{ sleep-levels = [1], refit = ["disk"], fp8 = 1 }',
             "key 'smoke.fp8' must be true or false",
         ),
+        (
+            "smoke",
+            '{ sleep-levels = [1], refit = ["disk"], server = "yes" }',
+            "key 'smoke.server' must be true or false",
+        ),
+        (
+            "smoke",
+            '{ sleep-levels = [1], refit = ["disk"], tensor-parallel = "2" }',
+            "key 'smoke.tensor-parallel' must be a number",
+        ),
         ("size", '"3.6 GB"', "key 'size' must be a table"),
         (
             "size",
@@ -191,6 +235,8 @@ def test_variables_may_be_left_out(checkout: Checkout) -> None:
             '{ "libmpi.so.40" = true }',
             "key 'optional-libraries.libmpi.so.40' must be a string",
         ),
+        ("source-distributions", '["x"]', "key 'source-distributions' must be a table"),
+        ("source-distributions", "{ x = true }", "key 'source-distributions.x' must be a string"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(
@@ -206,12 +252,18 @@ def test_a_value_of_the_wrong_type_is_named(
         (
             "smoke",
             '{ sleep-levels = [1], refit = ["carrier-pigeon"] }',
-            "key 'smoke.refit' has 'carrier-pigeon'; known are shared-memory, cuda-ipc, nccl, disk",
+            "key 'smoke.refit' has 'carrier-pigeon'; known are shared-memory, cuda-ipc, "
+            "cuda-ipc-flattened, nccl, disk",
         ),
         (
             "smoke",
             '{ sleep-levels = [1, 3], refit = ["disk"] }',
             "key 'smoke.sleep-levels' has 3; known are 1, 2",
+        ),
+        (
+            "smoke",
+            '{ sleep-levels = [1], refit = ["disk"], tensor-parallel = 3 }',
+            "key 'smoke.tensor-parallel' has 3; known are 0, 2",
         ),
         ("reproducible", '"R5"', "key 'reproducible' has 'R5'; known are R1, R2, R3, R4"),
         ("reproducible", '"r4"', "key 'reproducible' has 'r4'; known are R1, R2, R3, R4"),

@@ -2,48 +2,150 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Iterable, Sequence
+import inspect
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rollout import checks
-from rollout.backends import Completion
+from rollout import checks, faults
+from rollout.backends import Completion, EngineError
 from rollout.checks import Failed, Trial
+from rollout.faults import FAULTS, Faulty
 from rollout.oracle import BOUND_FP8
 from rollout.transport import as_bytes
 
 HEAD = "lm_head.weight"
-WEIGHTS = {"body": 2.0, HEAD: 4.0}
-OTHERS = {"body": 3.0, HEAD: 4.0}
+
+
+class Number(float):
+    """A weight that is one number; it says its size as a tensor does."""
+
+    def numel(self) -> int:
+        return 1
+
+    def element_size(self) -> int:
+        return 4
+
+
+WEIGHTS = {"body": Number(2.0), HEAD: Number(4.0)}
+OTHERS = {"body": Number(3.0), HEAD: Number(4.0)}
+GAP = 5.0  # of log-probability between the likeliest token and any other
+
+
+def likeliest(body: float, context: Sequence[int]) -> int:
+    """The token that a model of this body says after this context; another one after any other."""
+    return hash((body, *context)) % 997
+
+
+def logprob(body: float, head: float, context: Sequence[int], token: int) -> float:
+    """How likely it finds a token there."""
+    return -body * head - (0.0 if token == likeliest(body, context) else GAP)
 
 
 class Toy:
-    """An engine whose weights are two numbers and whose log-probability is their product."""
+    """An engine whose weights are two numbers; it remembers what it computed, and of which weights.
+
+    Its attributes below the line are ways to be wrong.
+    """
 
     device = "paper"
-    transports = ("paper",)
+    transports: tuple[str, ...] = ("paper", "pencil", "chalk")
+    levels: tuple[int, ...] = (1, 2)
+    cache_block = 1
+    mlp_bias = True
+    witness = True
+    insisting: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self) -> None:
         self.calls: list[str] = []
-        self.begins = {"body": 0.0, HEAD: 0.0}  # dummy weights
         self.weights: dict[str, Any] | None = None
-        self.noise = 0.0
-        self.takes = 9  # so many refits; those that follow do nothing
+        self.computed: list[tuple[tuple[int, ...], float]] = []
+        self.noted: dict[str, Any] = {}
         self.asleep = False
+        self.decides = False  # at its start, to which level it can sleep
+        # ---
+        self.begins: dict[str, float] = {"body": 0.0, HEAD: 0.0}  # dummy weights
+        self.noise = 0.0
+        self.takes = 99  # so many refits; those that follow do nothing
+        self.deaf: dict[str, int] = {}  # so many by a transport
+        self.resets = 99  # likewise
+        self.miscounts = 0  # cached tokens
+        self.cold = False  # nothing is taken from the cache
+        self.strays = False  # says another token where something comes from the cache
+        self.late = 3  # tokens more than it was to be interrupted after
+        self.loses = 0  # the kept tokens behind so many
+        self.keeps = False  # its memory, asleep
+        self.says: list[bool] = []  # its own checker, whatever is there
+        self.room: Callable[[], bool] = lambda: True  # on all GPUs alike
+        self.broken = ""  # why it does not start on two
 
-    def start(self, _: Path, *, dummy: bool, fp8: bool = False) -> None:
-        self.calls.append(f"start dummy={dummy} fp8={fp8}")
+    def start(
+        self, _: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
+    ) -> None:
+        self.calls.append(f"start dummy={dummy} fp8={fp8} level={level} gpus={gpus}")
+        insists = all(os.environ.get(k) == v for k, v in self.insisting.items())
+        if gpus > 1 and self.insisting and insists and not self.room():
+            raise EngineError("the engine did not start: the memory capacity is unbalanced")
+        if gpus > 1 and self.broken:
+            raise EngineError(self.broken)
         self.weights = dict(self.begins)
+        if self.decides:
+            self.levels = (level,)
 
-    def generate(self, prompts: Sequence[Sequence[int]], _: int) -> list[Completion]:
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
         assert self.weights is not None and not self.asleep
-        value = -self.weights["body"] * self.weights[HEAD] + self.noise
-        return [Completion((1,), (value,)) for _ in prompts]
+        return [self.answer(list(prompt), tokens) for prompt in prompts]
+
+    def answer(self, context: list[int], tokens: int) -> Completion:
+        assert self.weights is not None
+        asked, (taken, body) = len(context), self.taken(context)
+        values = []
+        for place in range(tokens):
+            stray = self.strays and bool(taken) and place == 1
+            token = likeliest(body, context) + stray
+            values.append(logprob(body, self.weights[HEAD], context, token) + self.noise)
+            context.append(token)
+        self.computed.append((tuple(context[:-1]), body))
+        count = taken + self.miscounts if taken else 0
+        return Completion(tuple(context[asked:]), tuple(values), count)
+
+    def taken(self, prompt: Sequence[int]) -> tuple[int, float]:
+        """Tokens from the cache, and the body that the answer comes from: stale is stale."""
+        assert self.weights is not None
+        found = (0, float(self.weights["body"]))
+        for known, body in self.computed if not self.cold else []:
+            pairs = zip(known, prompt[:-1], strict=False)
+            same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+            length = min(len(known), len(prompt) - 1) if same is None else same
+            length -= length % self.cache_block
+            if length > found[0]:
+                found = (length, body)
+        return found
+
+    def interrupt(
+        self, prompts: Sequence[Sequence[int]], tokens: int, after: int
+    ) -> list[Completion]:
+        self.calls.append("interrupt")
+        found = []
+        for number, prompt in enumerate(prompts):
+            part = self.answer(list(prompt), min(tokens, after + self.late + number % 2))
+            ids, values = list(part.tokens), list(part.logprobs)
+            if self.loses:
+                del ids[self.loses], values[self.loses]
+            found.append(Completion(tuple(ids), tuple(values)))
+        return found
 
     def sleep(self, level: int) -> None:
+        assert level in self.levels
         self.calls.append(f"sleep {level}")
         self.asleep = True
         if level == 2:
@@ -53,28 +155,44 @@ class Toy:
         self.calls.append(f"wake {' '.join(tags)}")
         self.asleep = False
 
-    def refit(self, tensors: Iterable[tuple[str, Any]]) -> int:
-        self.calls.append("refit")
-        if self.takes > 0:
+    def refit(self, tensors: Iterable[tuple[str, Any]], transport: str = "") -> int:
+        self.calls.append(f"refit {transport}".strip())
+        left = self.deaf.get(transport, 1)
+        if self.takes > 0 and left > 0:
             self.weights = dict(tensors)
         self.takes -= 1
+        if transport in self.deaf:
+            self.deaf[transport] -= 1
         return 8
 
     def reset_prefix_cache(self) -> None:
         self.calls.append("reset")
+        if self.resets > 0:
+            self.computed.clear()
+        self.resets -= 1
 
     def digests(self) -> dict[str, str]:
         return {name: str(value) for name, value in (self.weights or {}).items()}
+
+    def remember(self) -> None:
+        self.noted = dict(self.weights or {})
+
+    def unchanged(self) -> bool:
+        return self.says.pop(0) if self.says else self.noted == self.weights
 
     def held(self) -> int:
         return 100
 
     def memory(self) -> int:
-        return 0 if self.asleep else 100
+        return 0 if self.asleep and not self.keeps else 100
+
+    def inject(self, fault: str) -> None:
+        raise AssertionError(fault)
 
     def stop(self) -> None:
         self.calls.append("stop")
         self.weights = None
+        self.computed.clear()
 
 
 class Judge:
@@ -83,17 +201,43 @@ class Judge:
     def __init__(self, weights: dict[str, float]) -> None:
         self.weights = weights
 
-    def logprobs(self, _: object, completion: Sequence[int], scale: float = 1.0) -> list[float]:
-        return [-self.weights["body"] * self.weights[HEAD] * scale] * len(completion)
+    def logprobs(
+        self, prompt: Sequence[int], completion: Sequence[int], scale: float = 1.0
+    ) -> list[float]:
+        body, head = float(self.weights["body"]), self.weights[HEAD] * scale
+        context, found = list(prompt), []
+        for token in completion:
+            found.append(logprob(body, head, context, token))
+            context.append(token)
+        return found
 
 
-def trial(engine: Any, others: dict[str, float] = OTHERS, **changes: Any) -> Trial:
+PROMPTS = [[number * 100 + i for i in range(30)] for number in range(5)]
+
+
+def trial(engine: Any, others: dict[str, Any] = OTHERS, **changes: Any) -> Trial:
     """Like the proof's own, on two numbers; ``Any`` stands for tensors."""
     weights: Any = dict(WEIGHTS)
     second: Any = dict(others)
-    judges: Any = (Judge(weights), Judge(second))
+    one: Any = Judge(weights)
+    two: Any = Judge(second)
     settings: dict[str, Any] = {"sleep_levels": [1, 2], "calm": 0.25} | changes
-    return Trial(engine, Path("/m"), weights, second, *judges, [[1], [2]], 4, 1.043, **settings)
+    return Trial(engine, Path("/m"), weights, second, one, two, PROMPTS, 4, 1.043, **settings)
+
+
+def started(weights: dict[str, Any] = WEIGHTS, **wrong: Any) -> Toy:
+    """An engine that has started, and was wrong from then on."""
+    toy = Toy()
+    vars(toy).update(wrong)
+    toy.weights = dict(weights)
+    return toy
+
+
+def failure(check: Callable[[Trial], Any], on: Trial) -> str:
+    """The reason that a check gives."""
+    with pytest.raises(Failed) as caught:
+        check(on)
+    return caught.value.reason
 
 
 # which tensors differ
@@ -103,7 +247,12 @@ def test_the_trainers_digests_are_computed_once_for_each_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(checks, "digest", lambda value: asked.append(value) or str(value))
+
+    def digest(value: Any) -> str:
+        asked.append(value)
+        return str(value)
+
+    monkeypatch.setattr(checks, "digest", digest)
     toy = Toy()
     toy.weights = dict(WEIGHTS)
     here = trial(toy)
@@ -124,6 +273,257 @@ def test_what_the_engine_holds_is_asked_every_time(monkeypatch: pytest.MonkeyPat
     assert here.differing(here.weights) == []
 
 
+# what every check works with
+
+
+def test_an_engine_that_can_sleep_so_deep_is_left_alone() -> None:
+    toy = started()
+    for level in (1, 2):
+        trial(toy).prepare(level)
+    assert toy.calls == []
+    assert toy.weights == WEIGHTS
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_an_engine_that_decides_at_its_start_is_started_for_the_level_asked_for(level: int) -> None:
+    toy = started(OTHERS, decides=True, levels=(3 - level,))
+    trial(toy).prepare(level)
+    assert toy.calls == [
+        *("stop", f"start dummy=True fp8=False level={level} gpus=1", "refit", "reset")
+    ]
+    assert (toy.weights, toy.levels) == (WEIGHTS, (level,))
+    trial(toy).prepare(level)
+    assert len(toy.calls) == 4, "once"
+
+
+def test_answers_part_by_what_the_oracle_makes_of_the_two_tokens_there() -> None:
+    here, prompt = trial(started()), [1, 2]
+    right: list[int] = []
+    while len(right) < 4:
+        right.append(likeliest(2.0, [*prompt, *right]))
+    assert here.parted(prompt, right, list(right)) == 0.0
+    assert here.parted(prompt, right, [*right[:2], right[2] + 1, 0]) == GAP
+    assert here.parted(prompt, [*right[:2], right[2] + 1], right[:3]) == GAP
+    # Neither is likely, and what follows is of no matter.
+    assert here.parted(prompt, [right[0] + 1, 5, 6, 7], [right[0] + 2, *right[1:]]) == 0.0
+    assert here.parted(prompt, [], []) == 0.0
+
+
+@pytest.mark.parametrize("short", [0, 1, 3])
+def test_answers_of_different_lengths_part_for_certain(short: int) -> None:
+    here = trial(started())
+    assert here.parted([1], [4, 5, 6, 7], [4, 5, 6, 7][:short]) == math.inf
+    assert here.parted([1], [4, 5, 6, 7][:short], [4, 5, 6, 7]) == math.inf
+
+
+def test_the_oracle_is_asked_for_no_token_behind_the_parting() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def logprobs(_: object, tokens: Sequence[int]) -> list[float]:
+        asked.append(tuple(tokens))
+        return [-1.0] * len(tokens)
+
+    here = trial(started())
+    here.oracle = SimpleNamespace(logprobs=logprobs)  # type: ignore[assignment]
+    here.parted([1], [4, 5, 6, 7], [4, 9, 6, 7])
+    assert asked == [(4, 5), (4, 9)]
+
+
+# a refit
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers instead of tensors."""
+    monkeypatch.setattr(checks, "digest", str)
+    monkeypatch.setattr(checks, "copy_bandwidth", lambda _: 1.0)
+
+
+def dummy(**wrong: Any) -> Toy:
+    """An engine on dummy weights."""
+    return started({"body": 0.0, HEAD: 0.0}, **wrong)
+
+
+@pytest.mark.usefixtures("plain")
+def test_weights_arrive_by_every_transport_and_the_engines_own_checker_agrees() -> None:
+    toy = dummy()
+    metrics = checks.refit(trial(toy, transports=toy.transports))
+    assert [call for call in toy.calls if call != "reset"] == [
+        *("refit", "refit", "refit"),  # these weights, others, these again
+        *("refit pencil", "refit pencil", "refit chalk", "refit chalk"),
+    ]
+    assert toy.weights == WEIGHTS
+    assert metrics["divergence"] == metrics["other_divergence"] == 1.0
+    assert min(metrics["control_divergence"], metrics["stale_divergence"]) > 1.043
+    assert (metrics["bytes"], metrics["tensors"], metrics["tensors_wrong"]) == (8, 2, 0)
+    assert metrics["witness"] == "the engine's own checker"
+    assert {"pencil_gb_per_s", "chalk_gb_per_s"} < metrics.keys()
+    assert "paper_gb_per_s" not in metrics, "the first one has its own"
+
+
+@pytest.mark.usefixtures("plain")
+def test_an_engine_without_a_checker_or_a_second_transport_is_asked_for_neither() -> None:
+    toy = dummy(witness=False, says=[True])
+    metrics = checks.refit(trial(toy))
+    assert (toy.noted, toy.says) == ({}, [True])
+    assert "witness" not in metrics
+    assert toy.calls.count("refit") == 3
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (
+            {"says": [True, True]},
+            "control: the engine's own checker takes other weights for these",
+        ),
+        (
+            {"says": [False, False]},
+            "the digests agree, yet the engine's own checker finds a difference",
+        ),
+        ({"deaf": {"pencil": 0}}, "by pencil the engine does not hold what was sent: body"),
+        ({"deaf": {"chalk": 0}}, "by chalk the engine does not hold what was sent: body"),
+        ({"deaf": {"pencil": 1}}, "by pencil the first weights do not come back: body"),
+        ({"deaf": {"chalk": 1}}, "by chalk the first weights do not come back: body"),
+    ],
+)
+def test_a_refit_that_goes_wrong_late_is_not_passed(wrong: dict[str, Any], reason: str) -> None:
+    toy = dummy(**wrong)
+    assert failure(checks.refit, trial(toy, transports=toy.transports)) == reason
+
+
+@pytest.mark.usefixtures("plain")
+def test_weights_that_come_back_with_another_output_are_not_passed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    toy = dummy()
+    refit = Toy.refit
+
+    def spoils(self: Toy, tensors: Any, transport: str = "") -> int:
+        self.noise = 1e-6 if transport == "pencil" else 0.0
+        return refit(self, tensors, transport)
+
+    monkeypatch.setattr(Toy, "refit", spoils)
+    reason = failure(checks.refit, trial(toy, transports=toy.transports))
+    assert reason == (
+        "by pencil the first weights do not come back: the digests agree, the output does not"
+    )
+
+
+# a conversation
+
+
+def test_a_conversation_takes_from_the_cache_all_that_was_said() -> None:
+    metrics = checks.multi_turn(trial(started()))
+    # The prompt, the answer without its last token; that again, with a tool's answer and the next.
+    said = (30 + 16 - 1, 30 + 16 + 24 + 16 - 1)
+    assert metrics["turns"] == 3
+    assert metrics["reused_tokens"] == metrics["of_tokens"] == sum(said)
+    assert (metrics["divergence"], metrics["parted"]) == (1.0, 0.0)
+
+
+def test_a_cache_of_whole_blocks_gives_whole_blocks() -> None:
+    metrics = checks.multi_turn(trial(started(cache_block=16)))
+    assert metrics["reused_tokens"] == metrics["of_tokens"] == 32 + 80
+
+
+@pytest.mark.parametrize("miscounts", [0, 1])
+def test_a_cache_may_have_computed_the_last_token_too(miscounts: int) -> None:
+    metrics = checks.multi_turn(trial(started(miscounts=miscounts)))
+    assert metrics["reused_tokens"] == metrics["of_tokens"] + 2 * miscounts
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"cold": True}, "turn 2: 0 of 45 tokens said before came from the cache"),
+        ({"miscounts": -1}, "turn 2: 44 of 45 tokens said before came from the cache"),
+        ({"miscounts": 2}, "turn 2: 47 of 45 tokens said before came from the cache"),
+        ({"cache_block": 16, "cold": True}, "turn 2: 0 of 32 tokens said before came from the"),
+        (
+            {"resets": 0, "computed": [(tuple(PROMPTS[0][:9]), 2.0)]},
+            "control: an empty prefix cache counts tokens as taken from it",
+        ),
+        ({"resets": 1}, "control: an emptied prefix cache counts tokens as taken from it"),
+        ({"noise": 0.1}, "a later turn diverges from the float32 oracle"),
+        ({"strays": True}, "the last turn is another where nothing came from the cache"),
+    ],
+    ids=[
+        *("nothing cached", "one token too few", "more than was said", "no block"),
+        *("never empty", "not emptied", "too coarse", "another from the cache"),
+    ],
+)
+def test_a_conversation_that_goes_wrong_is_not_passed(wrong: dict[str, Any], reason: str) -> None:
+    assert failure(checks.multi_turn, trial(started(**wrong))).startswith(reason)
+
+
+def test_a_tie_may_fall_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "GAP", 0.08)
+    metrics = checks.multi_turn(trial(started(strays=True)))
+    assert metrics["parted"] == pytest.approx(0.08)
+
+
+def test_a_model_that_does_not_hear_the_tool_proves_no_conversation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deaf = likeliest
+    monkeypatch.setitem(
+        globals(), "likeliest", lambda body, context: deaf(body, [*context[:30], len(context)])
+    )
+    reason = failure(checks.multi_turn, trial(started()))
+    assert reason == "control: another answer of the tool gave the same turn"
+
+
+# a rollout that is interrupted
+
+
+def test_a_rollout_goes_on_from_the_tokens_kept_as_if_nothing_had_been() -> None:
+    toy = started()
+    metrics = checks.partial_rollout(trial(toy))
+    assert toy.calls == ["reset", "interrupt"]
+    assert metrics["kept_tokens"] == [19, 20, 19, 20, 19]
+    assert (metrics["tokens"], metrics["equal"], metrics["parted"]) == (128, 5, 0.0)
+    assert metrics["divergence"] == 1.0
+    assert metrics["control_parted"] == GAP
+
+
+def test_a_rollout_may_be_stopped_at_just_the_token_asked_for() -> None:
+    assert checks.partial_rollout(trial(started(late=0)))["kept_tokens"] == [16, 17] * 2 + [16]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"late": 112}, "control: the rollouts were not stopped half-way"),
+        ({"late": -1}, "control: the rollouts were not stopped half-way"),
+        ({"loses": 5}, "continued from the tokens kept, a rollout ends otherwise"),
+        ({"noise": 0.1}, "what was kept and continued diverges from the float32 oracle"),
+    ],
+    ids=["not stopped", "stopped too early", "one token lost", "too coarse"],
+)
+def test_an_interrupted_rollout_that_goes_wrong_is_not_passed(
+    wrong: dict[str, Any], reason: str
+) -> None:
+    assert failure(checks.partial_rollout, trial(started(**wrong))) == reason
+
+
+def test_a_lost_token_that_would_be_a_tie_proves_no_continuation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(globals(), "GAP", 0.08)
+    reason = failure(checks.partial_rollout, trial(started()))
+    assert reason == "control: a lost token would not be seen"
+
+
+def test_a_model_that_says_one_token_for_ever_proves_no_continuation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(globals(), "likeliest", lambda *_: 7)
+    reason = failure(checks.partial_rollout, trial(started()))
+    assert reason == "control: a lost token would not be seen"
+
+
 # weights in fp8
 
 
@@ -141,7 +541,7 @@ def test_an_engine_in_fp8_is_started_refitted_put_to_sleep_and_refitted(
     toy = Toy()
     metrics = checks.fp8(trial(toy))
     assert [call for call in toy.calls if call != "reset"] == [
-        *("stop", "start dummy=True fp8=True", "refit", "refit"),
+        *("stop", "start dummy=True fp8=True level=2 gpus=1", "refit", "refit"),
         *("sleep 2", "wake weights", "refit", "wake kv_cache"),
     ]
     assert toy.calls[-1] == "reset", "what a cache holds is of no weights that are there now"
@@ -156,11 +556,12 @@ def test_the_bound_is_asked_of_the_model_that_was_sent() -> None:
     here = trial(Toy(), calm=1.0)
     assert here.calmed(here.weights) == WEIGHTS
     here = trial(Toy(), calm=0.25)
-    assert here.calmed(here.weights) == {"body": 2.0, HEAD: 1.0}
+    calmed = here.calmed(here.weights)
+    assert calmed == {"body": 2.0, HEAD: 1.0}
     assert here.weights == WEIGHTS, "the other checks have their own"
-    answer = [Completion((1,), (-2.0,))] * 2
-    assert here.divergence(answer, here.oracle, here.calm) == 1.0
-    assert here.divergence(answer, here.oracle) > 100
+    answers = started(calmed).generate(PROMPTS, 1)
+    assert here.divergence(answers, here.oracle, here.calm) == 1.0
+    assert here.divergence(answers, here.oracle) > 100
 
 
 @pytest.mark.usefixtures("trained")
@@ -180,12 +581,244 @@ def test_the_bound_is_asked_of_the_model_that_was_sent() -> None:
     ],
 )
 def test_an_engine_in_fp8_that_is_wrong_is_not_passed(
-    change: dict[str, Any], others: dict[str, float], reason: str
+    change: dict[str, Any], others: dict[str, Any], reason: str
 ) -> None:
     toy = Toy()
     vars(toy).update(change)
-    with pytest.raises(Failed, match=f"^{reason}"):
-        checks.fp8(trial(toy, others))
+    assert failure(checks.fp8, trial(toy, others)).startswith(reason)
+
+
+# the engine's own server
+
+
+def test_weights_change_in_the_middle_of_the_rollouts_of_a_server(trained: list[int]) -> None:
+    own: Any = started()
+    web = Toy()
+    here = trial(own, serve=lambda: web)
+    metrics = checks.server(here)
+    assert own.calls == ["stop"], "two engines have no room on one GPU"
+    assert [call for call in web.calls if call != "reset"] == [
+        *("start dummy=True fp8=False level=2 gpus=1", "refit", "interrupt", "refit"),
+        *("sleep 2", "wake weights", "refit", "wake kv_cache", "stop"),
+    ]
+    assert here.engine is own
+    assert metrics["kept_tokens"] == [19, 20, 19, 20, 19]
+    assert metrics["divergence"] == metrics["other_divergence"] == 1.0
+    assert min(metrics["control_divergence"], metrics["stranger_divergence"]) > 1.043
+    assert (metrics["freed_bytes"], trained) == (100, [90])
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    ("change", "others", "reason"),
+    [
+        ({"begins": WEIGHTS}, OTHERS, "control: the server had the weights before"),
+        ({}, WEIGHTS, "control: the oracle of the first weights agrees with the second"),
+        ({"takes": 1}, OTHERS, "control: the oracle of the first weights agrees with the second"),
+        ({"takes": 0}, OTHERS, "the server's output is not that of the weights sent"),
+        ({"noise": 0.1}, OTHERS, "the server's output is not that of the weights sent"),
+        ({"loses": 5}, OTHERS, "the server's output is not that of the weights sent"),
+        ({"resets": 2}, OTHERS, "control: the oracle of the first weights agrees with the second"),
+        ({"keeps": True}, OTHERS, "asleep, the server freed only 0 bytes"),
+        ({"takes": 2}, OTHERS, "after sleeping and a refit the server's output is another"),
+        ({"late": 112}, OTHERS, "control: the rollouts were not stopped half-way"),
+        ({"late": -1}, OTHERS, "control: the rollouts were not stopped half-way"),
+    ],
+    ids=[
+        *("filled before", "one set twice", "no second refit", "no refit", "too coarse"),
+        *("a token lost", "a stale cache", "no memory freed", "no refit after sleep"),
+        *("not stopped", "stopped too early"),
+    ],
+)
+def test_a_server_that_is_wrong_is_not_passed_and_is_stopped(
+    change: dict[str, Any], others: dict[str, Any], reason: str
+) -> None:
+    own: Any = started()
+    web = Toy()
+    vars(web).update(change)
+    here = trial(own, others, serve=lambda: web)
+    assert failure(checks.server, here).startswith(reason)
+    assert web.calls[-1] == "stop"
+    assert here.engine is own
+
+
+def test_a_backend_without_a_server_does_not_pass_for_one() -> None:
+    toy = started()
+    assert failure(checks.server, trial(toy)) == "this backend has no server to drive"
+    assert toy.weights == WEIGHTS
+
+
+@pytest.mark.parametrize("breaks", ["makes none", "does not start"])
+def test_a_server_that_does_not_start_leaves_the_engine_to_stop(breaks: str) -> None:
+    def start(*_: object, **__: object) -> None:
+        raise EngineError("no port")
+
+    def serve() -> Any:
+        if breaks == "makes none":
+            raise EngineError("no port")
+        web = Toy()
+        web.start = start  # type: ignore[method-assign]
+        return web
+
+    own: Any = started()
+    here = trial(own, serve=serve)
+    with pytest.raises(EngineError, match="no port"):
+        checks.server(here)
+    assert here.engine is own
+
+
+# two GPUs
+
+
+class Gpus:
+    """Two of them, and what is taken from the second while somebody holds it."""
+
+    def __init__(self) -> None:
+        self.free = [1000, 1000]
+        self.emptied = 0
+
+    def torch(self) -> ModuleType:
+        module = ModuleType("torch")
+        vars(module).update(
+            uint8="uint8",
+            cuda=SimpleNamespace(
+                mem_get_info=lambda number: (self.free[number], 2000), empty_cache=self.empty
+            ),
+            empty=self.ballast,
+        )
+        return module
+
+    def empty(self) -> None:
+        self.emptied += 1
+
+    def ballast(self, size: int, *, dtype: str, device: str) -> Any:
+        gpus = self
+
+        class Ballast:
+            def __init__(self) -> None:
+                gpus.free[1] -= size
+
+            def __del__(self) -> None:
+                gpus.free[1] += size
+
+        assert (dtype, device) == ("uint8", "cuda:1")
+        return Ballast()
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Gpus:
+    made = Gpus()
+    monkeypatch.setitem(sys.modules, "torch", made.torch())
+    monkeypatch.setenv("BALANCE", "whatever the image says")
+    monkeypatch.delenv("SECOND", raising=False)
+    return made
+
+
+INSISTING = {"BALANCE": "1", "SECOND": "on"}
+
+
+def on(gpus: Gpus, **wrong: Any) -> Toy:
+    """An engine that can insist on GPUs alike."""
+    toy = started(insisting=INSISTING, room=lambda: gpus.free[1] > 0.9 * gpus.free[0])
+    vars(toy).update(wrong)
+    return toy
+
+
+def test_an_engine_starts_on_two_gpus_that_are_not_alike(gpus: Gpus) -> None:
+    toy = on(gpus)
+    metrics = checks.tensor_parallel(trial(toy))
+    assert toy.calls[:3] == [
+        "stop",
+        "start dummy=True fp8=False level=1 gpus=2",
+        "start dummy=True fp8=False level=2 gpus=2",
+    ]
+    assert (metrics["gpus"], metrics["refused"]) == (2, True)
+    assert metrics["free_bytes"] == [1000, 700]
+    assert metrics["divergence"] == 1.0
+    assert metrics["control_divergence"] > 1.043
+    assert toy.weights == WEIGHTS
+    assert gpus.free == [1000, 1000], "the ballast is given back"
+    assert gpus.emptied
+    assert (os.environ["BALANCE"], os.environ.get("SECOND")) == ("whatever the image says", None)
+
+
+def test_an_engine_that_never_insists_is_not_asked_to(gpus: Gpus) -> None:
+    toy = on(gpus, insisting={})
+    metrics = checks.tensor_parallel(trial(toy))
+    assert [call for call in toy.calls if call.startswith("start")] == [
+        "start dummy=True fp8=False level=2 gpus=2"
+    ]
+    assert "refused" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (
+            {"room": lambda: True},
+            "control: told to insist on balance, it did not refuse the GPUs for it",
+        ),
+        ({"begins": WEIGHTS}, "control: the engine had the weights before they were sent"),
+        ({"noise": 0.1}, "on two GPUs a batch diverges from the float32 oracle"),
+        ({"takes": 0}, "on two GPUs a batch diverges from the float32 oracle"),
+    ],
+    ids=["insists on nothing", "filled before", "too coarse", "no refit"],
+)
+def test_an_engine_on_two_gpus_that_is_wrong_is_not_passed(
+    gpus: Gpus, wrong: dict[str, Any], reason: str
+) -> None:
+    toy = on(gpus, **wrong)
+    assert failure(checks.tensor_parallel, trial(toy)) == reason
+    gc.collect()  # the failure's traceback held it
+    assert gpus.free == [1000, 1000]
+    assert os.environ["BALANCE"] == "whatever the image says"
+
+
+def test_an_engine_that_started_although_it_insisted_is_stopped(gpus: Gpus) -> None:
+    toy = on(gpus, room=lambda: True)
+    failure(checks.tensor_parallel, trial(toy))
+    assert toy.weights is None
+
+
+def test_another_refusal_is_none_of_unbalanced_gpus(gpus: Gpus) -> None:
+    toy = on(gpus, room=lambda: True, broken="out of memory")
+    assert failure(checks.tensor_parallel, trial(toy)).startswith("control: told to insist on")
+    assert not checks.refuses(toy, Path("/m"), INSISTING)
+    assert os.environ["BALANCE"] == "whatever the image says"
+
+
+def test_an_engine_that_does_not_start_on_two_gpus_gives_the_ballast_back(gpus: Gpus) -> None:
+    toy = on(gpus, insisting={}, broken="out of memory")
+    with pytest.raises(EngineError, match=r"^out of memory$"):
+        checks.tensor_parallel(trial(toy))
+    gc.collect()
+    assert gpus.free == [1000, 1000]
+
+
+# faults made on purpose
+
+
+@pytest.mark.parametrize("fault", ["cold-turns", "lost-token", "deaf-server"])
+@pytest.mark.usefixtures("trained")
+def test_a_fault_made_on_purpose_is_found_by_its_check_for_its_reason(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(faults, "spoil", lambda tensors, _: tensors)
+    here = trial(
+        Faulty(started(), fault), serve=lambda: Faulty(Toy(), fault, served=True), fault=fault
+    )
+    here.engine.generate(PROMPTS[:1], 1)  # as the start does
+    for name in ("multi-turn", "partial-rollout", "server"):
+        if name == FAULTS[fault].check:
+            assert FAULTS[fault].reason in failure(checks.CHECKS[name], here)
+            return
+        checks.CHECKS[name](here)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_reason_of_every_fault_is_one_that_a_check_gives(fault: str) -> None:
+    source = re.sub(r'"\s+f?"', "", inspect.getsource(checks))  # sentences that take two lines
+    assert FAULTS[fault].reason in source
 
 
 # tensors (with torch: inside the images)
@@ -211,7 +844,8 @@ def test_a_training_step_fills_what_it_takes_and_gives_it_back(
 ) -> None:
     import weakref
 
-    full, made = torch.full, []
+    full = torch.full
+    made: list[Any] = []
 
     def remembers(*arguments: Any, **options: Any) -> Any:
         tensor = full(*arguments, **options)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rollout import faults, smoke
+from rollout.backends import Completion
 from rollout.faults import FAULTS, Faulty
 
 STREAM = ("dropped-tensor", "flipped-byte", "swapped-tensors", "wrong-dtype", "partial-bucket")
 PROTOCOL = ("refit-skipped", "stale-cache", "sleep-frees-nothing", "wake-restores-nothing")
+ROLLOUTS = ("cold-turns", "lost-token", "deaf-server")
 ENGINE = ("leak-per-cycle", "lost-buffer")
 PROOF = ("oracle-of-other-weights",)
 
@@ -22,17 +23,33 @@ class Recorder:
     """An engine that only remembers what it was asked for."""
 
     device = "paper"
-    transports = ("paper",)
+    transports: tuple[str, ...] = ("paper",)
+    cache_block = 16
+    mlp_bias = False
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        # What some know when they have started alone.
+        self.levels: tuple[int, ...] = ()
+        self.witness = False
+        self.insisting: Mapping[str, str] = {}
 
-    def start(self, model: Path, *, dummy: bool, fp8: bool = False) -> None:
-        self.calls.append(("start", model, dummy, fp8))
+    def start(
+        self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
+    ) -> None:
+        self.calls.append(("start", model, dummy, fp8, level, gpus))
+        self.levels, self.witness, self.insisting = (level,), True, {"BALANCE": "1"}
 
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Any]:
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
         self.calls.append(("generate", prompts, tokens))
-        return ["completion"]
+        return [COMPLETION]
+
+    def interrupt(
+        self, prompts: Sequence[Sequence[int]], tokens: int, after: int
+    ) -> list[Completion]:
+        self.calls.append(("interrupt", prompts, tokens, after))
+        ids = tuple(range(100, 100 + after))
+        return [Completion(ids, tuple(-0.5 * i for i in ids), 3) for _ in prompts]
 
     def sleep(self, level: int) -> None:
         self.calls.append(("sleep", level))
@@ -40,8 +57,8 @@ class Recorder:
     def wake(self, tags: Sequence[str]) -> None:
         self.calls.append(("wake", tags))
 
-    def refit(self, tensors: Iterable[tuple[str, Any]]) -> int:
-        self.calls.append(("refit", [name for name, _ in tensors]))
+    def refit(self, tensors: Iterable[tuple[str, Any]], transport: str = "") -> int:
+        self.calls.append(("refit", [name for name, _ in tensors], transport))
         return 1
 
     def reset_prefix_cache(self) -> None:
@@ -49,6 +66,13 @@ class Recorder:
 
     def digests(self) -> dict[str, str]:
         return {"a": "digest"}
+
+    def remember(self) -> None:
+        self.calls.append(("remember",))
+
+    def unchanged(self) -> bool:
+        self.calls.append(("unchanged",))
+        return False
 
     def held(self) -> int:
         return 2
@@ -63,46 +87,82 @@ class Recorder:
         self.calls.append(("stop",))
 
 
+COMPLETION = Completion((1,), (-0.5,))
 MODEL = Path("/model")
-TENSOR = SimpleNamespace(numel=lambda: 10, element_size=lambda: 2)
 
 
-def driven(fault: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+class Tensor:
+    """Ten numbers of two bytes."""
+
+    def numel(self) -> int:
+        return 10
+
+    def element_size(self) -> int:
+        return 2
+
+
+TENSOR: Any = Tensor()
+
+
+def driven(
+    fault: str, monkeypatch: pytest.MonkeyPatch, *, served: bool = False
+) -> list[tuple[Any, ...]]:
     """What an engine is asked for in one turn, with a fault in between."""
     monkeypatch.setattr(faults, "spoil", lambda tensors, _: list(tensors))
     recorder = Recorder()
-    engine = Faulty(recorder, fault)
-    engine.start(MODEL, dummy=True, fp8=True)
-    assert engine.generate([[1]], 2) == ["completion"]
+    engine = Faulty(recorder, fault, served=served)
+    engine.start(MODEL, dummy=True, fp8=True, level=1, gpus=2)
+    assert engine.generate([[1]], 2) == [COMPLETION]
+    kept = engine.interrupt([[1], [2, 3]], 9, 4)
+    assert [len(answer.tokens) >= 4 for answer in kept] == [True, True]
     engine.sleep(1)
     engine.wake(("weights",))
-    assert engine.refit([("a", TENSOR)]) in (1, 20)
+    assert engine.refit([("a", TENSOR)], "disk") in (1, 20)
     engine.reset_prefix_cache()
+    engine.remember()
+    assert engine.unchanged() is False
     assert (engine.digests(), engine.held(), engine.memory()) == ({"a": "digest"}, 2, 3)
     engine.stop()
-    assert engine.device == "paper"
     return recorder.calls
 
 
 SOUND: list[tuple[Any, ...]] = [
-    ("start", MODEL, True, True),
+    ("start", MODEL, True, True, 1, 2),
     ("generate", [[1]], 2),
+    ("interrupt", [[1], [2, 3]], 9, 5),  # one more, that there is one to lose
     ("sleep", 1),
     ("wake", ("weights",)),
-    ("refit", ["a"]),
+    ("refit", ["a"], "disk"),
     ("reset_prefix_cache",),
+    ("remember",),
+    ("unchanged",),
     ("stop",),
 ]
 
 
 def test_every_fault_names_a_check_that_exists_and_what_happens() -> None:
-    assert set(FAULTS) == {*STREAM, *PROTOCOL, *ENGINE, *PROOF}
+    assert set(FAULTS) == {*STREAM, *PROTOCOL, *ROLLOUTS, *ENGINE, *PROOF}
     for name, fault in FAULTS.items():
         assert fault.check in smoke.CHECKS, name
         assert fault.what, name
 
 
-@pytest.mark.parametrize("fault", [*STREAM, *PROOF])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_an_engine_says_of_itself_is_told_before_and_after_its_start(fault: str) -> None:
+    engine = Faulty(Recorder(), fault)
+    assert (engine.device, engine.transports) == ("paper", ("paper",))
+    assert (engine.cache_block, engine.mlp_bias) == (16, False)
+    assert (engine.witness, engine.insisting) == (False, {})
+    if fault != "wake-restores-nothing":
+        assert list(engine.levels) == []
+        engine.start(MODEL, dummy=True, level=2)
+        assert list(engine.levels) == [2]
+    else:
+        engine.start(MODEL, dummy=True)
+    assert (engine.witness, engine.insisting) == (True, {"BALANCE": "1"})
+
+
+@pytest.mark.parametrize("fault", [*STREAM, *PROOF, "stale-cache", "lost-token"])
 def test_a_fault_elsewhere_leaves_the_protocol_alone(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,12 +201,49 @@ def test_a_stale_cache_begins_after_the_first_reset() -> None:
 def test_a_wake_that_restores_nothing_follows_a_sleep_that_kept_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """An engine that decides at its start whether it keeps a copy must decide against it, too."""
     calls = driven("wake-restores-nothing", monkeypatch)
-    assert calls == [("sleep", 2) if call[0] == "sleep" else call for call in SOUND]
+    changed = {"start": ("start", MODEL, True, True, 2, 2), "sleep": ("sleep", 2)}
+    assert calls == [changed.get(call[0], call) for call in SOUND]
+
+
+def test_an_engine_whose_wake_restores_nothing_says_that_it_keeps_a_copy() -> None:
+    engine = Faulty(Recorder(), "wake-restores-nothing")
+    assert list(engine.levels) == [1]
+    engine.start(MODEL, dummy=True, level=1)
+    assert list(engine.levels) == [1, 2], "the first is a lie: it was started for the second"
 
 
 def test_a_skipped_refit_reports_the_bytes_it_did_not_move() -> None:
     assert Faulty(Recorder(), "refit-skipped").refit([("a", TENSOR), ("b", TENSOR)]) == 40
+
+
+def test_a_deaf_server_is_deaf_and_the_engine_beside_it_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = driven("deaf-server", monkeypatch, served=True)
+    assert calls == [call for call in SOUND if call[0] != "refit"]
+    assert driven("deaf-server", monkeypatch) == SOUND
+    assert Faulty(Recorder(), "deaf-server", served=True).refit([("a", TENSOR)]) == 20
+
+
+def test_a_lost_token_is_one_of_the_middle_with_its_log_probability() -> None:
+    one, two = Faulty(Recorder(), "lost-token").interrupt([[1], [2]], 9, 4)
+    assert one == two == Completion((100, 101, 103, 104), (-50.0, -50.5, -51.5, -52.0))
+    (sound,) = Faulty(Recorder(), "flipped-byte").interrupt([[1]], 9, 4)
+    assert sound.tokens == (100, 101, 102, 103, 104)
+    assert sound.cached == 3
+
+
+def test_cold_turns_are_later_turns_alone() -> None:
+    """A prompt longer than the first is a later turn; a cache for others is left in peace."""
+    recorder = Recorder()
+    engine = Faulty(recorder, "cold-turns")
+    for lengths in ((5,), (5, 5), (5, 9), (9,), (6, 7)):
+        engine.generate([[1] * length for length in lengths], 1)
+    names = [call[0] for call in recorder.calls]
+    cold = ["reset_prefix_cache", "generate"]
+    assert names == ["generate", "generate", "generate", *cold, *cold]
 
 
 # the stream of a refit (with torch: inside the images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,15 @@ def test_a_claim_that_the_lock_contradicts_is_named(
     assert caught.value.sentence == f"images/catalog/verl-rollout/vllm-0.12.toml: {clause}"
 
 
+def test_a_source_distribution_that_the_lock_does_not_have_is_named(checkout: Checkout) -> None:
+    sources = {"source-distributions": '{ ray = "why", Flash_Infer = "why" }'}
+    with pytest.raises(Problem) as caught:
+        lock.read(checkout.image(sources))
+    assert caught.value.code == 2
+    clause = "key 'source-distributions.flash-infer' is not in the lock; remove it"
+    assert caught.value.sentence == f"images/catalog/verl-rollout/vllm-0.12.toml: {clause}"
+
+
 def test_a_missing_lock_is_answered_with_its_command(checkout: Checkout) -> None:
     image = checkout.image()
     image.lock.unlink()
@@ -190,6 +200,24 @@ def test_a_resolution_is_bound_to_a_day_and_to_no_index(checkout: Checkout) -> N
     assert argv[-2:] == ["--extra", "in"]
     assert {"--generate-hashes", "--no-config"} <= set(argv)
     assert not [a for a in argv if "index" in a or "find-links" in a or "://" in a]
+
+
+def named(argv: Sequence[str], option: str) -> list[str]:
+    """What follows each occurrence of an option."""
+    return [value for flag, value in pairwise(argv) if flag == option]
+
+
+def test_nothing_is_built_but_what_the_catalog_file_names(checkout: Checkout) -> None:
+    def argv(sources: str | None) -> list[str]:
+        image = checkout.image({"source-distributions": sources})
+        return lock.compile_argv("uv", image, Path("in"), Path("out"), [])
+
+    for sources, built in (
+        (None, []),
+        ('{ Flash_Infer = "why", ray = "why" }', ["flash-infer", "ray"]),
+    ):
+        assert named(argv(sources), "--only-binary") == [":all:"]
+        assert named(argv(sources), "--no-binary") == built
 
 
 @pytest.fixture
@@ -283,6 +311,24 @@ def test_a_resolved_lock_names_command_catalog_file_and_one_hash(
     # Both forms come of one resolution: the command lines differ in the output alone.
     assert len(calls) == 2
     assert [a for a, b in zip(*calls, strict=True) if a != b] == [calls[0][-2]]
+
+
+def test_a_source_distribution_is_locked_by_its_own_hash(
+    checkout: Checkout, uv: Callable[[Run], list[list[str]]]
+) -> None:
+    def answer(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        """As uv does: no wheel of what it was told to build, and both in the requirements form."""
+        done = resolves(argv)
+        output = Path(argv[argv.index("--output-file") + 1])
+        form = f'[[packages]]\nname = "x"\nsdist = {wheel("x-1.tar.gz", C)}\n'
+        if output.suffix == ".txt":
+            form = f"x==1 \\\n    --hash=sha256:{C} \\\n    --hash=sha256:{sha256('x')}\n"
+        output.write_text(output.read_text() + form)
+        return done
+
+    uv(answer)
+    text = lock.resolve(checkout.image({"source-distributions": '{ x = "no wheel" }'}))
+    assert lock.parse(text, PATH) == [Locked("vllm", "0.12.0", B), Locked("x", "1", C)]
 
 
 UNREACHABLE = """\

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from images import build, builder, host, layers, prove
+from images import build, builder, catalog, host, layers, prove
 from images.builder import Built, Command
 from images.catalog import Image
 from images.contents import Summary
@@ -570,6 +570,7 @@ def test_options_behind_the_reference_go_to_smoke(
         (["--report", "x.json"], "--report is set by prove"),
         (["--only", "generatoin"], "did you mean 'generation'?"),
         (["--inject", "flipped-bite"], "did you mean 'flipped-byte'?"),
+        (["--inject", "deaf-server"], "is found by server, which this image has not"),
         (["--model", "/nowhere"], "/nowhere is not a folder"),
     ],
 )
@@ -591,6 +592,18 @@ def test_a_model_of_the_host_is_mounted(image: Image, tmp_path: Path) -> None:
     options, volumes = prove.smoke_options(["--model", str(tmp_path)], image)
     assert options[-2:] == ["--model", "/model"]
     assert volumes == {str(tmp_path): "/model:ro"}
+
+
+def test_what_is_asked_for_is_judged_apart_from_what_this_machine_has(checkout: Checkout) -> None:
+    table = '{ sleep-levels = [1], refit = ["disk"], server = true, tensor-parallel = 2 }'
+    image = catalog.parse(checkout.file({"smoke": table}))
+    asked = ["--only", "server,tensor-parallel"]
+    assert prove.smoke_options(asked, image) == (asked, {})
+    plain = catalog.parse(checkout.file())
+    for name in ("server", "tensor-parallel"):
+        with pytest.raises(Problem, match=f"no check '{name}' in this image") as caught:
+            prove.smoke_options(["--only", name], plain)
+        assert caught.value.code == 2
 
 
 def test_one_image_that_fails_fails_the_session_and_the_others_run(

@@ -105,3 +105,31 @@ def test_what_a_library_below_lacks_is_reported_there_once(prefix: Path) -> None
 def test_an_environment_without_shared_objects_proves_nothing(prefix: Path) -> None:
     check = verify.run(prefix, ["libraries"])[0]
     assert check.status == "unproved"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "library", "account"),
+    [
+        ("libmpi.so.40", "libmpi.so.40", "optional"),
+        ("libmpi.so.40", "libmpi.so.401", "unresolved"),
+        ("libavcodec.so.*", "libavcodec.so.62", "optional"),
+        ("libavcodec.so.*", "libavcodec.so.", "optional"),
+        ("libavcodec.so.*", "libAVcodec.so.62", "unresolved"),
+        ("libavcodec.so.*", "xlibavcodec.so.62", "unresolved"),
+        ("libavcodec.so.*", "libavcodec-so.62", "unresolved"),
+        ("*", "libcuda.so.1", "driver"),
+        ("*", "libtorch.so", "by_import_order"),
+    ],
+)
+def test_an_optional_library_may_be_one_of_many_that_a_pattern_names(
+    pattern: str, library: str, account: str
+) -> None:
+    assert shared_objects._account(library, {"libtorch.so"}, [pattern]) == account
+
+
+def test_a_pattern_names_what_nothing_loads_and_nothing_else(prefix: Path) -> None:
+    needed = ("libavcodec.so.58", "libavcodec.so.62", "libavutil.so.60")
+    put(prefix, f"{SITE}/demo/_c.so", shared_object(needed))
+    findings = shared_objects.libraries(prefix, optional=["libavcodec.so.*"])
+    assert found(findings) == f"{SITE}/demo/_c.so: needs libavutil.so.60, which is nowhere"
+    assert (findings.metrics["optional"], findings.metrics["unresolved"]) == (2, 1)

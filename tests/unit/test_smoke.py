@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,16 @@ from rollout.checks import Failed
 from rollout.problem import Problem
 from rollout.report import Check
 
-ALL = ["start", "refit", "generation", "sleep-1", "sleep-2", "cycle"]
+ALL = [
+    *("start", "refit", "generation", "multi-turn", "partial-rollout"),
+    *("sleep-1", "sleep-2", "cycle"),
+]
 WANTED: dict[str, Any] = {"sleep_levels": [1, 2], "refit": ["shared-memory"], "fp8": False}
 ONE_LEVEL = WANTED | {"sleep_levels": [1]}
 WITH_FP8 = WANTED | {"fp8": True}
+WITH_SERVER = WANTED | {"server": True}
+WITH_TWO = WANTED | {"tensor_parallel": 2}
+WITH_ALL = WANTED | {"fp8": True, "server": True, "tensor_parallel": 2}
 FACTS: dict[str, Any] = {
     "backend": "transformers",
     "cuda": None,
@@ -35,15 +42,21 @@ FACTS: dict[str, Any] = {
     [
         ([], WANTED, ALL),
         ([], ONE_LEVEL, [name for name in ALL if name != "sleep-2"]),
+        ([], WANTED | {"sleep_levels": [2]}, [name for name in ALL if name != "sleep-1"]),
         ([], WITH_FP8, [*ALL, "fp8"]),
+        ([], WITH_SERVER, [*ALL, "server"]),
+        ([], WITH_ALL, [*ALL, "fp8", "server"]),
         (["cycle", "refit"], WANTED, ["start", "refit", "cycle"]),
+        (["partial-rollout", "multi-turn"], WANTED, ["start", "multi-turn", "partial-rollout"]),
         (["fp8", "refit"], WITH_FP8, ["start", "refit", "fp8"]),
         (["start"], WANTED, ["start"]),
         (["fp8", "start"], WITH_FP8, ["start", "fp8"]),
+        (["server", "cycle"], WITH_SERVER, ["start", "cycle", "server"]),
     ],
     ids=[
-        *("all", "one level", "fp8 last", "some, in their order", "fp8 behind others"),
-        *("start alone", "start and fp8"),
+        *("all", "one level", "the other level", "fp8 last", "server last", "both last"),
+        *("some, in their order", "rollouts", "fp8 behind others"),
+        *("start alone", "start and fp8", "server behind others"),
     ],
 )
 def test_checks_run_in_their_order_behind_start(
@@ -52,24 +65,58 @@ def test_checks_run_in_their_order_behind_start(
     assert smoke.selected(only, wanted) == names
 
 
-def test_fp8_alone_starts_its_own_engine_and_no_other() -> None:
-    assert smoke.selected(["fp8"], WITH_FP8) == ["fp8"]
+@pytest.mark.parametrize("only", [["fp8"], ["server"], ["server", "fp8"]], ids="+".join)
+def test_what_starts_its_own_engine_starts_no_other(only: list[str]) -> None:
+    assert smoke.selected(only, WITH_ALL) == sorted(only)
 
 
-def test_an_image_that_says_nothing_of_fp8_has_no_such_check() -> None:
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "there"),
+    [
+        (WITH_TWO, 0, False),
+        (WITH_TWO, 1, False),
+        (WITH_TWO, 2, True),
+        (WITH_TWO, 8, True),
+        (WITH_TWO, smoke.ANY, True),
+        (WANTED, 8, False),
+        (WANTED, smoke.ANY, False),
+    ],
+)
+def test_a_model_is_divided_among_gpus_where_the_image_asks_and_the_machine_has_them(
+    wanted: dict[str, Any], gpus: int, there: bool
+) -> None:
+    names = smoke.available(wanted, gpus)
+    assert names == [*ALL, "tensor-parallel"] if there else names == ALL
+
+
+def test_two_gpus_need_an_engine_that_has_started() -> None:
+    """It says then alone whether it can insist on GPUs alike."""
+    assert smoke.selected(["tensor-parallel"], WITH_TWO, 2) == ["start", "tensor-parallel"]
+
+
+def test_one_gpu_is_what_every_image_is_judged_by() -> None:
+    assert "tensor-parallel" not in smoke.available(WITH_ALL)
+
+
+def test_an_image_that_says_nothing_of_a_check_has_no_such_check() -> None:
     before = {"sleep_levels": [1, 2], "refit": ["disk"]}  # an image.json of an older build
     assert smoke.available(before) == smoke.available(WANTED) == ALL
-    with pytest.raises(Problem, match="no check 'fp8' in this image") as caught:
-        smoke.selected(["fp8"], WANTED)
-    assert caught.value.code == 2
+    for name in ("fp8", "server", "tensor-parallel"):
+        with pytest.raises(Problem, match=f"no check '{name}' in this image") as caught:
+            smoke.selected([name], WANTED, smoke.ANY)
+        assert caught.value.code == 2
 
 
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
         ("generations", "did you mean 'generation'?"),
+        ("multiturn", "did you mean 'multi-turn'?"),
         ("sleep-2", "did you mean 'sleep-1'?"),
-        ("xyz", "known are start, refit, generation, sleep-1, cycle"),
+        (
+            "xyz",
+            "known are start, refit, generation, multi-turn, partial-rollout, sleep-1, cycle",
+        ),
     ],
 )
 def test_an_unknown_check_is_answered_with_the_nearest(name: str, hint: str) -> None:
@@ -79,13 +126,29 @@ def test_an_unknown_check_is_answered_with_the_nearest(name: str, hint: str) -> 
     assert caught.value.sentence == f"--only: no check {name!r} in this image; {hint}"
 
 
+def test_two_processes_on_one_gpu_do_not_speak_nccl() -> None:
+    wanted = ["cuda-ipc", "cuda-ipc-flattened", "nccl", "disk"]
+    assert smoke.transports(wanted, 2) == wanted
+    for gpus in (0, 1):
+        assert smoke.transports(wanted, gpus) == ["cuda-ipc", "cuda-ipc-flattened", "disk"]
+
+
+def test_gpus_are_counted_where_there_is_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)  # an import fails
+    assert smoke.visible_gpus(FACTS) == 0
+    torch = ModuleType("torch")
+    vars(torch)["cuda"] = SimpleNamespace(device_count=lambda: 4)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert smoke.visible_gpus(FACTS | {"cuda": "12.8"}) == 4
+
+
 def test_every_check_has_its_function() -> None:
     assert ["start", *checks.CHECKS] == list(smoke.CHECKS)
 
 
 def test_a_known_fault_is_taken() -> None:
-    assert smoke.fault("flipped-byte") == "flipped-byte"
-    assert smoke.fault(None) is None
+    assert smoke.fault("flipped-byte", WANTED) == "flipped-byte"
+    assert smoke.fault(None, WANTED) is None
 
 
 @pytest.mark.parametrize(
@@ -94,9 +157,25 @@ def test_a_known_fault_is_taken() -> None:
 )
 def test_an_unknown_fault_is_answered_with_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(Problem) as caught:
-        smoke.fault(name)
+        smoke.fault(name, WANTED)
     assert caught.value.code == 2
     assert caught.value.sentence.startswith(f"--inject: no fault {name!r}; {hint}")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "check"),
+    [("deaf-server", WANTED, "server"), ("lost-buffer", ONE_LEVEL, "sleep-2")],
+)
+def test_a_fault_that_no_check_of_the_image_looks_for_is_refused(
+    name: str, wanted: dict[str, Any], check: str
+) -> None:
+    with pytest.raises(Problem) as caught:
+        smoke.fault(name, wanted)
+    assert caught.value.code == 2
+    assert caught.value.sentence == (
+        f"--inject: {name} is found by {check}, which this image has not"
+    )
+    assert smoke.fault(name, WITH_ALL) == name
 
 
 # whether it can be proved here
@@ -155,13 +234,15 @@ class Engine:
 
     def __init__(self, *, ready: bool = False) -> None:
         self.ready = ready
-        self.starts: list[tuple[bool, bool]] = []  # on dummy weights, in fp8
+        self.starts: list[tuple[bool, bool, int, int]] = []  # dummy weights, fp8, level, GPUs
         self.stopped = 0
         self.answer = [Completion((1,), (0.0,))]
 
-    def start(self, _: Path, *, dummy: bool, fp8: bool = False) -> None:
+    def start(
+        self, _: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
+    ) -> None:
         self.ready = True
-        self.starts.append((dummy, fp8))
+        self.starts.append((dummy, fp8, level, gpus))
 
     def generate(self, _: object, __: int) -> list[Completion]:
         if not self.ready:
@@ -182,8 +263,12 @@ class Engine:
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
     """An engine on which every check passes, unless a test replaces one."""
     made = Engine()
-    trial = SimpleNamespace(engine=made, prompts=[[1]], model=tmp_path)
-    monkeypatch.setattr(smoke, "_trial", lambda *_, **__: trial)
+
+    def trial(facts: dict[str, Any], *_: object, **__: object) -> SimpleNamespace:
+        levels = facts["smoke"]["sleep_levels"]
+        return SimpleNamespace(engine=made, prompts=[[1]], model=tmp_path, sleep_levels=levels)
+
+    monkeypatch.setattr(smoke, "_trial", trial)
     for name in checks.CHECKS:
         monkeypatch.setitem(checks.CHECKS, name, lambda _: {"value": 1})
     return made
@@ -264,27 +349,66 @@ def test_dummy_weights_are_for_those_who_refit(
     engine: Engine, tmp_path: Path, only: tuple[str, ...], dummy: bool
 ) -> None:
     proof(tmp_path, *only)
-    assert engine.starts == [(dummy, False)]
+    assert engine.starts == [(dummy, False, 1, 1)]
 
 
-def test_fp8_runs_last_and_only_where_the_image_asks_for_it(engine: Engine, tmp_path: Path) -> None:
-    done = proof(tmp_path, wanted=WITH_FP8)
-    assert [check.name for check in done] == [*ALL, "fp8"]
-    assert engine.starts == [(True, False)], "the check itself is replaced: it started nothing"
+@pytest.mark.parametrize(("levels", "level"), [([1, 2], 1), ([2, 1], 1), ([2], 2)])
+def test_the_first_start_is_for_the_first_level_that_is_asked_for(
+    engine: Engine, tmp_path: Path, levels: list[int], level: int
+) -> None:
+    """An engine that decides at its start whether it keeps its weights is not started twice."""
+    proof(tmp_path, wanted=WANTED | {"sleep_levels": levels})
+    assert engine.starts == [(True, False, level, 1)]
 
 
-def test_fp8_alone_begins_without_a_started_engine(
-    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_fp8_and_the_server_run_last_and_only_where_the_image_asks_for_them(
+    engine: Engine, tmp_path: Path
+) -> None:
+    done = proof(tmp_path, wanted=WITH_ALL)
+    assert [check.name for check in done] == [*ALL, "fp8", "server"]
+    assert len(engine.starts) == 1, "the checks themselves are replaced: they started nothing"
+
+
+@pytest.mark.parametrize("name", ["fp8", "server"])
+def test_a_check_alone_with_its_own_engine_begins_without_a_started_one(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     ready: list[bool] = []
-    monkeypatch.setitem(checks.CHECKS, "fp8", lambda t: ready.append(t.engine.ready) or {})
-    done = proof(tmp_path, "fp8", wanted=WITH_FP8)
-    assert [(check.name, check.status) for check in done] == [("fp8", "passed")]
+
+    def check(trial: Any) -> dict[str, Any]:
+        ready.append(trial.engine.ready)
+        return {}
+
+    monkeypatch.setitem(checks.CHECKS, name, check)
+    done = proof(tmp_path, name, wanted=WITH_ALL)
+    assert [(check.name, check.status) for check in done] == [(name, "passed")]
     assert (ready, engine.starts, engine.stopped) == ([False], [], 1)
 
 
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_machine_with_too_few_gpus_proves_nothing_of_two(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    monkeypatch.setattr(smoke, "visible_gpus", lambda _: gpus)
+    with pytest.raises(Problem) as caught:
+        proof(tmp_path, "refit", "tensor-parallel", wanted=WITH_ALL)
+    assert caught.value.code == 3
+    assert caught.value.sentence == f"tensor-parallel needs 2 GPUs; {gpus} are visible"
+    assert (engine.starts, engine.stopped) == ([], 0)
+
+
+def test_two_gpus_are_proved_last_where_there_are_two(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoke, "visible_gpus", lambda _: 2)
+    done = proof(tmp_path, wanted=WITH_ALL)
+    assert [check.name for check in done] == [*ALL, "fp8", "server", "tensor-parallel"]
+    assert engine.starts == [(True, False, 1, 1)]
+
+
 @pytest.mark.parametrize(
-    ("only", "dummy"), [((), True), (("generation",), False), (("fp8",), True)]
+    ("only", "dummy"),
+    [((), True), (("generation",), False), (("fp8",), True), (("server", "fp8"), True)],
 )
 @pytest.mark.usefixtures("engine")
 def test_weights_are_written_for_an_engine_that_reads_them(
@@ -293,12 +417,12 @@ def test_weights_are_written_for_an_engine_that_reads_them(
     asked: list[bool] = []
     trial = smoke._trial
 
-    def remembers(*arguments: Any, dummy: bool) -> Any:
+    def remembers(*arguments: Any, dummy: bool, gpus: int) -> Any:
         asked.append(dummy)
-        return trial(*arguments, dummy=dummy)
+        return trial(*arguments, dummy=dummy, gpus=gpus)
 
     monkeypatch.setattr(smoke, "_trial", remembers)
-    proof(tmp_path, *only, wanted=WITH_FP8)
+    proof(tmp_path, *only, wanted=WITH_ALL)
     assert asked == [dummy]
 
 
@@ -327,11 +451,11 @@ def test_the_probes_folder_does_not_outlive_the_run(monkeypatch: pytest.MonkeyPa
     trial = smoke._trial
 
     def remembers(
-        facts: dict[str, Any], options: smoke.Options, folder: Path, *, dummy: bool
+        facts: dict[str, Any], options: smoke.Options, folder: Path, *, dummy: bool, gpus: int
     ) -> Any:
         assert folder.is_dir()
         folders.append(folder)
-        return trial(facts, options, folder, dummy=dummy)
+        return trial(facts, options, folder, dummy=dummy, gpus=gpus)
 
     monkeypatch.setattr(smoke, "_trial", remembers)
     smoke.proof(FACTS, smoke.Options(), lambda _: None)
@@ -347,7 +471,7 @@ def test_an_engine_on_dummy_weights_gets_a_model_without_weights(
 ) -> None:
     threads = torch.get_num_threads()
     try:
-        trial = smoke._trial(FACTS, smoke.Options(), tmp_path, dummy=dummy)
+        trial = smoke._trial(FACTS, smoke.Options(), tmp_path, dummy=dummy, gpus=0)
     finally:
         torch.set_num_threads(threads)
     written = {path.name for path in tmp_path.iterdir()}
@@ -355,3 +479,4 @@ def test_an_engine_on_dummy_weights_gets_a_model_without_weights(
     assert ("model.safetensors" in written) is not dummy
     assert trial.weights, "the trainer has them, whether or not the engine reads any"
     assert (trial.device, trial.calm) == ("cpu", smoke.CALM)
+    assert (trial.transports, trial.sleep_levels) == (["shared-memory"], [1, 2])

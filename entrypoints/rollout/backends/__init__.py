@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,10 +21,15 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine answers: greedy tokens and the natural log-probability of each."""
+    """What an engine answers: greedy tokens and the natural log-probability of each.
+
+    ``cached`` is how many tokens of the prompt it says it took from its prefix cache. Two answers
+    are the same whatever it took.
+    """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
+    cached: int = field(default=0, compare=False)
 
 
 class Engine(Protocol):
@@ -32,15 +37,33 @@ class Engine(Protocol):
 
     device: str  # what it runs on, as a person would name it
     transports: tuple[str, ...]  # how weights reach it in a refit, as the catalog names them
+    levels: tuple[int, ...]  # of sleep, that it can go to as it was started
+    cache_block: int  # tokens: its prefix cache shares whole blocks of so many
+    mlp_bias: bool  # whether its Llama has the biases of the MLP; one without overlooks them
+    witness: bool  # whether it has a weights checker of its own (remember, unchanged)
+    # Variables with which it refuses GPUs whose free memory differs; empty where it never does.
+    insisting: Mapping[str, str]
 
-    def start(self, model: Path, *, dummy: bool, fp8: bool = False) -> None:
+    def start(
+        self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
+    ) -> None:
         """Start on a model folder; with ``dummy`` on whatever an initialisation leaves.
 
         With ``fp8`` the engine holds its linear layers in 8 bits, and a refit sends bfloat16.
+        ``level`` is how deep it will be asked to sleep: some have to know before they take memory.
+        ``gpus`` is how many it divides each tensor among, the first that are visible.
         """
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
         """Continue all prompts (token ids) in one batch by ``tokens`` greedy tokens."""
+
+    def interrupt(
+        self, prompts: Sequence[Sequence[int]], tokens: int, after: int
+    ) -> list[Completion]:
+        """Like :meth:`generate`, but stopped once every prompt has ``after`` tokens.
+
+        Returns what there is of each answer then, and leaves nothing running.
+        """
 
     def sleep(self, level: int) -> None:
         """Give memory back: level 1 keeps a copy of the weights elsewhere, level 2 does not."""
@@ -48,14 +71,23 @@ class Engine(Protocol):
     def wake(self, tags: Sequence[str]) -> None:
         """Take memory again for ``weights``, ``kv_cache`` or both."""
 
-    def refit(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Replace weights, given by their Hugging Face names; returns the bytes moved."""
+    def refit(self, tensors: Iterable[tuple[str, torch.Tensor]], transport: str = "") -> int:
+        """Replace weights, given by their Hugging Face names; returns the bytes moved.
+
+        By one of ``transports``; by the first where none is named.
+        """
 
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of prompts seen: they belong to the weights of their time."""
 
     def digests(self) -> dict[str, str]:
         """sha256 of the bytes that the engine holds for each weight, by Hugging Face name."""
+
+    def remember(self) -> None:
+        """Have the engine's own weights checker take note of what it holds."""
+
+    def unchanged(self) -> bool:
+        """Whether the engine's own checker finds what it took note of."""
 
     def held(self) -> int:
         """Bytes that the engine holds for weights and KV cache while awake, by its own account."""
@@ -70,8 +102,11 @@ class Engine(Protocol):
         """End the engine and leave nothing behind; harmless when called twice."""
 
 
-def create(backend: str) -> Engine:
-    """The engine of a backend: module ``rollout.backends.<backend>``, class ``Engine``."""
+def create(backend: str, *, served: bool = False) -> Engine:
+    """The engine of a backend: module ``rollout.backends.<backend>``, class ``Engine``.
+
+    With ``served`` class ``Server``: the engine's own HTTP server, driven from outside.
+    """
     module = importlib.import_module(f"rollout.backends.{backend.replace('-', '_')}")
-    engine: Engine = module.Engine()
+    engine: Engine = module.Server() if served else module.Engine()
     return engine

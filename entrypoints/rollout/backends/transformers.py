@@ -17,9 +17,10 @@ import platform
 import signal
 import tempfile
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError
@@ -40,6 +41,11 @@ class Engine:
     """The trainer's side of the reference engine (see :class:`rollout.backends.Engine`)."""
 
     transports: tuple[str, ...] = ("shared-memory",)
+    levels: tuple[int, ...] = (1, 2)
+    cache_block = BLOCK_TOKENS
+    mlp_bias = True
+    witness = True
+    insisting: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self) -> None:
         self.device = f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
@@ -47,9 +53,11 @@ class Engine:
         self._connection: Connection | None = None
         self._held = 0
 
-    def start(self, model: Path, *, dummy: bool, fp8: bool = False) -> None:
-        if fp8:
-            raise EngineError("the reference engine has no weights in fp8")
+    def start(
+        self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
+    ) -> None:
+        if fp8 or gpus > 1:
+            raise EngineError("the reference engine has no weights in fp8 and no GPUs")
         # spawn: a fork would share the parent's memory, and then neither side's could be counted.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
@@ -78,7 +86,16 @@ class Engine:
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
         found = self._call("generate", [list(p) for p in prompts], tokens)
-        return [Completion(*pair) for pair in found]
+        return [Completion(*answer) for answer in found]
+
+    def interrupt(
+        self, prompts: Sequence[Sequence[int]], tokens: int, after: int
+    ) -> list[Completion]:
+        # The engine tells every token of its batch, and goes on when it is told to.
+        found = self._call("interrupt", [list(p) for p in prompts], tokens)
+        while isinstance(found, int):
+            found = self._call("go on" if found < after else "stop here")
+        return [Completion(*answer) for answer in found]
 
     def sleep(self, level: int) -> None:
         self._call("sleep", level)
@@ -86,7 +103,7 @@ class Engine:
     def wake(self, tags: Sequence[str]) -> None:
         self._call("wake", tuple(tags))
 
-    def refit(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+    def refit(self, tensors: Iterable[tuple[str, torch.Tensor]], transport: str = "") -> int:
         if self._connection is None:
             raise EngineError("the engine is not started")
         try:
@@ -103,6 +120,12 @@ class Engine:
     def digests(self) -> dict[str, str]:
         found: dict[str, str] = self._call("digests")
         return found
+
+    def remember(self) -> None:
+        self._call("remember")
+
+    def unchanged(self) -> bool:
+        return bool(self._call("unchanged"))
 
     def held(self) -> int:
         return self._held
@@ -211,6 +234,7 @@ class Worker:
         self.backup: IO[bytes] | None = None
         self.saved: dict[str, torch.Tensor] = {}
         self.asleep: set[str] = set()
+        self.noted: dict[str, str] = {}
         self.faults: set[str] = set()
         self.leaks: list[bytearray] = []
 
@@ -219,21 +243,43 @@ class Worker:
 
     # Generation: prefill one by one through the prefix cache, then decode all together.
 
-    def generate(self, prompts: list[list[int]], tokens: int) -> list[tuple[Any, Any]]:
+    def generate(
+        self,
+        prompts: list[list[int]],
+        tokens: int,
+        enough: Callable[[int], bool] = lambda _: False,
+    ) -> list[tuple[Any, Any, int]]:
+        """Tokens, log-probabilities and cached tokens of the prompt, for each prompt.
+
+        ``enough`` is asked after every token, with how many there are; True ends all answers.
+        """
         import torch
 
         if self.asleep:
             raise EngineError(f"asleep: {', '.join(sorted(self.asleep))} not woken")
         with torch.inference_mode():
-            caches, rows = [], []
+            caches, rows, cached = [], [], []
             for prompt in prompts:
-                cache, logits = self._prefill(prompt)
+                cache, logits, known = self._prefill(prompt)
                 caches.append(cache)
                 rows.append(logits)
-            return self._decode(caches, torch.stack(rows), tokens)
+                cached.append(known)
+            found = self._decode(prompts, caches, torch.stack(rows), tokens, enough)
+        return [(*answer, known) for answer, known in zip(found, cached, strict=True)]
 
-    def _prefill(self, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values (layer, 2, head, token, dim) and the last logits of one prompt."""
+    def interrupt(
+        self, prompts: list[list[int]], tokens: int, connection: Connection
+    ) -> list[tuple[Any, Any, int]]:
+        """Generate, and tell the other side of every token; it says whether to go on."""
+
+        def told(count: int) -> bool:
+            connection.send(count)
+            return bool(connection.recv()[0] == "stop here")
+
+        return self.generate(prompts, tokens, told)
+
+    def _prefill(self, prompt: list[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Keys and values (layer, 2, head, token, dim), last logits, and tokens from the cache."""
         import torch
         from transformers import DynamicCache
 
@@ -254,9 +300,13 @@ class Worker:
             input_ids=torch.tensor([prompt[start:]]), past_key_values=cache, use_cache=True
         )
         state = torch.stack([torch.stack([la.keys[0], la.values[0]]) for la in cache.layers])
-        for end in ends:
-            self._remember(tuple(prompt[:end]), state[:, :, :, end - BLOCK_TOKENS : end])
-        return state, output.logits[0, -1]
+        self._remember_all(prompt, state)
+        return state, output.logits[0, -1], start
+
+    def _remember_all(self, tokens: list[int], state: torch.Tensor) -> None:
+        """Keep the whole blocks of what was computed (layer, 2, head, token, dim)."""
+        for end in range(BLOCK_TOKENS, state.shape[3] + 1, BLOCK_TOKENS):
+            self._remember(tuple(tokens[:end]), state[:, :, :, end - BLOCK_TOKENS : end])
 
     def _remember(self, prefix: tuple[int, ...], state: torch.Tensor) -> None:
         if prefix in self.cached:
@@ -270,7 +320,12 @@ class Worker:
         self.cached[prefix] = block
 
     def _decode(
-        self, states: list[torch.Tensor], logits: torch.Tensor, tokens: int
+        self,
+        prompts: list[list[int]],
+        states: list[torch.Tensor],
+        logits: torch.Tensor,
+        tokens: int,
+        enough: Callable[[int], bool],
     ) -> list[tuple[Any, Any]]:
         import torch
         from transformers import DynamicCache
@@ -291,7 +346,7 @@ class Worker:
             best = logprobs.argmax(dim=-1, keepdim=True)
             chosen.append(best)
             scores.append(logprobs.gather(-1, best))
-            if step + 1 == tokens:
+            if enough(step + 1) or step + 1 == tokens:
                 break
             logits = self.model(
                 input_ids=best,
@@ -301,6 +356,10 @@ class Worker:
                 use_cache=True,
             ).logits[:, -1]
         ids, values = torch.cat(chosen, dim=1).tolist(), torch.cat(scores, dim=1).tolist()
+        # The next turn of a conversation begins with this answer. Its last token was not computed.
+        held = torch.stack([torch.stack([la.keys, la.values]) for la in cache.layers])
+        for row, (prompt, chosen_ids) in enumerate(zip(prompts, ids, strict=True)):
+            self._remember_all(prompt + chosen_ids, held[:, :, row, :, longest - len(prompt) :])
         return [(tuple(i), tuple(v)) for i, v in zip(ids, values, strict=True)]
 
     # Sleep and wake.
@@ -364,6 +423,12 @@ class Worker:
             for name, tensor in self.model.named_parameters()
         }
 
+    def remember(self) -> None:
+        self.noted = self.digests()
+
+    def unchanged(self) -> bool:
+        return self.digests() == self.noted
+
     def inject(self, fault: str) -> None:
         self.faults.add(fault)
 
@@ -383,11 +448,10 @@ def _serve(connection: Connection, model: str, dummy: bool, parent: int) -> None
             if method == "stop":
                 break
             try:
-                if method == "refit":
-                    worker.refit(connection)
-                    result = None
-                else:
-                    result = getattr(worker, method)(*arguments)
+                call = getattr(worker, method)
+                if method in ("refit", "interrupt"):  # these talk while they work
+                    arguments = (*arguments, connection)
+                result: object = call(*arguments)
             except Exception as error:
                 result = EngineError(f"{error}")
                 if not isinstance(error, EngineError):

@@ -7,16 +7,20 @@ What differs between vLLM versions is data here (:func:`arguments`) or lies in t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import queue
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError
+from rollout.backends.served import LOG, flags, interrupted, log_file
+from rollout.backends.served import Server as Http
 from rollout.problem import Problem
 from rollout.transport import TransportError
 
@@ -67,6 +71,11 @@ class Engine:
     """The trainer's side of vLLM (see :class:`rollout.backends.Engine`)."""
 
     transports: tuple[str, ...] = ("cuda-ipc",)
+    levels: tuple[int, ...] = (1, 2)  # whatever it was started for
+    cache_block = 16
+    mlp_bias = True
+    witness = False
+    insisting: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self) -> None:
         import torch
@@ -85,9 +94,15 @@ class Engine:
         self._held = 0
         self._level = 0
         self._fault = ""
+        self._numbers = itertools.count()
 
-    def start(self, model: Path, *, dummy: bool, fp8: bool = False) -> None:
+    def start(
+        self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
+    ) -> None:
         import torch
+
+        if gpus > 1:
+            raise EngineError("this backend starts vLLM on one GPU only")
 
         # The terminal is the proof's table; vLLM's and torch's own lines are for whoever asks.
         for name in ("VLLM_LOGGING_LEVEL", "TORCH_CPP_LOG_LEVEL"):
@@ -99,10 +114,14 @@ class Engine:
             self._llm = LLM(**arguments(model, total, dummy=dummy, fp8=fp8))
         except Exception as error:
             raise EngineError(f"vLLM did not start: {error}") from error
+        self._follow()
+
+    def _follow(self) -> None:
+        """Begin to make calls, one after another, and learn of the engine's process."""
         self._calls = queue.SimpleQueue()
         threading.Thread(target=_work, args=(self._calls,), daemon=True).start()
-        self._process = self._rpc("smoke_follow")
-        self._held = self._rpc("smoke_held")
+        self._process = int(self._rpc("smoke_follow"))
+        self._held = int(self._rpc("smoke_held"))
 
     def _submit(self, call: Callable[[], Any]) -> queue.SimpleQueue[Any]:
         if self._llm is None:
@@ -144,19 +163,35 @@ class Engine:
             raise EngineError("the engine is not started")
         from vllm import SamplingParams
 
-        parameters = SamplingParams(
-            temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False
-        )
+        parameters = SamplingParams(**greedy(tokens))
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         outputs = self._call(lambda: self._llm.generate(asked, parameters, use_tqdm=False))
-        found = []
-        for output in outputs:
-            first = output.outputs[0]
-            ids = tuple(first.token_ids)
-            logprobs = (
-                step[token].logprob for step, token in zip(first.logprobs, ids, strict=True)
-            )
-            found.append(Completion(ids, tuple(logprobs)))
+        return [completion(output) for output in outputs]
+
+    def interrupt(
+        self, prompts: Sequence[Sequence[int]], tokens: int, after: int
+    ) -> list[Completion]:
+        if self._llm is None:
+            raise EngineError("the engine is not started")
+        from vllm import SamplingParams
+
+        def run() -> list[Completion]:
+            engine = self._llm.llm_engine
+            names = [f"interrupted-{next(self._numbers)}" for _ in prompts]
+            for name, prompt in zip(names, prompts, strict=True):
+                asked = {"prompt_token_ids": list(prompt)}
+                engine.add_request(name, asked, SamplingParams(**greedy(tokens)))
+            latest: dict[str, Completion] = {}
+            while engine.has_unfinished_requests():
+                latest |= {output.request_id: completion(output) for output in engine.step()}
+                if len(latest) == len(names) and all(
+                    len(answer.tokens) >= after for answer in latest.values()
+                ):
+                    engine.abort_request(names)
+                    break
+            return [latest[name] for name in names]
+
+        found: list[Completion] = self._call(run)
         return found
 
     def sleep(self, level: int) -> None:
@@ -170,7 +205,7 @@ class Engine:
         if KV_CACHE in tags and self._fault == "leak-per-cycle":
             self._rpc("smoke_leak")
 
-    def refit(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+    def refit(self, tensors: Iterable[tuple[str, torch.Tensor]], transport: str = "") -> int:
         from rollout.cuda_ipc import send
 
         with tempfile.TemporaryDirectory(prefix="rollout-refit-") as folder:
@@ -204,6 +239,12 @@ class Engine:
         found: dict[str, str] = self._rpc("smoke_digests")
         return found
 
+    def remember(self) -> None:
+        raise EngineError("vLLM 0.12 has no weights checker of its own")
+
+    def unchanged(self) -> bool:
+        raise EngineError("vLLM 0.12 has no weights checker of its own")
+
     def held(self) -> int:
         return self._held
 
@@ -227,10 +268,30 @@ class Engine:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process, 9)
         self._process = 0
-        # Interrupted while it starts, vLLM gives nothing to shut down, and its process holds the GPU.
+        # Interrupted while it starts, vLLM gives nothing to shut down, and its process holds the
+        # GPU.
         for child in multiprocessing.active_children():
             child.kill()
             child.join()
+
+
+def greedy(tokens: int) -> dict[str, Any]:
+    """Sampling parameters of so many likeliest tokens."""
+    return {
+        "temperature": 0.0,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "logprobs": 0,  # of the token taken alone
+        "detokenize": False,
+    }
+
+
+def completion(output: Any) -> Completion:
+    """One of vLLM's answers, finished or not."""
+    first = output.outputs[0]
+    ids = tuple(first.token_ids)
+    values = tuple(step[token].logprob for step, token in zip(first.logprobs, ids, strict=True))
+    return Completion(ids, values, output.num_cached_tokens or 0)
 
 
 def _work(calls: queue.SimpleQueue[Any]) -> None:
@@ -250,3 +311,104 @@ def _running(process: int) -> bool:
     except OSError:
         return False
     return state.split()[0] != "Z"
+
+
+class Remote:
+    """vLLM's server, with the methods of its ``LLM`` that a trainer calls."""
+
+    def __init__(self, server: Http) -> None:
+        self.server = server
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> Any:
+        """Answers that are no list or dict come as text."""
+        asked = {"method": method, "args": list(args)}
+        return self.server.call("/collective_rpc", asked)["results"]
+
+    def sleep(self, level: int) -> None:
+        self.server.call(f"/sleep?level={level}", {})
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        self.server.call("/wake_up?" + "&".join(f"tags={tag}" for tag in tags), {})
+
+    def reset_prefix_cache(self) -> None:
+        self.server.call("/reset_prefix_cache", {})
+
+
+class Server(Engine):
+    """vLLM's own server, driven over HTTP; it offers sleep and refit in its development mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._server: Http | None = None
+        self._log = Path()
+
+    def start(
+        self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
+    ) -> None:
+        import torch
+
+        total = torch.cuda.mem_get_info(self._device)[1]
+        options = arguments(model, total, dummy=dummy, fp8=False)
+        # Its OpenAI endpoint puts token ids into words even where nobody asks for words.
+        del options["model"], options["skip_tokenizer_init"]
+        self._log = log_file()
+        variables = {"VLLM_SERVER_DEV_MODE": "1"}
+        try:
+            self._server = Http([str(model), *flags(options)], self._log, variables)
+            self._server.wait("/health")
+            self._llm = Remote(self._server)
+            self._follow()
+        except (EngineError, OSError) as error:
+            self.stop()
+            raise EngineError(f"vLLM's server did not start: {error}") from None
+
+    def _asked(self, prompt: object, tokens: int) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
+
+    def _http(self) -> Http:
+        if self._server is None:
+            raise EngineError("the engine is not started")
+        return self._server
+
+    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
+        asked = self._asked([list(prompt) for prompt in prompts], tokens)
+        choices = self._http().call("/v1/completions", asked)["choices"]
+        return [chosen(choice) for choice in sorted(choices, key=lambda c: int(c["index"]))]
+
+    def interrupt(
+        self, prompts: Sequence[Sequence[int]], tokens: int, after: int
+    ) -> list[Completion]:
+        server, over = self._http(), threading.Event()
+
+        def stream(prompt: Sequence[int]) -> Iterator[Completion]:
+            asked = self._asked(list(prompt), tokens) | {"stream": True}
+            whole = Completion((), ())
+            for event in server.events("/v1/completions", asked):
+                part = chosen(event["choices"][0])
+                whole = Completion(whole.tokens + part.tokens, whole.logprobs + part.logprobs)
+                yield whole
+                if over.is_set():
+                    return  # and hang up, at which vLLM ends the request
+
+        return interrupted([stream(prompt) for prompt in prompts], after, over.set)
+
+    def stop(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.stop()
+        if LOG not in os.environ and self._log.is_file():
+            self._log.unlink()
+        super().stop()
+
+
+def chosen(choice: Mapping[str, Any]) -> Completion:
+    """One of the answers of an OpenAI completion, or a part of it."""
+    logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or []
+    return Completion(tuple(choice.get("token_ids") or ()), tuple(logprobs))

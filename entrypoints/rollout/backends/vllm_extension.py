@@ -11,10 +11,10 @@ copied into the old ones, whose addresses CUDA graphs have recorded.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+
+from rollout import placement
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 BLOCK = 128  # rows and columns that share a scale; verl's weight_block_size
 LEAK_BYTES = 256 << 20
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
-_HASHERS = 8  # more wait for memory
 
 
 class Extension:
@@ -58,7 +57,7 @@ class Extension:
 
         model = self.model_runner.get_model()
         quantised = {n: m for n, m in model.named_modules() if _is_fp8(m)}
-        targets = {name: place[0] for name, place in _places(model).items()}
+        targets = {name: place[0] for name, place in placement.places(model).items()}
         old = {name: dict(module.named_parameters()) for name, module in quantised.items()}
         for module in quantised.values():
             _make_loadable(module, self.device)
@@ -91,18 +90,7 @@ class Extension:
 
     def smoke_digests(self) -> dict[str, str]:
         """sha256 of each weight's bytes by its Hugging Face name; packed ones are taken apart."""
-        model = self.model_runner.get_model()
-        parameters = dict(model.named_parameters())
-
-        def digest(item: tuple[str, tuple[str, int, int]]) -> tuple[str, str]:
-            from rollout.transport import as_bytes
-
-            name, (packed, start, stop) = item
-            data = as_bytes(parameters[packed].data[start:stop].cpu())
-            return name, hashlib.sha256(memoryview(data.numpy())).hexdigest()
-
-        with ThreadPoolExecutor(min(_HASHERS, len(os.sched_getaffinity(0)))) as pool:
-            return dict(pool.map(digest, _places(model).items()))
+        return placement.digests(self.model_runner.get_model())
 
     def smoke_leak(self) -> None:
         """A fault: keep some memory outside the pool."""
@@ -115,27 +103,6 @@ class Extension:
         """A fault: buffers as new memory has them, had vLLM not saved them before sleeping."""
         for buffer in self.model_runner.get_model().buffers():
             buffer.zero_()
-
-
-def _places(model: Any) -> dict[str, tuple[str, int, int]]:
-    """Where each Hugging Face tensor lies: parameter, and from which row to which of it."""
-    packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    modules = dict(model.named_modules())
-    found: dict[str, tuple[str, int, int]] = {}
-    for name, parameter in model.named_parameters():
-        path, _, attribute = name.rpartition(".")
-        parent, _, leaf = path.rpartition(".")
-        module = modules[path]
-        rows = parameter.shape[0] if parameter.dim() else 0
-        if leaf in packed:
-            start = 0
-            for part, size in zip(packed[leaf], module.output_sizes, strict=True):
-                found[f"{parent}.{part}.{attribute}"] = (name, start, start + size)
-                start += size
-        else:
-            # Vocabularies are padded to whole tiles.
-            found[name] = (name, 0, min(rows, getattr(module, "org_vocab_size", rows)))
-    return found
 
 
 def _is_fp8(module: Any) -> bool:

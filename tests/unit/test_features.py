@@ -1,0 +1,338 @@
+"""The table of features says what reports show, and no more; the numbers fit every engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from images import build, catalog, docs, features, host, layers, prove
+from images.catalog import Image, Smoke
+from images.contents import Summary
+from images.features import NOT_CLAIMED, NOT_SHOWN, STALE, Kept
+from rollout.faults import FAULTS
+
+from ..conftest import Checkout
+
+EVERYTHING = Smoke(
+    sleep_levels=(1, 2),
+    refit=("cuda-ipc", "cuda-ipc-flattened", "nccl", "disk"),
+    fp8=True,
+    server=True,
+    tensor_parallel=2,
+)
+LITTLE = Smoke(sleep_levels=(2,), refit=("cuda-ipc",))
+
+CHECKS: dict[str, dict[str, Any]] = {
+    "files": {},
+    "start": {"start_seconds": 20.0},
+    "refit": {
+        "tensors": 35,
+        "gb_per_s": 80.0,
+        "copy_gb_per_s": 1900.0,
+        "witness": "the engine's own checker",
+        "cuda_ipc_flattened_gb_per_s": 160.4,
+        "nccl_gb_per_s": 9.87,
+        "disk_gb_per_s": 0.512,
+    },
+    "generation": {"divergence": 1.0116, "control_divergence": 215.6},
+    "multi-turn": {"turns": 3, "reused_tokens": 150, "of_tokens": 150},
+    "partial-rollout": {"equal": 6, "kept_tokens": [16, 17, 16, 16, 18, 16, 16, 16]},
+    "sleep-1": {
+        "freed_fraction": 1.0,
+        "held_bytes": 6_200_000_000,
+        "cycles": 4,
+        "growth_bytes": 0,
+        "sleep_gb_per_s": 43.0,
+        "first_sleep_seconds": 0.6,
+        "sleep_seconds": 0.04,
+        "wake_gb_per_s": 38.0,
+        "to_host_gb_per_s": 55.0,
+        "from_host_gb_per_s": 55.4,
+    },
+    "sleep-2": {"freed_fraction": 0.9912, "held_bytes": 6_200_000_000, "sleep_seconds": 0.012},
+    "cycle": {"turn_seconds": 0.044},
+    "fp8": {"start_seconds": 16.0, "divergence": 1.0269, "stranger_divergence": 3.77},
+    "server": {
+        "start_seconds": 30.0,
+        "refit_gb_per_s": 12.5,
+        "kept_tokens": [16] * 8,
+        "other_divergence": 1.0123,
+        "stranger_divergence": 4.2,
+    },
+    "tensor-parallel": {
+        "gpus": 2,
+        "free_bytes": [140_000_000_000, 98_000_000_000],
+        "start_seconds": 25.0,
+        "divergence": 1.0131,
+        "refused": True,
+    },
+}
+
+
+def report(*names: str) -> dict[str, Any]:
+    """A report with these checks passed, ten seconds each."""
+    checks = [
+        {"name": n, "status": "passed", "seconds": 10.0, "metrics": CHECKS[n]}
+        for n in names or CHECKS
+    ]
+    return {"checks": checks, "seconds": 200.0}
+
+
+def column(smoke: Smoke, kept: Kept | None) -> dict[str, str]:
+    """The cells of one image by the names of the features."""
+    return {f.name: features.cell(f, smoke, kept) for f in features.FEATURES}
+
+
+def of(data: dict[str, Any], *, current: bool = True) -> Kept:
+    return Kept("proofs/x.json", data, current)
+
+
+def test_a_cell_is_what_the_report_shows_with_its_telling_number() -> None:
+    assert column(EVERYTHING, of(report())) == {
+        "sleep, weights kept (level 1)": "100.0% of 6.20 GB freed",
+        "sleep, weights dropped (level 2)": "99.1% of 6.20 GB freed",
+        "refit through shared memory": NOT_CLAIMED,
+        "refit over CUDA IPC": "80 GB/s",
+        "… in flattened buckets": "160 GB/s",
+        "refit by NCCL, from another GPU": "9.87 GB/s",
+        "refit from disk": "0.512 GB/s",
+        "weights in fp8, refitted from bf16": "1.0269 ≤ 1.08",
+        "prefix reuse over turns with a tool call": "150 of 150 tokens",
+        "partial rollout, continued": "6 of 8 equal, the others part at a tie",
+        "new weights in the middle of rollouts, over HTTP": "8 rollouts: 1.0123 ≤ 1.043",
+        "second witness of a refit": "the engine's own checker agrees on 35 tensors",
+        "two GPUs with unequal free memory": (
+            "140 and 98 GB free: 1.0131 ≤ 1.043; refused when told to insist"
+        ),
+    }
+
+
+def test_without_a_report_what_is_promised_is_not_shown_and_the_rest_is_not_claimed() -> None:
+    found = column(EVERYTHING, None)
+    unclaimed = {name for name, cell in found.items() if cell == NOT_CLAIMED}
+    # Whether an engine has a checker of its own, its report alone says.
+    assert unclaimed == {"refit through shared memory", "second witness of a refit"}
+    assert set(found.values()) == {NOT_SHOWN, NOT_CLAIMED}
+    little = column(LITTLE, None)
+    assert {name for name, cell in little.items() if cell == NOT_SHOWN} == {
+        "sleep, weights dropped (level 2)",
+        "refit over CUDA IPC",
+        "prefix reuse over turns with a tool call",
+        "partial rollout, continued",
+    }
+
+
+def test_a_stale_report_shows_nothing_and_is_called_stale() -> None:
+    found = column(EVERYTHING, of(report("refit", "sleep-1"), current=False))
+    assert {name for name, cell in found.items() if cell == STALE} == {
+        "sleep, weights kept (level 1)",
+        "refit over CUDA IPC",
+        "… in flattened buckets",
+        "refit by NCCL, from another GPU",
+        "refit from disk",
+        "second witness of a refit",
+    }
+    # What it never had is not stale.
+    assert found["prefix reuse over turns with a tool call"] == NOT_SHOWN
+    assert not [cell for cell in found.values() if "GB" in cell]
+
+
+def test_a_check_that_did_not_pass_shows_nothing() -> None:
+    data = report("multi-turn")
+    data["checks"][0]["status"] = "unproved"
+    assert column(EVERYTHING, of(data))["prefix reuse over turns with a tool call"] == NOT_SHOWN
+
+
+def test_a_transport_that_one_gpu_cannot_show_is_not_shown() -> None:
+    data = report("refit")
+    less = {k: v for k, v in CHECKS["refit"].items() if k != "nccl_gb_per_s"}
+    data["checks"][0]["metrics"] = less
+    found = column(EVERYTHING, of(data))
+    assert found["refit by NCCL, from another GPU"] == NOT_SHOWN
+    assert found["refit from disk"] == "0.512 GB/s"
+
+
+def test_the_first_transport_of_an_image_has_the_metric_without_a_name() -> None:
+    cpu = Smoke(sleep_levels=(1, 2), refit=("shared-memory",))
+    assert features.rate_key("shared-memory", cpu) == "gb_per_s"
+    assert features.rate_key("disk", EVERYTHING) == "disk_gb_per_s"
+    assert column(cpu, of(report("refit")))["refit through shared memory"] == "80 GB/s"
+
+
+def test_rollouts_that_are_all_equal_part_nowhere() -> None:
+    found = {"equal": 8, "kept_tokens": [16] * 8}
+    assert features.continued(found, EVERYTHING) == "8 of 8 equal"
+
+
+def test_an_engine_that_insists_on_nothing_has_refused_nothing() -> None:
+    found = {k: v for k, v in CHECKS["tensor-parallel"].items() if k != "refused"}
+    assert features.two_gpus(found, EVERYTHING) == "140 and 98 GB free: 1.0131 ≤ 1.043"
+
+
+def test_the_table_has_a_column_for_each_image(checkout: Checkout) -> None:
+    smoke = '{ sleep-levels = [2], refit = ["cuda-ipc", "disk"], server = true }'
+    bare = checkout.image()
+    other = checkout.image({"smoke": smoke}, tag="other")
+    lines = features.table([(bare, None), (other, of(report("sleep-2")))]).splitlines()
+    assert lines[0] == "| | vllm-0.12 | [other](proofs/x.json) |"
+    assert len(lines) == 2 + len(features.FEATURES)
+    assert {line.count("|") for line in lines} == {4}
+    assert "| sleep, weights kept (level 1) | not shown | — |" in lines
+    assert "| sleep, weights dropped (level 2) | not shown | 99.1% of 6.20 GB freed |" in lines
+    assert "| refit from disk | — | not shown |" in lines
+
+
+def test_without_an_image_there_is_a_table_all_the_same() -> None:
+    assert len(features.table([]).splitlines()) == 2 + len(features.FEATURES)
+
+
+# kept reports of an image
+
+
+@pytest.fixture
+def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
+    """An image of level 2 alone, on a GPU, with a kept report of its layers."""
+    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    smoke = '{ sleep-levels = [2], refit = ["cuda-ipc", "disk"], server = true }'
+    found = checkout.image({"smoke": smoke}, tag="sglang-x")
+    names = [name for name in CHECKS if name not in ("sleep-1", "fp8")]
+    data = report(*names) | {
+        "lock_sha256": host.sha256(found.lock),
+        "layers": ["sha256:a"],
+        "verdict": "proved",
+        "device": "a GPU",
+        "driver": "580.1",
+        "started": "2026-01-02T03:04:05Z",
+    }
+    host.write(prove.kept(found), json.dumps(data))
+    nothing = Summary({}, "owner", "mtime", "xattr", "order")
+    built = (layers.Layer("base", "sha256:a", 2, 1, nothing),)
+    record = layers.Record(build.inputs(found), "buildah 1.28.2", "0123", "sha256:m", built)
+    layers.write(found, record)
+    return found
+
+
+def test_a_kept_report_is_of_today_until_the_inputs_change(image: Image) -> None:
+    found = docs.kept(image)
+    assert found is not None
+    assert found.current
+    assert found.where == "images/proofs/verl-rollout/sglang-x.json"
+    image.dockerfile.write_text("FROM scratch\n")
+    aged = docs.kept(image)
+    assert aged is not None
+    assert not aged.current
+    assert "| refit from disk | stale |" in features.table([(image, aged)])
+
+
+def test_an_image_without_a_report_or_a_record_keeps_nothing(image: Image) -> None:
+    layers.path(image).unlink()
+    found = docs.kept(image)
+    assert found is not None
+    assert not found.current
+    prove.kept(image).unlink()
+    assert docs.kept(image) is None
+    assert docs.standing(image) == "not proved yet"
+
+
+def test_the_readme_has_the_table_between_its_markers(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "DEFAULT", image.reference)
+    monkeypatch.setattr(docs, "printed", lambda _: "printed last")
+    names = ("printed", "images", "features", "faults", "measured", "gpu", "layers")
+    begins = {name: f"<!-- {name}: generated by 'nox -s docs' -->\n" for name in names}
+    text = docs.fresh("".join(f"{b}old\n<!-- /{n} -->\n" for n, b in begins.items()), [image])
+    found = text.partition(begins["features"])[2].partition("\n<!-- /features -->")[0]
+    assert found == features.table([(image, docs.kept(image))])
+    assert "| refit from disk | 0.512 GB/s |" in found
+
+
+# the numbers of a GPU
+
+
+def rows(*names: str) -> dict[str, tuple[str, str]]:
+    return {what: (value, beside) for what, value, beside in docs.gpu_rows(report(*names))}
+
+
+def test_every_engine_start_that_is_timed_is_counted() -> None:
+    # 20 + 16 + 30 + 25 of 200 s, 10 of which verify's one check took.
+    whole = rows()["the whole smoke test: engine starts, and the rest"]
+    assert whole[0] == "91.0 s + 99.0 s"
+
+
+def test_an_image_of_level_2_alone_has_the_numbers_of_that() -> None:
+    found = rows(*[name for name in CHECKS if name != "sleep-1"])
+    assert not [what for what in found if "sleep 1" in what or "cycles" in what]
+    assert found["sleep 2 frees, of weights and KV cache"] == (
+        "99.1% of 6.20 GB",
+        "≥ 90%, by the driver's count",
+    )
+    assert found["sleep 2"] == ("12 ms", "")
+
+
+def test_an_image_of_level_1_alone_has_the_numbers_of_that() -> None:
+    found = rows(*[name for name in CHECKS if name != "sleep-2"])
+    assert not [what for what in found if "sleep 2" in what]
+    assert found["sleep 1 frees, of weights and KV cache"][0] == "100.0% of 6.20 GB"
+
+
+def test_each_transport_has_its_speed() -> None:
+    found = [(what, value) for what, value, _ in docs.gpu_rows(report()) if "GB/s" in value]
+    assert found[3:] == [
+        ("… each bucket flattened into one tensor", "160 GB/s"),
+        ("refit by NCCL from another GPU, its group made anew", "9.87 GB/s"),
+        ("refit by a checkpoint on disk, written and read", "0.512 GB/s"),
+        ("… refitted in the middle of rollouts", "12.5 GB/s"),
+    ]
+    assert found[2] == ("refit over CUDA IPC, 256 MiB buckets", "80 GB/s")
+
+
+def test_server_and_two_gpus_have_rows_of_their_own() -> None:
+    found = rows()
+    assert found["start of the engine's own server, dummy weights"] == ("30.0 s", "")
+    assert found["start on two GPUs with 140 and 98 GB free, dummy weights"] == (
+        "25.0 s",
+        "told to insist on balance, it refused",
+    )
+    assert found["mean exp(\\|Δ log-probability\\|) on both, bf16"] == ("1.0131", "≤ 1.043")
+
+
+def test_no_row_names_an_engine() -> None:
+    text = (
+        str(docs.gpu_rows(report())).lower() + str(list(column(EVERYTHING, of(report())))).lower()
+    )
+    assert not [name for name in ("vllm", "sglang", "tensorrt") if name in text]
+
+
+def test_tables_of_two_images_stand_apart_and_a_stale_one_says_so(
+    image: Image, checkout: Checkout
+) -> None:
+    other = checkout.image(tag="other")
+    text = prove.kept(image).read_text(encoding="utf-8")
+    host.write(prove.kept(other), text)  # of other layers than its own
+    found = docs.gpu_numbers([image, other])
+    first, second = found.split("\n\n`verl-rollout:other`")
+    assert first.startswith("`verl-rollout:sglang-x` on a GPU, driver 580.1, 2026-01-02, from [its")
+    assert second.startswith(" on a GPU, driver 580.1, 2026-01-02 (stale: of another lock or ")
+    assert "vLLM" not in found
+
+
+# faults
+
+
+def test_a_fault_is_shown_on_the_cpu_where_its_image_has_the_check(
+    image: Image, checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    default = checkout.image(tag="transformers-cpu")  # without a server
+    monkeypatch.setattr(catalog, "DEFAULT", default.reference)
+
+    def lines() -> dict[str, str]:
+        return dict(zip(FAULTS, docs.fault_table([default, image]).splitlines()[2:], strict=True))
+
+    assert lines()["flipped-byte"].endswith("| `refit` | CPU (tests) |")
+    assert lines()["deaf-server"].endswith("| `server` | not shown yet |")
+    host.write(prove.kept_fault(image, "deaf-server"), "{}")
+    link = "[sglang-x](images/proofs/verl-rollout/sglang-x.faults/deaf-server.json)"
+    assert lines()["deaf-server"].endswith(f"| `server` | {link} |")
