@@ -2,7 +2,9 @@
 
 Triton compiles a stub of C against Python.h for every kernel, inductor C++ with OpenMP on a CPU,
 and FlashInfer CUDA with nvcc from CUDA_HOME. Each of these ways is taken once, with a small source
-of the same kind; no GPU is needed, since nothing of it is run.
+of the same kind; no GPU is needed, since nothing of it is run. SGLang compiles C++20 of its own at
+its first start, which a host compiler can refuse that takes all others (g++ 12 of Debian 12 does):
+of that a real source is compiled.
 """
 
 from __future__ import annotations
@@ -56,6 +58,14 @@ extern "C" int run(const void* values, void* result) {
 """
 
 
+# What SGLang compiles for the activation of every dense model, as tvm_ffi puts it together.
+_SGLANG = """
+#include <tvm/ffi/function.h>
+#include <sglang/activation.cuh>
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(run, (ActivationKernel<bf16_t, true>::run_activation));
+"""
+
+
 class Way(NamedTuple):
     """A compiler as one of the libraries calls it: who, the source, its name, and the command."""
 
@@ -65,8 +75,11 @@ class Way(NamedTuple):
     argv: tuple[str, ...]
 
 
-def ways(environ: Mapping[str, str]) -> list[Way]:
-    """The ways of compiling that this image has; nvcc's where CUDA_HOME is set."""
+def ways(environ: Mapping[str, str], site: Path) -> list[Way]:
+    """The ways of compiling that this image has; nvcc's where CUDA_HOME is set.
+
+    ``site`` is where its distributions are installed.
+    """
     python = f"-I{sysconfig.get_path('include')}"
     shared = ("-shared", "-fPIC", "-o", "out.so")
     found = [
@@ -83,13 +96,24 @@ def ways(environ: Mapping[str, str]) -> list[Way]:
             *("-lcudart", "-lcuda"),
         )
         found.append(Way("FlashInfer", _KERNEL, "kernel.cu", nvcc))
+    own = site / "sglang" / "jit_kernel"
+    source = own / "csrc" / "elementwise" / "activation.cuh"
+    if home and source.exists():
+        own_nvcc = (
+            *(f"{home}/bin/nvcc", "-std=c++20", "-gencode=arch=compute_90,code=sm_90"),
+            *("-DSGL_CUDA_ARCH=900", "--expt-relaxed-constexpr", f"-I{own / 'include'}"),
+            *(f"-I{site / 'tvm_ffi' / 'include'}", "-shared", "-Xcompiler", "-fPIC"),
+            *("-cudart", "none", "-o", "out.so", "sglang.cu"),
+        )
+        text = _SGLANG.replace("<sglang/activation.cuh>", f'"{source}"')
+        found.append(Way("SGLang", text, "sglang.cu", own_nvcc))
     return found
 
 
 def compilers(environ: Mapping[str, str] = os.environ) -> Findings:
     """Each way of compiling makes a shared object; metrics name the ways."""
     problems = []
-    chosen = ways(environ)
+    chosen = ways(environ, Path(sysconfig.get_path("purelib")))
     for way in chosen:
         with tempfile.TemporaryDirectory(prefix="rollout-compile-") as folder:
             failure = _failure(way, Path(folder), environ)

@@ -419,18 +419,30 @@ def test_the_image_knows_what_it_has_to_prove(checkout: Checkout) -> None:
     assert found["reference"] == "verl-rollout:vllm-0.12"
     assert found["engine"] == {"name": "tensorrt-llm", "distribution": "tensorrt-llm"}
     assert found["imports"] == ["torch", "tensorrt_llm"]
-    assert found["smoke"] == {"sleep_levels": [1, 2], "refit": ["cuda-ipc"], "fp8": False}
+    assert found["smoke"] == {
+        "sleep_levels": [1, 2],
+        "refit": ["cuda-ipc"],
+        "fp8": False,
+        "server": False,
+    }
     assert found["optional_libraries"] == []
     assert (found["cuda"], found["resolved_as_of"]) == ("12.8", "2025-12-20")
 
 
 def test_what_a_file_says_of_fp8_and_libraries_is_in_the_image(checkout: Checkout) -> None:
     changes = {
-        "smoke": '{ sleep-levels = [1], refit = ["cuda-ipc"], fp8 = true }',
+        "smoke": "{ sleep-levels = [1], refit = ['nccl'], fp8 = true, server = true, "
+        "tensor-parallel = 2 }",
         "optional-libraries": '{ "libucp.so.0" = "UCX", "libmpi.so.40" = "MPI" }',
     }
     found = build.facts(checkout.image(changes), locked())
-    assert found["smoke"] == {"sleep_levels": [1], "refit": ["cuda-ipc"], "fp8": True}
+    assert found["smoke"] == {
+        "sleep_levels": [1],
+        "refit": ["nccl"],
+        "fp8": True,
+        "server": True,
+        "tensor_parallel": 2,
+    }
     assert found["optional_libraries"] == ["libmpi.so.40", "libucp.so.0"]
 
 

@@ -84,6 +84,12 @@ class Toy:
         self.late = 3  # tokens more than it was to be interrupted after
         self.loses = 0  # the kept tokens behind so many
         self.keeps = False  # its memory, asleep
+        self.hoards = False  # its weights, asleep
+        self.leaks = 0  # bytes at each wake
+        self.grown = 0
+        self.readings: list[int] = []  # of its memory, whatever it has
+        self.fades = 0.0  # noise that comes with each wake
+        self.jitters = 0.0  # noise that comes with each answer
         self.says: list[bool] = []  # its own checker, whatever is there
         self.room: Callable[[], bool] = lambda: True  # on all GPUs alike
         self.broken = ""  # why it does not start on two
@@ -108,6 +114,7 @@ class Toy:
     def answer(self, context: list[int], tokens: int) -> Completion:
         assert self.weights is not None
         asked, (taken, body) = len(context), self.taken(context)
+        self.noise += self.jitters
         values = []
         for place in range(tokens):
             stray = self.strays and bool(taken) and place == 1
@@ -148,12 +155,14 @@ class Toy:
         assert level in self.levels
         self.calls.append(f"sleep {level}")
         self.asleep = True
-        if level == 2:
+        if level == 2 and not self.hoards:
             self.weights = dict(self.begins)
 
     def wake(self, tags: Sequence[str]) -> None:
         self.calls.append(f"wake {' '.join(tags)}")
         self.asleep = False
+        self.grown += self.leaks
+        self.noise += self.fades
 
     def refit(self, tensors: Iterable[tuple[str, Any]], transport: str = "") -> int:
         self.calls.append(f"refit {transport}".strip())
@@ -184,7 +193,9 @@ class Toy:
         return 100
 
     def memory(self) -> int:
-        return 0 if self.asleep and not self.keeps else 100
+        if self.readings:
+            return self.readings.pop(0)
+        return self.grown + (0 if self.asleep and not self.keeps else 100)
 
     def inject(self, fault: str) -> None:
         raise AssertionError(fault)
@@ -279,7 +290,7 @@ def test_what_the_engine_holds_is_asked_every_time(monkeypatch: pytest.MonkeyPat
 def test_an_engine_that_can_sleep_so_deep_is_left_alone() -> None:
     toy = started()
     for level in (1, 2):
-        trial(toy).prepare(level)
+        assert trial(toy).prepare(level) == {}
     assert toy.calls == []
     assert toy.weights == WEIGHTS
 
@@ -287,12 +298,12 @@ def test_an_engine_that_can_sleep_so_deep_is_left_alone() -> None:
 @pytest.mark.parametrize("level", [1, 2])
 def test_an_engine_that_decides_at_its_start_is_started_for_the_level_asked_for(level: int) -> None:
     toy = started(OTHERS, decides=True, levels=(3 - level,))
-    trial(toy).prepare(level)
+    assert trial(toy).prepare(level).keys() == {"start_seconds"}
     assert toy.calls == [
         *("stop", f"start dummy=True fp8=False level={level} gpus=1", "refit", "reset")
     ]
     assert (toy.weights, toy.levels) == (WEIGHTS, (level,))
-    trial(toy).prepare(level)
+    assert trial(toy).prepare(level) == {}
     assert len(toy.calls) == 4, "once"
 
 
@@ -374,6 +385,32 @@ def test_an_engine_without_a_checker_or_a_second_transport_is_asked_for_neither(
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
+        ({"weights": dict(WEIGHTS)}, "control: the engine had the weights before they were sent"),
+        ({"takes": 0}, "the engine does not hold what was sent: body, lm_head.weight"),
+        ({"noise": 0.1}, "the digests agree, yet the output is not that of these weights"),
+        ({"cold": True}, "control: a stale prefix cache would not be seen by these prompts"),
+        ({"resets": 1}, "after a refit and a reset the prefix cache is still stale"),
+        ({"takes": 2}, "the first weights, sent again, do not bring the first output back"),
+    ],
+    ids=["filled before", "lost", "too coarse", "no cache", "not emptied", "not again"],
+)
+def test_a_refit_that_goes_wrong_is_not_passed(wrong: dict[str, Any], reason: str) -> None:
+    toy = dummy()
+    vars(toy).update(wrong)
+    assert failure(checks.refit, trial(toy)) == reason
+
+
+@pytest.mark.usefixtures("plain")
+def test_weights_that_change_nothing_prove_no_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = likeliest
+    monkeypatch.setitem(globals(), "likeliest", lambda _, context: deaf(0.0, context))
+    assert failure(checks.refit, trial(dummy())) == "other weights gave the same tokens"
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
         (
             {"says": [True, True]},
             "control: the engine's own checker takes other weights for these",
@@ -409,6 +446,32 @@ def test_weights_that_come_back_with_another_output_are_not_passed(
     assert reason == (
         "by pencil the first weights do not come back: the digests agree, the output does not"
     )
+
+
+# generation
+
+
+def test_a_batch_agrees_with_its_oracle_and_one_request_with_itself() -> None:
+    metrics = checks.generation(trial(started()))
+    assert metrics["divergence"] == 1.0
+    assert metrics["control_divergence"] > metrics["bound"] == 1.043
+
+
+@pytest.mark.parametrize(
+    ("wrong", "others", "fault", "reason"),
+    [
+        ({}, WEIGHTS, None, "control: the oracle of other weights agrees"),
+        ({"noise": 0.1}, OTHERS, None, "a batch diverges from the float32 oracle"),
+        ({}, OTHERS, "oracle-of-other-weights", "a batch diverges from the float32 oracle"),
+        ({"jitters": 1e-6}, OTHERS, None, "one request at a time, greedy, gave two different"),
+    ],
+    ids=["one set twice", "too coarse", "another oracle", "not repeatable"],
+)
+def test_generation_that_is_wrong_is_not_passed(
+    wrong: dict[str, Any], others: dict[str, Any], fault: str | None, reason: str
+) -> None:
+    here = trial(started(**wrong), others, fault=fault)
+    assert failure(checks.generation, here).startswith(reason)
 
 
 # a conversation
@@ -524,7 +587,7 @@ def test_a_model_that_says_one_token_for_ever_proves_no_continuation(
     assert reason == "control: a lost token would not be seen"
 
 
-# weights in fp8
+# sleep
 
 
 @pytest.fixture
@@ -533,6 +596,121 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     monkeypatch.setattr(checks.Trial, "train", lambda _, size: sizes.append(size))
     return sizes
+
+
+@pytest.fixture
+def slept(plain: None, trained: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sleep of numbers instead of tensors; the bytes of each training step."""
+    del plain
+    monkeypatch.setattr(checks, "size_of", lambda _: 8)
+    monkeypatch.setattr(checks, "host_bandwidths", lambda _: (1.0, 1.0))
+    return trained
+
+
+def test_memory_is_freed_and_restored_in_every_cycle(slept: list[int]) -> None:
+    toy = started()
+    metrics = checks.sleep_1(trial(toy))
+    assert [call for call in toy.calls if call != "reset"] == [
+        *("sleep 1", "wake weights kv_cache") * 4
+    ]
+    assert slept == [90] * 4
+    assert (metrics["freed_fraction"], metrics["restored_fraction"]) == (1.0, 1.0)
+    assert (metrics["growth_bytes"], metrics["cycles"]) == (0, 4)
+
+
+@pytest.mark.usefixtures("slept")
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"readings": [100, 5]}, "control: memory counts as freed while the engine is awake"),
+        ({"keeps": True}, "cycle 1: sleep freed only 0% of 0 MiB"),
+        ({"readings": [100, 100, 100, 11]}, "cycle 1: sleep freed only 89% of 0 MiB"),
+        ({"readings": [100, 100, 100, 0, 89]}, "cycle 1: wake took only part of the memory again"),
+        ({"fades": 1e-6}, "cycle 1: after waking the output is another"),
+        ({"leaks": 1}, "memory grew by 0 MiB over 4 cycles"),
+    ],
+    ids=["already free", "kept", "too little freed", "not taken again", "another", "grows"],
+)
+def test_a_sleep_of_level_1_that_goes_wrong_is_not_passed(
+    wrong: dict[str, Any], reason: str
+) -> None:
+    assert failure(checks.sleep_1, trial(started(**wrong))).startswith(reason)
+
+
+def test_weights_that_are_gone_come_back_by_a_refit(slept: list[int]) -> None:
+    toy = started()
+    metrics = checks.sleep_2(trial(toy))
+    assert [call for call in toy.calls if call != "reset"] == [
+        *("sleep 2", "wake weights kv_cache", "refit")
+    ]
+    assert (metrics["tensors_kept"], metrics["divergence"], slept) == (0, 1.0, [90])
+    assert metrics["control_divergence"] > 1.043
+
+
+@pytest.mark.usefixtures("slept")
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"keeps": True}, "sleep freed only 0% of what was held"),
+        ({"hoards": True}, "control: weights survived a level-2 sleep: body, lm_head.weight"),
+        (
+            {"begins": {"body": 2, HEAD: 4}},  # other bytes of the same numbers
+            "control: without weights the output is still right",
+        ),
+        ({"takes": 0}, "the refit after waking left wrong tensors: body, lm_head.weight"),
+        ({"fades": 1e-6}, "after level 2, waking and a refit the output is another; the weights "),
+    ],
+    ids=["kept", "weights kept", "output kept", "no refit", "a buffer lost"],
+)
+def test_a_sleep_of_level_2_that_goes_wrong_is_not_passed(
+    wrong: dict[str, Any], reason: str
+) -> None:
+    assert failure(checks.sleep_2, trial(started(**wrong))).startswith(reason)
+
+
+@pytest.mark.usefixtures("slept")
+def test_the_training_loop_goes_round_three_times_with_weights_that_change() -> None:
+    toy = started()
+    metrics = checks.cycle(trial(toy))
+    assert [call for call in toy.calls if call != "reset"] == [
+        *("sleep 2", "wake weights", "refit", "wake kv_cache") * 3
+    ]
+    assert (metrics["level"], metrics["divergence"]) == (2, 1.0)
+
+
+@pytest.mark.usefixtures("slept")
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"begins": OTHERS}, "control: turn 1 had its weights before the refit"),
+        ({"takes": 0}, "turn 1: wrong tensors after the refit: body, lm_head.weight"),
+        ({"takes": 1}, "turn 2: wrong tensors after the refit: body, lm_head.weight"),
+        ({"noise": 0.1}, "turn 1: output is not that of the weights sent"),
+        ({"resets": 1}, "turn 2: output is not that of the weights sent"),
+    ],
+    ids=["filled before", "no refit", "no second refit", "too coarse", "a stale cache"],
+)
+def test_a_training_loop_that_goes_wrong_is_not_passed(wrong: dict[str, Any], reason: str) -> None:
+    assert failure(checks.cycle, trial(started(**wrong))) == reason
+
+
+@pytest.mark.usefixtures("slept")
+@pytest.mark.parametrize(
+    ("check", "level"), [(checks.sleep_1, 1), (checks.sleep_2, 2), (checks.cycle, 2)]
+)
+def test_an_engine_started_for_another_level_is_started_anew(
+    check: Callable[[Trial], Any], level: int
+) -> None:
+    toy = started(decides=True, levels=(3 - level,))
+    metrics = check(trial(toy))
+    begun = f"start dummy=True fp8=False level={level} gpus=1"
+    assert [call for call in toy.calls if call.startswith("start")] == [begun]
+    assert "start_seconds" in metrics
+    plain = check(trial(started()))
+    assert "start_seconds" not in plain
+
+
+# weights in fp8
 
 
 def test_an_engine_in_fp8_is_started_refitted_put_to_sleep_and_refitted(

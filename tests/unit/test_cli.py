@@ -218,6 +218,22 @@ def test_the_exit_code_is_the_verdict(
     assert (data["device"], data["driver"], data["cuda"]) == ("a CPU", None, None)
 
 
+@pytest.mark.parametrize(
+    ("missing", "code"),
+    [((), 0), (("tensor-parallel",), 0), (("server",), 3), (("fp8",), 3), (("multi-turn",), 3)],
+    ids=["none", "tensor-parallel", "server", "fp8", "multi-turn"],
+)
+def test_an_image_is_proved_by_the_checks_that_it_asks_for_on_one_gpu(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], code: int
+) -> None:
+    wanted = {"sleep_levels": [2], "refit": ["disk"], "fp8": True, "server": True}
+    facts = FACTS | {"smoke": wanted | {"tensor_parallel": 2}}
+    (prefix / "share/rollout/image.json").write_text(json.dumps(facts))
+    checks = [check for check in ALL if check.name not in ("sleep-1", *missing)]
+    monkeypatch.setattr(smoke, "run", lambda *_: (checks, "a GPU"))
+    assert cli.main(["smoke"]) == code
+
+
 @pytest.mark.parametrize(("status", "code"), [("passed", 0), ("failed", 1)])
 def test_verify_is_proved_by_all_of_its_checks(
     prefix: Path,

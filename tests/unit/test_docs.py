@@ -223,7 +223,7 @@ def readme(image: Image, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(docs, "printed", lambda _: "printed last")
     monkeypatch.setattr(docs, "measured", lambda _: "measured last")
     monkeypatch.setattr(docs, "gpu_numbers", lambda _: "gpu last")
-    names = ("printed", "images", "faults", "measured", "gpu", "layers")
+    names = ("printed", "images", "features", "faults", "measured", "gpu", "layers")
     text = "".join(marked(name, "old") for name in names)
     docs.README.write_text(text)
     return text

@@ -214,6 +214,12 @@ def test_an_engine_whose_wake_restores_nothing_says_that_it_keeps_a_copy() -> No
     assert list(engine.levels) == [1, 2], "the first is a lie: it was started for the second"
 
 
+def test_a_fault_may_be_made_inside_beside_this_one() -> None:
+    recorder = Recorder()
+    Faulty(recorder, "flipped-byte").inject("lost-buffer")
+    assert recorder.calls == [("inject", "lost-buffer")]
+
+
 def test_a_skipped_refit_reports_the_bytes_it_did_not_move() -> None:
     assert Faulty(Recorder(), "refit-skipped").refit([("a", TENSOR), ("b", TENSOR)]) == 40
 

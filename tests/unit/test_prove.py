@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from images import build, builder, catalog, host, layers, prove
+from images import build, builder, catalog, host, layers, lock, prove
 from images.builder import Built, Command
 from images.catalog import Image
 from images.contents import Summary
@@ -128,7 +128,7 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     """An image that is built already, from a lock that has not drifted."""
     found = checkout.image()
     text = found.lock.read_text()
-    monkeypatch.setattr(prove.lock, "resolve", lambda _: text)
+    monkeypatch.setattr(lock, "resolve", lambda _: text)
     monkeypatch.setattr(build, "inputs", lambda _: "inputs")
     monkeypatch.setattr(build, "build", lambda *_: BUILT)
     monkeypatch.setattr(build, "record", lambda *_: RECORD)
@@ -291,7 +291,7 @@ def test_a_report_that_breaks_its_schema_is_no_report(image: Image) -> None:
 def test_a_drifted_lock_is_found_before_anything_is_built(
     image: Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(prove.lock, "resolve", lambda _: "ray==2.53.0\n")
+    monkeypatch.setattr(lock, "resolve", lambda _: "ray==2.53.0\n")
     monkeypatch.delattr(build, "build")
     with pytest.raises(Problem) as caught:
         prove.prove(image, Fake(), [], keep=False)

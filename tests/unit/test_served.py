@@ -231,6 +231,18 @@ def test_who_closes_the_events_hangs_up(site: Site, server: There) -> None:
     assert eventually(lambda: site.hung_up == ["/generate"])
 
 
+@pytest.mark.parametrize("events", [[], [1, 2]], ids=["before the first", "behind some"])
+def test_events_that_break_off_are_an_error(site: Site, server: There, events: list[int]) -> None:
+    site.routes["/generate"] = lambda _: iter([*events, CUT])
+    found = []
+    with pytest.raises(EngineError, match=r"^the server broke off its answer to /generate$"):
+        for event in server.events("/generate", {}):
+            found.append(event)
+    assert found == events
+    site.routes["/generate"] = lambda _: iter(events)
+    assert list(server.events("/generate", {})) == events
+
+
 def test_events_that_are_no_json_are_an_error(site: Site, server: There) -> None:
     site.routes["/generate"] = lambda _: (200, "data: {broken\n\n")
     with pytest.raises(ValueError, match="property name"):
@@ -302,7 +314,9 @@ print("to stderr", file=sys.stderr, flush=True)
 if {mode!r} == "fails":
     sys.exit("ValueError: no such model")
 if {mode!r} == "stubborn":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+else:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 child = subprocess.Popen(["sleep", "600"])
 with open({child!r} + ".part", "w") as file:
     file.write(str(child.pid))
@@ -387,7 +401,7 @@ def test_the_command_of_a_user_is_started_on_this_machine_alone(make: Make) -> N
     server.stop()
 
 
-@pytest.mark.parametrize("mode", ["", "stubborn"], ids=["obedient", "deaf to SIGTERM"])
+@pytest.mark.parametrize("mode", ["", "stubborn"], ids=["obedient", "deaf to SIGINT"])
 def test_a_server_is_ended_with_its_children_and_harmlessly_twice(
     make: Make, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
@@ -397,7 +411,7 @@ def test_a_server_is_ended_with_its_children_and_harmlessly_twice(
     assert all(map(running, pids))
     server.stop()
     assert eventually(lambda: not any(map(running, pids)))
-    assert server._process.returncode == (-signal.SIGKILL if mode else -signal.SIGTERM)
+    assert server._process.returncode == (-signal.SIGKILL if mode else -signal.SIGINT)
     server.stop()
     with pytest.raises(EngineError, match="the server ended"):
         server.wait("/health")
@@ -526,6 +540,21 @@ def test_an_error_in_one_answer_aborts_all_and_is_told(ends: int) -> None:
     with pytest.raises(EngineError, match=r"^the server ended an answer: 'meta_info'$"):
         follow(*streams, after=20)
     assert all(stream.aborted.is_set() for stream in streams)
+
+
+def test_a_server_that_dies_in_the_middle_of_an_answer_is_an_error(
+    site: Site, server: There
+) -> None:
+    def events() -> Iterator[Any]:
+        yield 1
+        yield 2
+        yield CUT
+
+    site.routes["/generate"] = lambda _: events()
+    stream = (answer(count) for count in server.events("/generate", {}))
+    broke = r"^the server ended an answer: the server broke off its answer to /generate$"
+    with pytest.raises(EngineError, match=broke):
+        interrupted([stream], 4, lambda: None)
 
 
 def test_an_answer_that_does_not_end_after_its_abort_is_an_error(

@@ -9,6 +9,7 @@ import importlib
 import multiprocessing
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,11 @@ from typing import Any
 import pytest
 
 from rollout import cuda_ipc
-from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError, vllm
+from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError, served, vllm
+from rollout.problem import Problem
 from rollout.transport import TransportError
+
+from .web import Played, Site, played
 
 GIB = 1 << 30
 MODEL = Path("/model")
@@ -81,7 +85,11 @@ class Llm:
         self.process = subprocess.Popen([sys.executable, "-c", code])
         self.answers["smoke_follow"] = self.process.pid
         self.llm_engine = SimpleNamespace(
-            engine_core=SimpleNamespace(shutdown=lambda: self.answer("shutdown"))
+            engine_core=SimpleNamespace(shutdown=lambda: self.answer("shutdown")),
+            add_request=lambda *asked: self.answer("add_request", *asked),
+            has_unfinished_requests=lambda: self.answer("has_unfinished_requests"),
+            step=lambda: self.answer("step"),
+            abort_request=lambda names: self.answer("abort_request", names),
         )
 
     def __call__(self, **options: Any) -> Llm:
@@ -149,6 +157,8 @@ def test_it_starts_on_what_this_gpu_has(llm: Llm) -> None:
     engine.start(MODEL, dummy=True, fp8=True)
     assert llm.options == vllm.arguments(MODEL, 80 * GIB, dummy=True, fp8=True)
     assert (engine.device, engine.transports) == ("a GPU", ("cuda-ipc",))
+    assert (engine.levels, engine.cache_block) == ((1, 2), 16)
+    assert (engine.mlp_bias, engine.witness, engine.insisting) == (True, False, {})
     assert (engine.held(), engine.memory()) == (7, 50 * GIB)
     assert [call[0] for call in llm.calls] == ["smoke_follow", "smoke_held"]
     engine.stop()
@@ -163,10 +173,37 @@ def test_an_engine_that_does_not_start_says_why(llm: Llm) -> None:
 
 
 @pytest.mark.usefixtures("llm")
+def test_a_machine_without_cuda_is_told_in_one_sentence() -> None:
+    def name() -> str:
+        raise RuntimeError("\nFound no NVIDIA driver on your system.\nSee a page.")
+
+    torch: Any = sys.modules["torch"]
+    torch.cuda.get_device_name = name
+    with pytest.raises(Problem) as caught:
+        vllm.Engine()
+    assert caught.value.code == 3
+    assert "(Found no NVIDIA driver on your system.)" in caught.value.sentence
+
+
+@pytest.mark.usefixtures("llm")
+def test_an_engine_is_not_divided_among_gpus() -> None:
+    with pytest.raises(EngineError, match="on one GPU only"):
+        vllm.Engine().start(MODEL, dummy=True, gpus=2)
+
+
+@pytest.mark.usefixtures("llm")
+def test_an_engine_has_no_checker_of_its_own() -> None:
+    for call in (vllm.Engine().remember, vllm.Engine().unchanged):
+        with pytest.raises(EngineError, match="no weights checker of its own"):
+            call()
+
+
+@pytest.mark.usefixtures("llm")
 def test_an_engine_that_is_not_started_answers_nothing() -> None:
     engine = vllm.Engine()
     calls: list[Callable[[], Any]] = [
         lambda: engine.generate([[1]], 1),
+        lambda: engine.interrupt([[1]], 9, 1),
         lambda: engine.sleep(1),
         lambda: engine.wake((WEIGHTS,)),
         lambda: engine.refit([]),
@@ -178,22 +215,77 @@ def test_an_engine_that_is_not_started_answers_nothing() -> None:
             call()
 
 
-def test_tokens_are_asked_for_greedily_and_come_with_their_log_probabilities(
-    llm: Llm, engine: vllm.Engine
-) -> None:
-    def found(logprob: float) -> SimpleNamespace:
-        return SimpleNamespace(logprob=logprob)
+def found(logprob: float) -> SimpleNamespace:
+    return SimpleNamespace(logprob=logprob)
 
-    # A step may name more tokens than the one that was chosen.
-    steps = [{5: found(-0.5), 9: found(-0.1)}, {6: found(-0.25)}]
-    output = SimpleNamespace(token_ids=[5, 6], logprobs=steps)
-    llm.answers["generate"] = [SimpleNamespace(outputs=[output])]
-    assert engine.generate([(1, 2)], 2) == [Completion((5, 6), (-0.5, -0.25))]
+
+def output(count: int, cached: int | None = None, name: str = "") -> SimpleNamespace:
+    """One of vLLM's answers; a step may name more tokens than the one that was chosen."""
+    steps = [{place: found(-0.5 * place), 99: found(-0.1)} for place in range(count)]
+    one = SimpleNamespace(token_ids=list(range(count)), logprobs=steps)
+    return SimpleNamespace(request_id=name, outputs=[one], num_cached_tokens=cached)
+
+
+@pytest.mark.parametrize(("said", "cached"), [(16, 16), (0, 0), (None, 0)])
+def test_tokens_are_asked_for_greedily_and_come_with_their_log_probabilities(
+    llm: Llm, engine: vllm.Engine, said: int | None, cached: int
+) -> None:
+    llm.answers["generate"] = [output(2, said)]
+    answers = engine.generate([(1, 2)], 2)
+    assert answers == [Completion((0, 1), (0.0, -0.5))]
+    assert answers[0].cached == cached
     ((_, prompts, settings),) = llm.calls
     assert prompts == [{"prompt_token_ids": [1, 2]}]
     assert settings["max_tokens"] == 2
     assert settings["temperature"] == 0.0
     assert settings["ignore_eos"] is True
+
+
+def test_rollouts_are_aborted_once_each_has_enough(llm: Llm, engine: vllm.Engine) -> None:
+    def names() -> list[str]:
+        return [call[1] for call in llm.calls if call[0] == "add_request"]
+
+    steps = 0
+
+    def step() -> list[Any]:
+        """The second one begins later; a step may give nothing."""
+        nonlocal steps
+        steps += 1
+        one, two = names()[-2:]
+        if steps == 2:
+            return []
+        return [output(steps, 16, one)] + ([output(steps - 3, 0, two)] if steps > 3 else [])
+
+    llm.answers |= {"has_unfinished_requests": True, "step": step}
+    first, second = engine.interrupt([(1, 2), (3,)], 128, 4)
+    assert (len(first.tokens), len(second.tokens)) == (7, 4)
+    assert (first.cached, second.cached) == (16, 0)
+    asked = [call[2] for call in llm.calls if call[0] == "add_request"]
+    assert asked == [{"prompt_token_ids": [1, 2]}, {"prompt_token_ids": [3]}]
+    assert ("abort_request", names()) in llm.calls
+    assert llm.calls[-1][0] == "abort_request", "no step is made behind it"
+    steps = 0
+    engine.interrupt([(1, 2), (3,)], 128, 4)
+    assert len(set(names())) == 4, "no name is used twice"
+
+
+def test_rollouts_that_end_by_themselves_are_whole(llm: Llm, engine: vllm.Engine) -> None:
+    unfinished = [True, True, False]
+    counts = [1, 3]
+    name: list[str] = []
+    llm.answers |= {
+        "has_unfinished_requests": lambda: unfinished.pop(0),
+        "step": lambda: [output(counts.pop(0), 0, name[0])],
+    }
+    add = llm.llm_engine.add_request
+
+    def remembers(*asked: Any) -> Any:
+        name.append(asked[0])
+        return add(*asked)
+
+    llm.llm_engine.add_request = remembers
+    assert engine.interrupt([(1,)], 3, 9) == [Completion((0, 1, 2), (0.0, -0.5, -1.0))]
+    assert "abort_request" not in [call[0] for call in llm.calls]
 
 
 # what goes wrong
@@ -352,7 +444,7 @@ def test_weights_are_sent_while_the_engine_takes_them(
 
     llm.answers["smoke_refit"] = takes
     sends(send)
-    assert engine.refit([("a", 1)]) == 99  # type: ignore[list-item]
+    assert engine.refit([("a", 1)]) == 99
     ((method, address),) = llm.calls
     assert method == "smoke_refit"
     assert not Path(address.removeprefix("ipc://")).parent.exists()
@@ -420,3 +512,268 @@ def test_a_fault_inside_is_made_at_its_wake(
     engine.wake(tags)
     assert [call[0] for call in llm.calls] == ["sleep", "wake_up", *made]
     assert llm.calls[1] == ("wake_up", list(tags))
+
+
+# vLLM's own server, which is none
+
+LATE = 0.002  # seconds between two tokens
+
+
+class Service:
+    """What is behind vLLM's HTTP server; ``answers`` of its worker by method."""
+
+    def __init__(self, site: Site, process: int) -> None:
+        self.servers: list[Played] = []
+        self.answers: dict[str, Any] = {"smoke_follow": process, "smoke_held": 7}
+        self.short = 0  # tokens after which it ends an answer by itself
+        site.routes |= {
+            "/health": lambda _: (200, ""),
+            "/collective_rpc": self.call,
+            "/v1/completions": self.complete,
+            **{path: lambda _: (200, "") for path in ("/sleep", "/wake_up", "/reset_prefix_cache")},
+        }
+
+    def call(self, body: Any) -> Any:
+        result = self.answers.get(body["method"])
+        if callable(result):
+            result = result(*body["args"])
+        plain = result is None or isinstance(result, dict | list)
+        return 200, {"results": [result if plain else str(result)]}
+
+    def complete(self, body: Any) -> Any:
+        assert (body["temperature"], body["ignore_eos"], body["logprobs"]) == (0.0, True, 0)
+        assert body["return_token_ids"] is True
+        count, prompt = body["max_tokens"], body["prompt"]
+        if body.get("stream"):
+            return self.stream(prompt, count)
+        choices = [part(ids, 0, count) | {"index": n} for n, ids in enumerate(prompt)]
+        return 200, {"choices": choices[::-1]}  # in whatever order they end
+
+    def stream(self, prompt: list[int], count: int) -> Iterator[Any]:
+        yield {"choices": [{"index": 0, "text": "", "token_ids": None, "logprobs": None}]}
+        for place in range(0, count, 2):  # two at a time, as one that is slow to listen gets them
+            if self.short and place >= self.short:
+                return
+            time.sleep(LATE)
+            yield {"choices": [part(prompt, place, 2)]}
+        yield {"choices": [{"index": 0, "token_ids": [], "finish_reason": "length"}]}
+
+
+def part(prompt: list[int], start: int, count: int) -> dict[str, Any]:
+    """Some tokens of an answer, which are the prompt's sum and those that follow."""
+    places = range(start, start + count)
+    return {
+        "index": 0,
+        "token_ids": [sum(prompt) + place for place in places],
+        "logprobs": {"token_logprobs": [-0.5 * place for place in places], "tokens": ["?"] * count},
+    }
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    made = Site()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def service(llm: Llm, site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Service:
+    made = Service(site, llm.process.pid)
+    monkeypatch.setattr(vllm, "Http", played(site, made.servers))
+    monkeypatch.setattr(served, "TIMEOUT", 10.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv(served.LOG, raising=False)
+    return made
+
+
+@pytest.fixture
+def web(service: Service, site: Site) -> Iterator[vllm.Server]:
+    """A started server."""
+    del service
+    made = vllm.Server()
+    made.start(MODEL, dummy=True)
+    site.calls.clear()
+    yield made
+    made.stop()
+
+
+def test_a_server_is_started_as_the_engine_is_and_offers_what_a_trainer_calls(
+    llm: Llm, service: Service, site: Site, tmp_path: Path
+) -> None:
+    server = vllm.Server()
+    server.start(MODEL, dummy=True)
+    (http,) = service.servers
+    options = vllm.arguments(MODEL, 80 * GIB, dummy=True, fp8=False)
+    del options["model"], options["skip_tokenizer_init"]
+    assert http.argv == ["/model", *served.flags(options)]
+    assert http.variables == {"VLLM_SERVER_DEV_MODE": "1"}
+    assert "--enable-sleep-mode" in http.argv
+    assert site.paths() == ["/health", "/collective_rpc", "/collective_rpc"]
+    assert (server.held(), server.memory()) == (7, 50 * GIB)
+    assert http.log.parent == tmp_path
+    server.stop()
+    assert http.ended == 1
+    assert not http.log.exists()
+    assert llm.process.wait(10) == -9, "its engine does not outlive it"
+    server.stop()
+    assert http.ended == 1
+    with pytest.raises(EngineError, match=r"^the engine is not started$"):
+        server.generate([[1]], 1)
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        ("ValueError: no such model", "the server ended: ValueError: no such model"),
+        ("no command", "rollout"),
+    ],
+)
+def test_a_server_that_does_not_start_says_why_and_leaves_nothing(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, reason: str
+) -> None:
+    monkeypatch.setattr(Played, "fails", fails)
+    server = vllm.Server()
+    with pytest.raises(EngineError) as caught:
+        server.start(MODEL, dummy=True)
+    assert str(caught.value) == f"vLLM's server did not start: {reason}"
+    assert [http.ended for http in service.servers] == ([] if fails == "no command" else [1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_without_its_development_mode_did_not_start(service: Service, site: Site) -> None:
+    del site.routes["/collective_rpc"]
+    server = vllm.Server()
+    with pytest.raises(EngineError, match=r"did not start: .*/collective_rpc with 404"):
+        server.start(MODEL, dummy=True)
+    assert [http.ended for http in service.servers] == [1]
+
+
+@pytest.mark.usefixtures("llm")
+def test_a_server_that_is_not_started_answers_nothing() -> None:
+    server = vllm.Server()
+    calls: list[Callable[[], Any]] = [
+        lambda: server.generate([[1]], 1),
+        lambda: server.interrupt([[1]], 9, 1),
+        lambda: server.sleep(1),
+        lambda: server.wake((WEIGHTS,)),
+        lambda: server.refit([]),
+        server.reset_prefix_cache,
+        server.digests,
+    ]
+    for call in calls:
+        with pytest.raises(EngineError, match=r"^the engine is not started$"):
+            call()
+    server.stop()
+
+
+def test_a_server_answers_with_tokens_in_the_order_of_the_prompts(
+    web: vllm.Server, site: Site
+) -> None:
+    assert web.generate([(1, 2), (10,)], 2) == [
+        Completion((3, 4), (0.0, -0.5)),
+        Completion((10, 11), (0.0, -0.5)),
+    ]
+    ((path, body),) = site.calls
+    assert (path, body["prompt"], body["max_tokens"]) == ("/v1/completions", [[1, 2], [10]], 2)
+    assert "stream" not in body
+
+
+def test_rollouts_of_a_server_end_when_the_trainer_hangs_up(web: vllm.Server, site: Site) -> None:
+    first, second = web.interrupt([(1, 2), (10,)], 10000, 5)
+    for answer, begin in ((first, 3), (second, 10)):
+        count = len(answer.tokens)
+        assert 5 <= count < 10000
+        assert answer.tokens == tuple(range(begin, begin + count)), "every part, once, in order"
+        assert answer.logprobs == tuple(-0.5 * place for place in range(count))
+    end = time.monotonic() + 10
+    while len(site.hung_up) < 2 and time.monotonic() < end:
+        time.sleep(0.005)
+    assert site.hung_up == ["/v1/completions"] * 2
+
+
+def test_a_rollout_of_a_server_that_ends_early_is_an_error(
+    web: vllm.Server, service: Service
+) -> None:
+    service.short = 4
+    with pytest.raises(EngineError, match="before it had 5 tokens"):
+        web.interrupt([(1, 2), (10,)], 128, 5)
+
+
+def test_a_server_is_asked_over_http_for_all_that_the_engine_does(
+    web: vllm.Server, service: Service, site: Site
+) -> None:
+    service.answers["smoke_digests"] = {"a": "digest"}
+    web.sleep(2)
+    web.wake((WEIGHTS, KV_CACHE))
+    web.reset_prefix_cache()
+    assert web.digests() == {"a": "digest"}
+    assert site.calls == [
+        ("/sleep?level=2", {}),
+        ("/wake_up?tags=weights&tags=kv_cache", {}),
+        ("/reset_prefix_cache", {}),
+        ("/collective_rpc", {"method": "smoke_digests", "args": []}),
+    ]
+
+
+def test_what_a_server_refuses_is_an_error(web: vllm.Server, site: Site) -> None:
+    site.routes["/sleep"] = lambda _: (500, "Internal Server Error")
+    with pytest.raises(EngineError, match=r"answered /sleep\?level=1 with 500: Internal Server"):
+        web.sleep(1)
+
+
+def test_an_engine_that_dies_behind_its_server_ends_the_call_that_waits(
+    llm: Llm, web: vllm.Server, site: Site
+) -> None:
+    hangs = threading.Event()
+
+    def dies(_: Any) -> Any:
+        llm.process.kill()
+        hangs.wait(10)
+        return 200, ""
+
+    site.routes["/sleep"] = dies
+    try:
+        with pytest.raises(EngineError, match=r"^the engine process ended$"):
+            web.sleep(1)
+    finally:
+        hangs.set()
+
+
+def test_weights_are_sent_to_the_engine_behind_the_server(
+    web: vllm.Server, service: Service, site: Site, sends: Callable[[Send], None]
+) -> None:
+    begun, sent = threading.Event(), threading.Event()
+
+    def takes(_: str) -> None:
+        begun.set()
+        assert sent.wait(10)
+
+    def send(tensors: Any, address: str, _: Any, alive: Callable[[], None]) -> int:
+        assert begun.wait(10)
+        alive()
+        assert list(tensors) == [("a", 1)]
+        assert Path(address.removeprefix("ipc://")).parent.is_dir()
+        sent.set()
+        return 99
+
+    service.answers["smoke_refit"] = takes
+    sends(send)
+    assert web.refit([("a", 1)]) == 99
+    ((path, body),) = site.calls
+    assert (path, body["method"]) == ("/collective_rpc", "smoke_refit")
+    assert body["args"][0].startswith("ipc://")
+
+
+@pytest.mark.parametrize(
+    ("choice", "tokens", "logprobs"),
+    [
+        ({"token_ids": [5], "logprobs": {"token_logprobs": [-0.5]}}, (5,), (-0.5,)),
+        ({"token_ids": None, "logprobs": None}, (), ()),
+        ({"token_ids": [], "logprobs": {"token_logprobs": None}}, (), ()),
+        ({"text": ""}, (), ()),
+    ],
+)
+def test_a_part_of_an_answer_may_have_no_token(
+    choice: dict[str, Any], tokens: tuple[int, ...], logprobs: tuple[float, ...]
+) -> None:
+    assert vllm.chosen(choice) == Completion(tokens, logprobs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -124,7 +124,7 @@ def test_a_block_of_zeros_stays_zero(torch: Any) -> None:
 
 
 @pytest.fixture
-def fp8_method(monkeypatch: pytest.MonkeyPatch, torch: Any) -> Iterator[Any]:
+def fp8_method(monkeypatch: pytest.MonkeyPatch, torch: Any) -> Any:
     """What a refit imports of vLLM: how fp8 layers are made, and what strips them after loading."""
 
     class Fp8LinearMethod:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from rollout.backends import served
 
 HOST = "127.0.0.1"
 CUT = "cut"  # an answer that breaks off: the connection ends where more was promised
@@ -36,8 +41,14 @@ class Site:
             def log_message(self, *_: object) -> None:
                 """Nothing: the terminal is pytest's."""
 
-        self._server = ThreadingHTTPServer((HOST, 0), Handler)
-        self._server.daemon_threads = True
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *request: Any) -> None:
+                if not isinstance(sys.exception(), OSError):  # who asked may leave without a word
+                    super().handle_error(*request)
+
+        self._server = Quiet((HOST, 0), Handler)
         self.port: int = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -87,3 +98,30 @@ class Site:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+class Played(served.Server):
+    """``rollout serve`` without a process: it stands at a site already."""
+
+    site: Site
+    made: list[Played]
+    fails = ""  # its last words, or "no command"
+
+    def __init__(self, argv: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
+        if self.fails == "no command":
+            raise FileNotFoundError("rollout")
+        self.argv, self.log, self.variables = list(argv), log, dict(variables)
+        self.port = self.site.port
+        self.ended = 0
+        self._process: Any = SimpleNamespace(poll=lambda: 1 if self.fails else None)
+        if self.fails:
+            log.write_text(f"{self.fails}\n")
+        self.made.append(self)
+
+    def stop(self) -> None:
+        self.ended += 1
+
+
+def played(site: Site, made: list[Played]) -> type[Played]:
+    """Servers that stand at this site, kept in ``made``."""
+    return type("Here", (Played,), {"site": site, "made": made})

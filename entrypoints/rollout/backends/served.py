@@ -137,16 +137,24 @@ class Server:
             return text
 
     def events(self, path: str, body: object) -> Iterator[Any]:
-        """POST, and the server-sent events of the answer as JSON; closed, it hangs up."""
+        """POST, and the server-sent events of the answer as JSON; closed, it hangs up.
+
+        Raises:
+            EngineError: the answer ended without its last word, as where a server dies.
+        """
         with self._answer(path, body) as response:
             for line in response:
                 data = line.decode("utf-8", "replace").strip().removeprefix("data:").strip()
-                if line.startswith(b"data:") and data != "[DONE]":
+                if data == "[DONE]":
+                    return
+                if line.startswith(b"data:"):
                     yield json.loads(data)
+        raise EngineError(f"the server broke off its answer to {path}")
 
     def stop(self) -> None:
         """End it with all that it started; harmless when called twice."""
-        self._process.terminate()
+        # As a terminal's Ctrl-C: at SIGTERM SGLang waits for requests, also for those it refused.
+        self._process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOPPING)
         with contextlib.suppress(ProcessLookupError):

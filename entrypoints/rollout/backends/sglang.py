@@ -59,7 +59,7 @@ def arguments(model: Path, *, dummy: bool, level: int, gpus: int) -> dict[str, A
         "mem_fraction_static": 0.8,  # of what is free; max_total_tokens says how much is taken
         "max_total_tokens": KV_BYTES * gpus // token,
         "context_length": LONGEST,
-        "chunked_prefill_size": 4 * LONGEST,
+        "chunked_prefill_size": LONGEST,  # SGLang captures graphs of so many tokens in one request
         "max_running_requests": REQUESTS,
         "cuda_graph_max_bs": REQUESTS,
         "random_seed": 0,
@@ -94,6 +94,7 @@ class Engine:
         self._model = Path()
         self._gpus = 1
         self._held = 0
+        self._level = 0
         self._fault = ""
         self._log = Path()
         self._asleep: set[str] = set()
@@ -154,10 +155,11 @@ class Engine:
 
     def sleep(self, level: int) -> None:
         self._call("sleep", level)
+        self._level = level
 
     def wake(self, tags: Sequence[str]) -> None:
         self._call("wake", tuple(tags))
-        if WEIGHTS in tags and self._fault == "lost-buffer":
+        if WEIGHTS in tags and self._level == 2 and self._fault == "lost-buffer":
             self._call("rpc", "smoke_lose_buffers")
         if KV_CACHE in tags and self._fault == "leak-per-cycle":
             self._call("rpc", "smoke_leak")

@@ -240,6 +240,7 @@ class Driver:
         _succeeded(self.await_(self.manager.update_weights_from_tensor(asked, None)))
 
     def from_disk(self, folder: str) -> None:
+        self.flush()  # it empties the cache itself, and a scheduler that cannot ends itself
         _succeeded(self.engine.update_weights_from_disk(folder, load_format="auto"))
 
     def join_group(self, address: str, port: int, size: int, name: str) -> None:
