@@ -23,6 +23,7 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 from images import base, budget, builder, catalog, host, lock
+from images import layers as layers_of
 from images.catalog import ROOT, Image
 from images.layers import Record, measure
 from images.lock import Locked
@@ -453,20 +454,41 @@ def record(image: Image, tool: builder.Buildah, built: builder.Built) -> Record:
     return Record(inputs(image), tool.version(), built.id, built.manifest, measured.layers)
 
 
+def keep(image: Image, tool: builder.Buildah, built: builder.Built) -> None:
+    """Record the layers of an image that was just built, where none of these inputs are recorded.
+
+    Raises:
+        Problem: others are recorded of the same inputs, by the same builder.
+    """
+    recorded, today = layers_of.read(image), inputs(image)
+    verdict = layers_of.compare(recorded, today, built, tool.version())
+    if verdict.differs:
+        command = f"nox -s reproduce -- {image.reference}"
+        raise Problem(f"not kept: {verdict.sentence} ('{command}' says what differs)")
+    if not recorded or recorded.inputs != today:
+        layers_of.write(image, record(image, tool, built))
+
+
 def main(arguments: Sequence[str]) -> int:
-    """``nox -s build [-- REF … --builder docker --no-cache --tag NAME]``."""
+    """``nox -s build [-- REF … --builder docker --no-cache --tag NAME --record]``."""
     parser = argparse.ArgumentParser(prog="nox -s build --", description="Build images.")
     parser.add_argument("refs", nargs="*", metavar="REF", help="default: " + catalog.DEFAULT)
     parser.add_argument("--builder", help="buildah (default) or docker")
     parser.add_argument("--no-cache", action="store_true", help="build every layer anew")
     parser.add_argument("--no-check", action="store_true", help="skip size and hygiene rules")
     parser.add_argument("--tag", default="", help="another name for the result")
+    parser.add_argument("--record", action="store_true", help="keep what the layers are")
     given = parser.parse_args(list(arguments))
     images = catalog.load()
     chosen = [catalog.find(ref, images) for ref in given.refs or [catalog.DEFAULT]]
     tool = builder.detect(given.builder)
+    if given.record and (given.tag or not isinstance(tool, builder.Buildah)):
+        raise Problem("--record needs buildah and the image's own name: leave out --tag", 2)
     for image in chosen:
-        build(image, tool, tag=given.tag, cache=not given.no_cache, check=not given.no_check)
+        cache, check = not given.no_cache, not given.no_check
+        built = build(image, tool, tag=given.tag, cache=cache, check=check)
+        if given.record and isinstance(tool, builder.Buildah):
+            keep(image, tool, built)
     return 0
 
 

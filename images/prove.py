@@ -216,13 +216,7 @@ def _keep(image: Image, tool: builder.Builder, built: builder.Built) -> None:
     """Keep the report that a run left, and the layers that it holds for."""
     if not isinstance(tool, builder.Buildah):
         raise Problem("--keep needs buildah: only its layers are recorded", 2)
-    recorded, inputs = layers.read(image), build.inputs(image)
-    verdict = layers.compare(recorded, inputs, built, tool.version())
-    if verdict.differs:
-        command = f"nox -s reproduce -- {image.reference}"
-        raise Problem(f"not kept: {verdict.sentence} ('{command}' says what differs)")
-    if not recorded or recorded.inputs != inputs:
-        layers.write(image, build.record(image, tool, built))
+    build.keep(image, tool, built)
     host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
     # Reports of faults in other layers say nothing of these.
     shutil.rmtree(kept_fault(image, "any").parent, ignore_errors=True)

@@ -762,3 +762,26 @@ def test_a_build_is_made_as_it_was_asked_for(
     assert build.main(arguments) == 0
     usual = {"tag": "", "cache": True, "check": True}
     assert made == [(reference, usual | options) for reference in references]
+
+
+def test_what_was_built_is_recorded_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded: list[tuple[str, object]] = []
+    monkeypatch.setattr(builder, "detect", lambda _: Fake())
+    monkeypatch.setattr(build, "build", lambda *_, **__: BUILT)
+    monkeypatch.setattr(build, "keep", lambda i, _, built: recorded.append((i.tag, built)))
+    assert build.main(["vllm-0.12"]) == 0
+    assert recorded == []
+    assert build.main(["vllm-0.12", "--record"]) == 0
+    assert recorded == [("vllm-0.12", BUILT)]
+
+
+def test_an_image_of_another_name_is_not_recorded_as_the_released_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(builder, "detect", lambda _: Fake())
+    monkeypatch.setattr(build, "build", lambda *_, **__: pytest.fail("built before it was checked"))
+    with pytest.raises(Problem, match="--record needs buildah and the image's own name") as caught:
+        build.main(["vllm-0.12", "--record", "--tag", "mine:1"])
+    assert caught.value.code == 2
