@@ -117,7 +117,10 @@ FEATURES = (
         "prefix reuse over turns with a tool call",
         "multi-turn",
         every,
-        lambda found, _: f"{found['reused_tokens']} of {found['of_tokens']} tokens",
+        # An engine may have computed the last token of an answer too, which nothing asks of it.
+        lambda found, _: (
+            f"{min(found['reused_tokens'], found['of_tokens'])} of {found['of_tokens']} tokens"
+        ),
     ),
     Feature("partial rollout, continued", "partial-rollout", every, continued),
     Feature(
