@@ -6,8 +6,8 @@ build/reports/<repository>/<tag>.json.
 
 Where the machine that builds has no GPU, the image is exported, run on one that has, and what those
 runs wrote is taken in with ``--from FOLDER``: verify.json and smoke.json, and where they are there
-fault-<name>.json of injected faults and calibration.json. Only reports of this image are: they name
-its lock and its layers.
+fault-<name>.json of injected faults, warm.json of a second start and calibration.json. Only reports
+of this image are: they name its lock and its layers.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ REPORTS = ROOT / "build" / "reports"
 def kept(image: Image) -> Path:
     """Where the last report of an image is kept in the repository."""
     return ROOT / "images" / "proofs" / image.repository / f"{image.tag}.json"
+
+
+def beside(image: Image, what: str) -> Path:
+    """Where something measured with the kept report is kept: ``calibration``, ``warm``."""
+    return kept(image).with_suffix(f".{what}.json")
 
 
 def kept_fault(image: Image, fault: str) -> Path:
@@ -135,14 +140,15 @@ def read_report(path: Path, image: Image, diff_ids: Sequence[str]) -> dict[str, 
     return data
 
 
-def found_by(data: Mapping[str, Any], fault: str) -> str:
+def found_by(data: Mapping[str, Any], fault: str, image: Image) -> str:
     """Why the report of a run with a fault shows nothing; empty if its check alone failed."""
-    failed = [check for check in data["checks"] if check["status"] == "failed"]
+    failed = [one for one in data["checks"] if one["status"] == "failed"]
     wanted = FAULTS[fault]
-    if [check["name"] for check in failed] != [wanted.check]:
+    check = wanted.found_by(smoke.available(image.smoke.facts, smoke.ANY))
+    if [one["name"] for one in failed] != [check]:
         return f"failed were {', '.join(c['name'] for c in failed) or 'no checks'}"
     reason = str(failed[0]["reason"])
-    return "" if wanted.reason in reason else f"{wanted.check} failed because {reason}"
+    return "" if wanted.reason in reason else f"{check} failed because {reason}"
 
 
 def calibration(path: Path) -> str | None:
@@ -168,6 +174,20 @@ def calibration(path: Path) -> str | None:
     return text
 
 
+def warm(path: Path, image: Image, diff_ids: Sequence[str]) -> dict[str, Any] | None:
+    """The report of a second start, its cache filled by the first; None where there is none.
+
+    Raises:
+        Problem: exit code 2 for a report of another image, 1 for one whose start did not pass.
+    """
+    if not path.exists():
+        return None
+    data = read_report(path, image, diff_ids)
+    if ("start", "passed") not in {(check["name"], check["status"]) for check in data["checks"]}:
+        raise Problem(f"--from: {path} shows no start that passed")
+    return data
+
+
 def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> int:
     """Take in the reports that runs of this image left on another machine; returns the exit code.
 
@@ -188,10 +208,11 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
         except Problem as problem:
             raise Problem(f"--from: {path}: {problem.sentence}", 2) from None
         faults[name] = read_report(path, image, built.diff_ids)
-        wrong = found_by(faults[name], name)
+        wrong = found_by(faults[name], name, image)
         if wrong:
             raise Problem(f"--from: {path} does not show that {name} is found: {wrong}")
     calibrated = calibration(folder / "calibration.json")
+    again = warm(folder / "warm.json", image, built.diff_ids)
     whole = merge(parts)
     _leave(report_path(image), whole)
     if keep and whole["verdict"] == "proved":
@@ -199,7 +220,9 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
         for name, data in faults.items():
             host.write(kept_fault(image, name), json.dumps(data, indent=1) + "\n")
         if calibrated is not None:
-            host.write(kept(image).with_suffix(".calibration.json"), calibrated)
+            host.write(beside(image, "calibration"), calibrated)
+        if again is not None:
+            host.write(beside(image, "warm"), json.dumps(again, indent=1) + "\n")
         host.say(f"kept as {shown(kept(image))}, with {len(faults)} faults; 'nox -s docs' is next")
     return report.exit_code(whole["verdict"])
 
@@ -218,7 +241,8 @@ def _keep(image: Image, tool: builder.Builder, built: builder.Built) -> None:
         raise Problem("--keep needs buildah: only its layers are recorded", 2)
     build.keep(image, tool, built)
     host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
-    # Reports of faults in other layers say nothing of these.
+    # Reports of faults and of a second start in other layers say nothing of these.
+    beside(image, "warm").unlink(missing_ok=True)
     shutil.rmtree(kept_fault(image, "any").parent, ignore_errors=True)
 
 

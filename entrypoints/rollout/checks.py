@@ -33,8 +33,9 @@ TURNS = 3  # of a conversation
 TOOL = 24  # tokens of a tool's answer between two turns
 # Natural log-probability by which the oracle may prefer one of two answers where they part: in
 # bfloat16 either may win a tie, and a prompt computed at once is rounded otherwise than its tokens
-# one by one. What is lost or wrong parts by whole units.
-TIE = 0.1
+# one by one. Twice a token's noise, for each answer has its own: at most 0.09 in thousands of
+# tokens on an H200. What is lost or wrong parts by whole units.
+TIE = 0.2
 IMBALANCE = 0.3  # of a GPU's free memory, taken from the second before the engine starts on both
 FREED = 0.90  # of what the engine held, at least, while it sleeps
 GROWTH = 0.02  # of what the engine held, at most, over all cycles

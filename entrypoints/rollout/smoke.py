@@ -89,7 +89,7 @@ def fault(name: str | None, wanted: Mapping[str, Any]) -> str | None:
         near = difflib.get_close_matches(name, FAULTS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FAULTS)}"
         raise Problem(f"--inject: no fault {name!r}; {hint}", 2)
-    if name is not None and FAULTS[name].check not in available(wanted, ANY):
+    if name is not None and FAULTS[name].found_by(available(wanted, ANY)) is None:
         check = FAULTS[name].check
         raise Problem(f"--inject: {name} is found by {check}, which this image has not", 2)
     return name
@@ -252,6 +252,7 @@ def start(trial: Any, *, dummy: bool) -> dict[str, Any]:
         pass
     else:
         raise Failed("control: an engine that was not started answers", {})
+    before = cached()
     clock = time.perf_counter()
     level = min(trial.sleep_levels)
     trial.engine.start(trial.model, dummy=dummy, level=level)
@@ -263,6 +264,17 @@ def start(trial: Any, *, dummy: bool) -> dict[str, Any]:
         "start_seconds": seconds,
         "held_bytes": trial.engine.held(),
         "memory_bytes": trial.engine.memory(),
+        "cache_files_added": len(cached() - before),
+    }
+
+
+def cached(cache: Path = Path(preflight.CACHE)) -> set[str]:
+    """What is stored for later starts: the files of the cache, less the proof's temporary ones."""
+    return {
+        str(Path(folder, name))
+        for folder, _, names in os.walk(cache)
+        for name in names
+        if not str(Path(folder, name).relative_to(cache)).startswith("rollout-")
     }
 
 

@@ -153,7 +153,8 @@ def test_the_faults_are_those_that_can_be_injected() -> None:
     lines = docs.fault_table([]).splitlines()[2:]
     assert len(lines) == len(FAULTS)
     for line, (name, fault) in zip(lines, FAULTS.items(), strict=True):
-        assert line == f"| `{name}` | {fault.what} | `{fault.check}` | CPU (tests) |"
+        found = f"`{fault.check}`" + (f" or `{fault.otherwise}`" if fault.otherwise else "")
+        assert line == f"| `{name}` | {fault.what} | {found} | CPU (tests) |"
 
 
 def test_a_fault_found_on_a_gpu_links_to_the_report_of_that_run(image: Image) -> None:
@@ -203,6 +204,30 @@ def test_the_numbers_of_a_gpu_are_those_of_its_report() -> None:
         "a copy on the device: 1900 GB/s",
     )
     assert [v for what, (v, _) in rows.items() if "fp8" in what] == ["1.0269"]
+
+
+def test_a_second_start_stands_beside_the_first() -> None:
+    def started(seconds: float, files: int) -> dict[str, Any]:
+        metrics = CHECKS["start"] | {"start_seconds": seconds, "cache_files_added": files}
+        start = {"name": "start", "seconds": seconds + 10, "metrics": metrics}
+        return {"checks": [start, *gpu_report("refit", "generation", "cycle")["checks"]]}
+
+    first, second = started(50.0, 300) | {"seconds": 100.0}, started(20.0, 2)
+    rows = docs.gpu_rows(first, second)
+    assert rows[2] == (
+        *("start again, with the cache that the first one filled", "20.0 s"),
+        "files added to the cache: 2, by the first 300",
+    )
+    assert rows[3] == ("… and the first answer", "30.0 s", "compiled only once: 30.0 s")
+    assert [*rows[:2], *rows[4:]] == docs.gpu_rows(first)
+
+
+def test_a_second_start_of_other_layers_is_not_shown(image: Image) -> None:
+    host.write(prove.beside(image, "warm"), json.dumps({"layers": ["sha256:a"]}))
+    assert docs.warm_report(image, {"layers": ["sha256:a"]}) == {"layers": ["sha256:a"]}
+    assert docs.warm_report(image, {"layers": ["sha256:b"]}) is None
+    prove.beside(image, "warm").unlink()
+    assert docs.warm_report(image, {"layers": ["sha256:a"]}) is None
 
 
 def test_an_image_without_fp8_has_no_row_of_it() -> None:

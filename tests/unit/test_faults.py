@@ -144,7 +144,16 @@ def test_every_fault_names_a_check_that_exists_and_what_happens() -> None:
     assert set(FAULTS) == {*STREAM, *PROTOCOL, *ROLLOUTS, *ENGINE, *PROOF}
     for name, fault in FAULTS.items():
         assert fault.check in smoke.CHECKS, name
+        assert fault.otherwise in ("", *smoke.CHECKS), name
         assert fault.what, name
+
+
+def test_a_fault_is_found_by_the_first_of_its_checks_that_an_image_has() -> None:
+    fault = FAULTS["sleep-frees-nothing"]
+    assert fault.found_by(["start", "sleep-1", "sleep-2"]) == "sleep-1"
+    assert fault.found_by(["start", "sleep-2"]) == "sleep-2"
+    assert fault.found_by(["start", "refit"]) is None
+    assert FAULTS["wake-restores-nothing"].found_by(["sleep-2"]) is None
 
 
 @pytest.mark.parametrize("fault", FAULTS)

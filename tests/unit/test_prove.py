@@ -322,12 +322,13 @@ def of_fault(image: Image, fault: str, *failed: str, reason: str = "") -> dict[s
 
 @pytest.fixture
 def folder(image: Image, tmp_path: Path) -> Path:
-    """What a sound image leaves on a machine with a GPU: two reports, two faults, a calibration."""
+    """What a sound image leaves on a machine with a GPU: reports, two of faults, a calibration."""
     found = tmp_path / "from-gpu"
     found.mkdir()
     reports = {
         "verify": about(image, "proved", "files", "imports"),
         "smoke": about(image, "proved", "start", "refit"),
+        "warm": about(image, "proved", "start") | {"verdict": "unproved"},
         "fault-flipped-byte": of_fault(image, "flipped-byte"),
         "fault-lost-buffer": of_fault(image, "lost-buffer"),
         "calibration": CALIBRATION,
@@ -366,6 +367,28 @@ def test_they_are_kept_with_their_layers_faults_and_calibration(image: Image, fo
     assert kept == of_fault(image, "lost-buffer")
     calibration = prove.kept(image).parent / "vllm-0.12.calibration.json"
     assert json.loads(calibration.read_text()) == CALIBRATION
+    assert json.loads(prove.beside(image, "warm").read_text())["verdict"] == "unproved"
+
+
+def test_a_second_start_that_failed_or_is_of_another_image_keeps_nothing(
+    image: Image, folder: Path
+) -> None:
+    put(folder, "warm", about(image, "failed", "start"))
+    with pytest.raises(Problem, match="shows no start that passed"):
+        prove.adopt(image, Fake(), folder, keep=True)
+    put(folder, "warm", about(image, "unproved", "start", lock_sha256="0" * 64))
+    with pytest.raises(Problem, match="is about another image"):
+        prove.adopt(image, Fake(), folder, keep=True)
+    assert nothing_is_kept(image)
+
+
+def test_a_proof_kept_anew_drops_the_second_start_of_the_last_one(
+    image: Image, folder: Path
+) -> None:
+    prove.adopt(image, Fake(), folder, keep=True)
+    (folder / "warm.json").unlink()
+    prove.adopt(image, Fake(), folder, keep=True)
+    assert not prove.beside(image, "warm").exists()
 
 
 @pytest.mark.parametrize(
@@ -398,7 +421,7 @@ def test_reports_of_faults_in_earlier_layers_do_not_stay(image: Image, folder: P
 
 
 def test_a_proof_without_faults_or_calibration_is_kept_too(image: Image, folder: Path) -> None:
-    for path in [*folder.glob("fault-*"), folder / "calibration.json"]:
+    for path in [*folder.glob("fault-*"), folder / "calibration.json", folder / "warm.json"]:
         path.unlink()
     assert prove.adopt(image, Fake(), folder, keep=True) == 0
     assert [path.name for path in prove.kept(image).parent.iterdir()] == ["vllm-0.12.json"]
@@ -482,7 +505,17 @@ def test_a_fault_that_nobody_knows_is_refused_with_the_nearest(image: Image, fol
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_found_by_its_check_and_reason(image: Image, fault: str) -> None:
-    assert prove.found_by(of_fault(image, fault), fault) == ""
+    everything = replace(image, smoke=replace(image.smoke, sleep_levels=(1, 2), server=True))
+    assert prove.found_by(of_fault(image, fault), fault, everything) == ""
+
+
+def test_an_image_without_a_check_finds_its_fault_by_another(image: Image) -> None:
+    fault, deep = (
+        "sleep-frees-nothing",
+        replace(image, smoke=replace(image.smoke, sleep_levels=(2,))),
+    )
+    assert prove.found_by(of_fault(image, fault, "sleep-2"), fault, deep) == ""
+    assert prove.found_by(of_fault(image, fault, "sleep-1"), fault, deep) == "failed were sleep-1"
 
 
 OTHER = "CUDA error: out of memory"

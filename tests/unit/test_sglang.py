@@ -267,7 +267,7 @@ def drive(monkeypatch: pytest.MonkeyPatch, torch: Torch) -> Drive:
 
     monkeypatch.setattr(multiprocessing, "get_context", context)
     monkeypatch.setattr(sglang, "drive", made)
-    monkeypatch.setattr(sglang, "TIMEOUT", 20.0)
+    monkeypatch.setattr(sglang.Engine, "patience", 20.0)
     return made
 
 
@@ -434,7 +434,7 @@ def test_a_driver_that_lives_and_says_nothing_counts_as_hung(
 ) -> None:
     drive.answers["sleep"] = lambda _: time.sleep(0.3)
     start(engine, model)
-    monkeypatch.setattr(sglang, "TIMEOUT", 0.05)
+    monkeypatch.setattr(sglang.Engine, "patience", 0.05)
     with pytest.raises(EngineError, match=r"^the engine did not answer for 0 s$"):
         engine.sleep(1)
 
@@ -804,7 +804,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torch: Torch) -> No
     """A spawned process finds it."""
     del torch
     monkeypatch.syspath_prepend(str(fake_sglang.package(tmp_path / "packages")))
-    monkeypatch.setattr(sglang, "TIMEOUT", 60.0)
+    monkeypatch.setattr(sglang.Engine, "patience", 60.0)
 
 
 @pytest.mark.usefixtures("package")

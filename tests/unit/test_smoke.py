@@ -287,9 +287,17 @@ def test_a_sound_engine_passes_every_check_and_is_stopped(engine: Engine, tmp_pa
     done = proof(tmp_path)
     assert [(check.name, check.status) for check in done] == [(name, "passed") for name in ALL]
     assert done[0].metrics.pop("start_seconds") >= 0
-    assert done[0].metrics == {"held_bytes": 10, "memory_bytes": 20}
+    assert done[0].metrics == {"held_bytes": 10, "memory_bytes": 20, "cache_files_added": 0}
     assert done[1].metrics == {"value": 1}
     assert engine.stopped == 1
+
+
+def test_the_cache_is_what_later_starts_find_without_the_proofs_own_files(tmp_path: Path) -> None:
+    for name in ("triton/a/b.cubin", "plan.json", "rollout-probe-x/model.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert smoke.cached(tmp_path) == {f"{tmp_path}/triton/a/b.cubin", f"{tmp_path}/plan.json"}
+    assert smoke.cached(tmp_path / "none") == set()
 
 
 def fails(_: Any) -> dict[str, Any]:

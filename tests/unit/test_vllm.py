@@ -132,6 +132,7 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Llm]:
         current_device=lambda: 0,
         mem_get_info=lambda _: (30 * GIB, 80 * GIB),
         empty_cache=lambda: None,
+        ipc_collect=lambda: None,
     )
     vars(torch).update(cuda=cuda, device=lambda kind, index: (kind, index))
     monkeypatch.setitem(sys.modules, "vllm", fake)

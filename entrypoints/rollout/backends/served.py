@@ -55,6 +55,12 @@ def log_file() -> Path:
         return Path(file.name)
 
 
+def discard(log: Path) -> None:
+    """Delete what :func:`log_file` made, unless the user named it."""
+    if LOG not in os.environ and log.is_file():
+        log.unlink()
+
+
 def last_error(log: Path) -> str:
     """The last line of a log that names an exception; empty where none does."""
     try:

@@ -16,17 +16,24 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout import cuda_ipc
-from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError
-from rollout.backends.served import LOG, flags, free_port, interrupted, last_error, log_file
+from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError, gpu
+from rollout.backends.piped import Piped
+from rollout.backends.served import (
+    STOPPING,
+    discard,
+    flags,
+    free_port,
+    interrupted,
+    last_error,
+    log_file,
+)
 from rollout.backends.served import Server as Http
 from rollout.backends.sglang_worker import IDLE, completion, drive, greedy
-from rollout.problem import Problem
-from rollout.transport import TransportError, answer, deliver
+from rollout.transport import TransportError, deliver
 
 if TYPE_CHECKING:
     import torch
@@ -68,29 +75,21 @@ def arguments(model: Path, *, dummy: bool, level: int, gpus: int) -> dict[str, A
     }
 
 
-class Engine:
+class Engine(Piped):
     """The trainer's side of SGLang (see :class:`rollout.backends.Engine`)."""
 
     transports: tuple[str, ...] = ("cuda-ipc", FLATTENED, "nccl", "disk")
     cache_block = 1  # its radix cache shares single tokens
+    patience = TIMEOUT
     mlp_bias = False  # models/llama.py hard-codes bias=False there and skips such tensors
 
     def __init__(self) -> None:
-        import torch
-
-        try:
-            self.device = torch.cuda.get_device_name()
-        except (AssertionError, RuntimeError) as error:
-            why = str(error).strip().splitlines()[0]
-            raise Problem(
-                f"CUDA does not start here ({why}); see 'nvidia-smi' on the host", 3
-            ) from None
-        self._device = torch.device("cuda", torch.cuda.current_device())
+        super().__init__()
+        self.device, self._device = gpu.first()
         self.levels: tuple[int, ...] = ()
         self.witness = False
         self.insisting: Mapping[str, str] = {}
         self._process: Any = None
-        self._connection: Connection | None = None
         self._model = Path()
         self._gpus = 1
         self._held = 0
@@ -109,40 +108,20 @@ class Engine:
         self._model, self._gpus, self._log = model, gpus, log_file()
         # spawn: CUDA cannot be forked. No daemon: those may have no children, and SGLang has.
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        self._pipe, theirs = context.Pipe()
         given = (theirs, options, str(self._log), os.getpid())
         self._process = context.Process(target=drive, args=given)
-        self._process.start()
-        theirs.close()
         try:
+            self._process.start()
+            theirs.close()
             facts = self._answer()
-        except EngineError as error:
+        except (EngineError, OSError) as error:
             why = last_error(self._log) or error
             self.stop()
             raise EngineError(f"SGLang did not start: {why}") from None
         self._held = facts["held"]
         self.levels = tuple(facts["levels"])
         self.witness, self.insisting = facts["witness"], facts["insisting"]
-
-    def _answer(self) -> Any:
-        if self._connection is None:
-            raise EngineError("the engine is not started")
-        try:
-            return answer(self._connection, TIMEOUT)
-        except TransportError as error:
-            raise EngineError(str(error)) from None
-
-    def _ask(self, method: str, *arguments: object) -> None:
-        if self._connection is None:
-            raise EngineError("the engine is not started")
-        try:
-            deliver((method, arguments), self._connection)
-        except TransportError as error:
-            raise EngineError(str(error)) from None
-
-    def _call(self, method: str, *arguments: object) -> Any:
-        self._ask(method, *arguments)
-        return self._answer()
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
         return _completions(self._call("generate", [list(p) for p in prompts], tokens))
@@ -177,7 +156,7 @@ class Engine:
             self._synchronize()  # a handle says nothing of writes that are still on their way
             self._send(there, flattened=transport == FLATTENED)
             del there
-        self._collect()
+        gpu.collect()
         return sent
 
     def _send(self, tensors: list[tuple[str, torch.Tensor]], *, flattened: bool) -> None:
@@ -241,12 +220,6 @@ class Engine:
 
         torch.cuda.synchronize(self._device)
 
-    def _collect(self) -> None:
-        import torch
-
-        torch.cuda.ipc_collect()
-        torch.cuda.empty_cache()
-
     def reset_prefix_cache(self) -> None:
         self._call("flush")
 
@@ -266,30 +239,26 @@ class Engine:
         return self._held
 
     def memory(self) -> int:
-        import torch
-
-        self._collect()  # the trainer's own, which this must not count
-        free, total = torch.cuda.mem_get_info(self._device)
-        return int(total - free)
+        return gpu.used(self._device)
 
     def inject(self, fault: str) -> None:
         self._fault = fault
 
     def stop(self) -> None:
-        connection, self._connection = self._connection, None
+        pipe, self._pipe = self._pipe, None
         process, self._process = self._process, None
         if process is None:
             return
-        if connection is not None:
+        if pipe is not None:
             with contextlib.suppress(OSError, EOFError, TransportError):
-                deliver(("stop", ()), connection)
-                connection.poll(90)  # it waits for its children, which give the GPU back
-            connection.close()
-        process.join(5)
-        process.kill()  # its children die with it
-        process.join()
-        if LOG not in os.environ:
-            self._log.unlink(missing_ok=True)
+                deliver(("stop", ()), pipe)
+                pipe.poll(STOPPING)  # it waits for its children, which give the GPU back
+            pipe.close()
+        if process.pid is not None:
+            process.join(5)
+            process.kill()  # its children die with it
+            process.join()
+        discard(self._log)
 
 
 def _completions(found: Iterable[Any]) -> list[Completion]:
@@ -350,6 +319,8 @@ class Server(Engine):
     def start(
         self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
     ) -> None:
+        if fp8:
+            raise EngineError("this backend starts SGLang in bfloat16 only")
         from dataclasses import fields
 
         from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
@@ -461,5 +432,4 @@ class Server(Engine):
         server, self._server = self._server, None
         if server is not None:
             server.stop()
-        if LOG not in os.environ and self._log.is_file():
-            self._log.unlink()
+        discard(self._log)

@@ -24,7 +24,8 @@ from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError
-from rollout.transport import TransportError, answer, as_bytes, deliver, receive, send
+from rollout.backends.piped import Piped
+from rollout.transport import TransportError, as_bytes, receive, send
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ LEAK_BYTES = 24 << 20
 SMALL = 50_000_000
 
 
-class Engine:
+class Engine(Piped):
     """The trainer's side of the reference engine (see :class:`rollout.backends.Engine`)."""
 
     transports: tuple[str, ...] = ("shared-memory",)
@@ -49,8 +50,8 @@ class Engine:
 
     def __init__(self) -> None:
         self.device = f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+        super().__init__()
         self._process: multiprocessing.process.BaseProcess | None = None
-        self._connection: Connection | None = None
         self._held = 0
 
     def start(
@@ -60,29 +61,12 @@ class Engine:
             raise EngineError("the reference engine has no weights in fp8 and no GPUs")
         # spawn: a fork would share the parent's memory, and then neither side's could be counted.
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        self._pipe, theirs = context.Pipe()
         arguments = (theirs, str(model), dummy, os.getpid())
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         self._held = self._answer()
-
-    def _answer(self) -> Any:
-        if self._connection is None:
-            raise EngineError("the engine is not started")
-        try:
-            return answer(self._connection)
-        except TransportError as error:
-            raise EngineError(str(error)) from None
-
-    def _call(self, method: str, *arguments: object) -> Any:
-        if self._connection is None:
-            raise EngineError("the engine is not started")
-        try:
-            deliver((method, arguments), self._connection)
-        except TransportError as error:
-            raise EngineError(str(error)) from None
-        return self._answer()
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
         found = self._call("generate", [list(p) for p in prompts], tokens)
@@ -104,11 +88,9 @@ class Engine:
         self._call("wake", tuple(tags))
 
     def refit(self, tensors: Iterable[tuple[str, torch.Tensor]], transport: str = "") -> int:
-        if self._connection is None:
-            raise EngineError("the engine is not started")
+        self._ask("refit")
         try:
-            deliver(("refit", ()), self._connection)
-            sent = send(tensors, self._connection)
+            sent = send(tensors, self._connection())
         except TransportError as error:
             raise EngineError(str(error)) from None
         self._answer()
@@ -142,11 +124,11 @@ class Engine:
         self._call("inject", fault)
 
     def stop(self) -> None:
-        if self._connection is not None:
+        if self._pipe is not None:
             with contextlib.suppress(OSError):
-                self._connection.send(("stop", ()))
-            self._connection.close()
-            self._connection = None
+                self._pipe.send(("stop", ()))
+            self._pipe.close()
+            self._pipe = None
         if self._process is not None:
             self._process.join(1)  # what is still busy then is not waited for
             self._process.kill()

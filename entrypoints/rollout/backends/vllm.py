@@ -18,10 +18,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError
-from rollout.backends.served import LOG, flags, interrupted, log_file
+from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError, gpu
 from rollout.backends.served import Server as Http
-from rollout.problem import Problem
+from rollout.backends.served import discard, flags, interrupted, log_file
 from rollout.transport import TransportError
 
 if TYPE_CHECKING:
@@ -78,16 +77,7 @@ class Engine:
     insisting: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self) -> None:
-        import torch
-
-        try:
-            self.device = torch.cuda.get_device_name()
-        except (AssertionError, RuntimeError) as error:
-            why = str(error).strip().splitlines()[0]
-            raise Problem(
-                f"CUDA does not start here ({why}); see 'nvidia-smi' on the host", 3
-            ) from None
-        self._device = torch.device("cuda", torch.cuda.current_device())
+        self.device, self._device = gpu.first()
         self._llm: Any = None
         self._process = 0
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None]
@@ -249,11 +239,7 @@ class Engine:
         return self._held
 
     def memory(self) -> int:
-        import torch
-
-        torch.cuda.empty_cache()  # the trainer's own, which this must not count
-        free, total = torch.cuda.mem_get_info(self._device)
-        return int(total - free)
+        return gpu.used(self._device)
 
     def inject(self, fault: str) -> None:
         self._fault = fault
@@ -347,6 +333,8 @@ class Server(Engine):
     ) -> None:
         import torch
 
+        if fp8 or gpus > 1:
+            raise EngineError("this backend starts vLLM's server in bfloat16 and on one GPU only")
         total = torch.cuda.mem_get_info(self._device)[1]
         options = arguments(model, total, dummy=dummy, fp8=False)
         # Its OpenAI endpoint puts token ids into words even where nobody asks for words.
@@ -403,8 +391,7 @@ class Server(Engine):
         server, self._server = self._server, None
         if server is not None:
             server.stop()
-        if LOG not in os.environ and self._log.is_file():
-            self._log.unlink()
+        discard(self._log)
         super().stop()
 
 

@@ -1,0 +1,40 @@
+"""An engine in a process of its own that is asked over a pipe: one message, one answer."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rollout.backends import EngineError
+from rollout.transport import TIMEOUT, TransportError, answer, deliver
+
+
+class Piped:
+    """The asking side; the process at the other end of the pipe is the backend's own."""
+
+    patience = TIMEOUT  # seconds without an answer after which the process counts as hung
+
+    def __init__(self) -> None:
+        self._pipe: Connection | None = None
+
+    def _connection(self) -> Connection:
+        if self._pipe is None:
+            raise EngineError("the engine is not started")
+        return self._pipe
+
+    def _answer(self) -> Any:
+        try:
+            return answer(self._connection(), self.patience)
+        except TransportError as error:
+            raise EngineError(str(error)) from None
+
+    def _ask(self, method: str, *arguments: object) -> None:
+        """Send a message whose answer is waited for later."""
+        try:
+            deliver((method, arguments), self._connection())
+        except TransportError as error:
+            raise EngineError(str(error)) from None
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        self._ask(method, *arguments)
+        return self._answer()
