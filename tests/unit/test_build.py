@@ -319,6 +319,30 @@ def test_a_byte_of_an_entrypoint_changes_that_layer_alone(checkout: Checkout, ow
     assert changed(before, arguments(checkout.image())) == {"ENTRYPOINTS"}
 
 
+def test_how_another_engine_is_driven_is_no_part_of_an_image(checkout: Checkout, own: Path) -> None:
+    before = arguments(checkout.image())
+    for name in ("sglang.py", "sglang_worker.py", "tensorrt_llm.py", "transformers.py"):
+        (own / "entrypoints/backends" / name).write_text("# another engine\n")
+        assert changed(before, arguments(checkout.image())) == set(), name
+    for name in ("vllm_extension.py", "served.py", "__init__.py", "vllmish.py"):
+        (own / "entrypoints/backends" / name).write_text("# for every engine, or for this one\n")
+        after = arguments(checkout.image())
+        assert changed(before, after) == {"ENTRYPOINTS"}, name
+        before = after
+
+
+@pytest.mark.parametrize("image", catalog.load(), ids=lambda image: image.tag)
+def test_an_image_has_the_modules_of_its_backend_and_of_all(image: Image) -> None:
+    found = {
+        Path(name).stem
+        for name in build.payload(image, lock.read(image))
+        if name.startswith("rollout/backends/")
+    }
+    assert {"__init__", image.backend.replace("-", "_")} <= found
+    others = {name.replace("-", "_") for name in catalog.BACKENDS if name != image.backend}
+    assert not [name for name in found if name.split("_")[0] in others]
+
+
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
