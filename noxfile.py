@@ -56,6 +56,18 @@ def export(session: nox.Session) -> None:
 
 
 @nox.session
+def publish(session: nox.Session) -> None:
+    """Publish a proved image and its papers: REF --to HOST[/PREFIX] [--key FILE] [--promote …]."""
+    station(session, "publish")
+
+
+@nox.session(name="verify-published")
+def verify_published(session: nox.Session) -> None:
+    """Check an image and its papers from the registry alone: HOST/REPOSITORY:TAG [--key FILE]."""
+    station(session, "verify_published")
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Renew the generated parts of the README and lockfiles/SIZES.md: [--check]."""
     station(session, "docs")
@@ -68,13 +80,27 @@ def measure(session: nox.Session) -> None:
 
 
 @nox.session
+def matrix(session: nox.Session) -> None:
+    """Name the images of the catalog: [--changed-since REV | --proved] [--json]."""
+    station(session, "matrix")
+
+
+@nox.session
+def relock(session: nox.Session) -> None:
+    """Make every lock again and say what moved: [--since REV] [--report FILE]."""
+    station(session, "relock")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
-    """Formatting, lint, types, and generated files that are fresh."""
+    """Formatting, lint, types, workflows, and generated files that are fresh."""
     tools(session)
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("mypy")
     session.run("python", "-m", "images.docs", "--check")
+    zizmor = ("zizmor", "--offline", "--quiet", "--strict-collection", "--persona", "pedantic")
+    session.run(*zizmor, ".github/workflows")
 
 
 @nox.session

@@ -1,0 +1,812 @@
+"""The one place that talks to a registry.
+
+Layers go through skopeo, which uploads several at once and skips what is there. Small questions
+and papers go over HTTP from here: skopeo cannot ask for referrers or for the size of a blob.
+Both take the same credentials (``skopeo login``, ``docker login``), certificates and proxies.
+Every way to fail is one sentence; a broken connection is tried again, with longer and longer waits.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
+
+from images import host, oci
+from images.oci import Descriptor
+from rollout.problem import Problem
+
+# Seconds before each further attempt, after a connection broke or the registry was out of order.
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
+TIMEOUT = 60  # seconds without a byte
+AGENT = "verl-rollout"
+_PIECE = 1 << 20
+_LONGEST = 255  # of a name, HOST included: what docker and containers/image take
+_HOST = re.compile(
+    r"(localhost|\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
+    r"(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*)(:\d{1,5})?"
+)
+_COMPONENT = re.compile(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
+_DOCKER_HUB = "docker.io"
+T = TypeVar("T")
+
+
+class Broken(Problem):
+    """What another attempt may mend: a broken connection, a registry that is out of order."""
+
+
+class Odd(Problem):
+    """An answer that only who asked can judge; ``status`` is HTTP's."""
+
+    def __init__(self, sentence: str, status: int) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+# Names
+
+
+def parse_target(text: str) -> tuple[str, str]:
+    """HOST and PREFIX of ``--to HOST[/PREFIX]``.
+
+    Raises:
+        Problem: exit code 2 for what no registry takes as a name.
+    """
+    bare = text.removeprefix("docker://").rstrip("/")
+    name, _, prefix = bare.partition("/")
+    if "://" in bare or not _HOST.fullmatch(name) or not (_local(name) or re.search("[.:]", name)):
+        raise Problem(
+            f"{text!r} does not begin with the host of a registry; say it like "
+            "'registry.example.com/team' or '127.0.0.1:5000'",
+            2,
+        )
+    for component in prefix.split("/") if prefix else ():
+        if not _COMPONENT.fullmatch(component):
+            raise Problem(
+                f"{text!r} is no name that a registry takes, because of {component!r}; between "
+                "slashes stand lower-case letters and digits, joined by '.', '_', '__' or '-'",
+                2,
+            )
+    if len(bare) > _LONGEST:
+        raise Problem(f"{text!r} is longer than {_LONGEST} characters; take a shorter prefix", 2)
+    return name, prefix
+
+
+def parse_reference(text: str) -> tuple[str, str, str]:
+    """``HOST[/PREFIX]``, ``REPOSITORY`` and the tag or digest of a reference in full.
+
+    Raises:
+        Problem: exit code 2 for what is no such reference.
+    """
+    bare = text.removeprefix("docker://")
+    name, at, reference = bare.partition("@")
+    if not at:
+        name, _, reference = bare.rpartition(":")
+    target, _, repository = name.rpartition("/")
+    fine = oci.is_digest(reference) if at else is_tag(reference)
+    if not fine or not target or "/" in reference:
+        raise Problem(
+            f"{text!r} is no image of a registry; say HOST[/PREFIX]/REPOSITORY:TAG, or @sha256:… "
+            "in place of :TAG",
+            2,
+        )
+    parse_target(name)
+    return target, repository, reference
+
+
+def is_tag(text: str) -> bool:
+    """Whether a registry takes this as a tag."""
+    return _TAG.fullmatch(text) is not None
+
+
+def _local(name: str) -> bool:
+    """Whether a host is this machine, where a registry may do without TLS."""
+    return _LOOPBACK.fullmatch(name) is not None
+
+
+# Credentials and certificates: where skopeo looks for them
+
+
+def auth_files(environ: Mapping[str, str], home: Path) -> list[Path]:
+    """The files that ``skopeo login`` and ``docker login`` write, in the order of skopeo."""
+    if environ.get("REGISTRY_AUTH_FILE"):
+        return [Path(environ["REGISTRY_AUTH_FILE"])]
+    runtime = environ.get("XDG_RUNTIME_DIR")
+    first = Path(runtime) if runtime else Path(f"/run/containers/{os.getuid()}")
+    return [
+        first / ("containers/auth.json" if runtime else "auth.json"),
+        Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "containers/auth.json",
+        Path(environ.get("DOCKER_CONFIG") or home / ".docker") / "config.json",
+    ]
+
+
+def _keys(name: str) -> list[str]:
+    """What an entry for ``HOST/PREFIX/REPOSITORY`` may be called, the most specific first."""
+    parts = name.split("/")
+    keys = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    old = "index.docker.io" if parts[0] == _DOCKER_HUB else parts[0]
+    return [*keys, f"https://{old}/v1/", f"https://{old}", old]
+
+
+def _helper(program: str, key: str) -> tuple[str, str] | None:
+    """What a credential helper of docker knows of a registry."""
+    argv = [f"docker-credential-{program}", "get"]
+    with suppress(OSError, ValueError, KeyError):
+        done = subprocess.run(argv, input=key, capture_output=True, text=True, check=False)
+        if not done.returncode:
+            data = json.loads(done.stdout)
+            return str(data["Username"]), str(data["Secret"])
+    return None
+
+
+def credentials(name: str, files: Sequence[Path]) -> tuple[str, str] | None:
+    """User and password for ``HOST/PREFIX/REPOSITORY``, from the first file that has them.
+
+    Raises:
+        Problem: exit code 2 for a file that is damaged.
+    """
+    for file in files:
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            entries, helpers = data.get("auths") or {}, data.get("credHelpers") or {}
+            for key in _keys(name):
+                if key in helpers or (key in entries and data.get("credsStore")):
+                    found = _helper(str(helpers.get(key) or data["credsStore"]), key)
+                    if found:
+                        return found
+                if (entries.get(key) or {}).get("auth"):
+                    user, _, password = (
+                        base64.b64decode(entries[key]["auth"]).decode().partition(":")
+                    )
+                    return user, password.rstrip("\0")
+        except (FileNotFoundError, PermissionError):
+            continue
+        except (ValueError, AttributeError, TypeError, binascii.Error):
+            raise Problem(
+                f"{file} is no file of credentials; make it anew with 'skopeo login'", 2
+            ) from None
+    return None
+
+
+def _certificates(name: str, cert_dir: Path | None) -> list[Path]:
+    """Folders with certificates for a registry: the one given, else those of skopeo and docker."""
+    if cert_dir:
+        return [cert_dir]
+    own = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "containers"
+    bases = [own, Path("/etc/containers"), Path("/etc/docker")]
+    return [folder for base in bases if (folder := base / "certs.d" / name).is_dir()]
+
+
+def tls(name: str, cert_dir: Path | None = None) -> ssl.SSLContext:
+    """The host's certificates (SSL_CERT_FILE is honoured) and those for this registry.
+
+    Raises:
+        Problem: exit code 2 for a folder without certificates, or with broken ones.
+    """
+    context = ssl.create_default_context()
+    for folder in _certificates(name, cert_dir):
+        try:
+            for authority in sorted(folder.glob("*.crt")):
+                context.load_verify_locations(authority)
+            for certificate in sorted(folder.glob("*.cert")):
+                context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+        except (OSError, ssl.SSLError) as error:
+            raise Problem(f"the certificates in {folder} cannot be read: {error}", 2) from None
+    if cert_dir and not [*cert_dir.glob("*.crt"), *cert_dir.glob("*.cert")]:
+        raise Problem(f"--cert-dir {cert_dir} holds no certificate (*.crt, *.cert)", 2)
+    return context
+
+
+# From a failure to a sentence
+
+_TLS = "TLS with {host} failed: {why}; name its CA with SSL_CERT_FILE=FILE or --cert-dir DIR"
+_PLAIN = (
+    "{host} does not speak TLS; only a registry on this machine may do without (127.0.0.1, "
+    "localhost, [::1])"
+)
+_UNKNOWN = "there is no host {host}, or no way to ask for its address; is the name right?"
+_FULL = "the disk of the registry {host} is full; free space there and run this again"
+_REFUSED = (
+    "{host} refuses these credentials for {name}; log in with 'skopeo login {host}' as somebody "
+    "who may do this, or name a file with --authfile"
+)
+# Seen where two publishers upload the same blob in the same moment; a little later all is well.
+_CONFUSED = "{host} does not know yet what it was sent ({why})"
+_BROKEN = "the connection to {host} broke ({why})"
+_FULL_SIGNS = ("no space left", "insufficient storage", "disk quota exceeded", '"err":28')
+
+
+def _says(body: bytes) -> str:
+    """What a registry gives as its reason: the first error of its list, else the first line."""
+    text = body.decode("utf-8", "replace").strip()
+    with suppress(ValueError, KeyError, TypeError, IndexError):
+        first = json.loads(text)["errors"][0]
+        detail = first.get("detail")
+        return f"{first['message']}" + (f" ({json.dumps(detail)})" if detail else "")
+    return text.splitlines()[0][:200] if text else "no reason given"
+
+
+def meaning(status: int, body: bytes, name: str) -> Problem:
+    """One sentence for an HTTP answer that nobody wanted; ``name`` is HOST/PREFIX/REPOSITORY."""
+    registry, _, _ = name.partition("/")
+    said = _says(body)
+    if status == 507 or any(
+        sign in body.decode("utf-8", "replace").lower() for sign in _FULL_SIGNS
+    ):
+        return Problem(_FULL.format(host=registry))
+    if status in (401, 403):
+        reason = "" if said in ("no reason given", "authentication required") else f" ({said})"
+        return Problem(_REFUSED.format(host=registry, name=name) + reason)
+    if b"MANIFEST_BLOB_UNKNOWN" in body:
+        return Broken(_CONFUSED.format(host=registry, why=said))
+    if status == 429 or status >= 500:
+        return Broken(f"{registry} is out of order: it answers {status}, {said}")
+    if "NAME_INVALID" in body.decode("utf-8", "replace"):
+        return Problem(f"{registry} does not allow the name {name}: {said}", 2)
+    return Odd(f"{registry} refuses {name} with {status}: {said}", status)
+
+
+def unreachable(error: BaseException, registry: str) -> Problem:
+    """One sentence for a connection that was not made, or broke."""
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return Problem(_TLS.format(host=registry, why=cause.verify_message))
+    if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
+        reason = getattr(cause, "reason", None) or str(cause)  # one made by hand has none
+        plain = reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST")
+        return Problem((_PLAIN if plain else _TLS).format(host=registry, why=reason))
+    if isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN:
+        return Problem(_UNKNOWN.format(host=registry))
+    why = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(cause)
+    return Broken(_BROKEN.format(host=registry, why=why.lower() or type(cause).__name__))
+
+
+# What skopeo prints -> what it means; seen with 1.9.3, the words are those of Go and its library.
+_SKOPEO: tuple[tuple[str, str], ...] = (
+    (r"x509: [^\"]*", _TLS),
+    (r"tls: [^\"]*", _TLS),
+    (r"server gave HTTP response to HTTPS client", _PLAIN),
+    (r"no such host", _UNKNOWN),
+    (r"unauthorized|authentication required|requested access to the resource is denied", _REFUSED),
+    (r"(invalid username/password|denied)[^\"]*", _REFUSED),
+)
+_SKOPEO_BROKEN = re.compile(
+    r"connection (refused|reset by peer)|broken pipe|\bEOF\b|i/o timeout|timeout awaiting|"
+    r"server closed idle connection|no route to host|network is unreachable|"
+    r"server misbehaving|HTTP status: (429|5\d\d)[^\"]*|toomanyrequests|"
+    r"blob upload (unknown|invalid)|TLS handshake timeout"
+)
+
+
+def meaning_of_skopeo(output: str, code: int, name: str) -> Problem:
+    """One sentence for a copy that failed; ``name`` is HOST/PREFIX/REPOSITORY."""
+    registry, _, _ = name.partition("/")
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    fatal = [line for line in lines if "level=fatal" in line]
+    text = (fatal or lines or [""])[-1].replace('\\"', "'")
+    if any(sign in text.lower() for sign in _FULL_SIGNS):
+        return Problem(_FULL.format(host=registry))
+    if broken := _SKOPEO_BROKEN.search(text):
+        return Broken(_BROKEN.format(host=registry, why=broken[0]))
+    if confused := re.search(r"blob unknown to registry|digest invalid", text):
+        return Broken(_CONFUSED.format(host=registry, why=confused[0]))
+    for sign, sentence in _SKOPEO:
+        if found := re.search(sign, text):
+            return Problem(sentence.format(host=registry, name=name, why=found[0]))
+    said = re.search(r'msg="(.*)"', text)
+    return Problem(f"skopeo exited with {code}: {said[1] if said else text or 'no output'}")
+
+
+def patiently(
+    attempt: Callable[[], T],
+    waits: Sequence[float] | None = None,
+    moved: Callable[[], bool] = lambda: False,
+) -> T:
+    """Try something again where that may help, after longer and longer waits.
+
+    Patience begins anew where ``moved`` says that a failed attempt has brought something.
+
+    Raises:
+        Problem: it failed in a way that no patience mends, or once more after the last wait.
+    """
+    waits, failed = WAITS if waits is None else waits, 0
+    while True:
+        try:
+            return attempt()
+        except Broken as problem:
+            failed = 1 if moved() else failed + 1
+            if failed > len(waits):
+                sentence = f"{problem.sentence}, {failed} times in a row; run this again later"
+                raise Problem(sentence) from None
+            host.say(f"{problem.sentence}; again in {waits[failed - 1]:g} s")
+            time.sleep(waits[failed - 1])
+
+
+# HTTP
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """A question for the size of a blob stays one where a registry points to its storage."""
+
+    def redirect_request(self, req: Any, *args: Any) -> urllib.request.Request | None:
+        new = super().redirect_request(req, *args)
+        if new and req.get_method() == "HEAD":
+            new.method = "HEAD"
+        return new
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a registry answered."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = b""
+
+    def header(self, name: str) -> str:
+        """A header by its name in any case; empty where there is none."""
+        return next((v for k, v in self.headers.items() if k.lower() == name.lower()), "")
+
+
+@dataclass
+class Registry:
+    """A registry, and the prefix that all names in it have.
+
+    Methods take the name of a repository below the prefix. They raise Problem where the registry
+    cannot be reached, refuses, or gives something else than was asked for.
+    """
+
+    target: str
+    authfile: Path | None = None
+    cert_dir: Path | None = None
+    waits: Sequence[float] | None = None  # before each further attempt; WAITS where none are given
+    _authorized: dict[tuple[str, bool], str] = field(default_factory=dict, repr=False)
+    _openers: list[tuple[str, urllib.request.OpenerDirector]] = field(
+        default_factory=list, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        self.host, self.prefix = parse_target(self.target)
+
+    # Names
+
+    def path(self, repository: str) -> str:
+        """What the registry calls a repository."""
+        path = f"{self.prefix}/{repository}" if self.prefix else repository
+        parse_target(f"{self.host}/{path}")
+        return path
+
+    def name(self, repository: str) -> str:
+        """A repository in full, as people and docker write it."""
+        return f"{self.host}/{self.path(repository)}"
+
+    def reference(self, repository: str, reference: str) -> str:
+        """An image in full: by its tag, or by its digest."""
+        return f"{self.name(repository)}{'@' if oci.is_digest(reference) else ':'}{reference}"
+
+    # Connections
+
+    def _connect(self) -> tuple[str, urllib.request.OpenerDirector]:
+        """The address of the registry, and what opens it; found out once."""
+        if self._openers:
+            return self._openers[0]
+        handlers: list[urllib.request.BaseHandler] = [
+            urllib.request.HTTPSHandler(context=tls(self.host, self.cert_dir)),
+            _Redirects(),
+        ]
+        if _local(self.host):
+            handlers.append(urllib.request.ProxyHandler({}))  # none is asked about this machine
+        opener = urllib.request.build_opener(*handlers)
+        name = "registry-1.docker.io" if self.host == _DOCKER_HUB else self.host
+        address = f"https://{name}"
+        if _local(self.host) and self._is_plain(opener, address):
+            address = f"http://{name}"
+        self._openers.append((address, opener))
+        return self._openers[0]
+
+    def _is_plain(self, opener: urllib.request.OpenerDirector, address: str) -> bool:
+        """Whether a registry of this machine does without TLS; a wrong certificate is an error."""
+        try:
+            opener.open(f"{address}/v2/", timeout=TIMEOUT).close()
+        except urllib.error.HTTPError:
+            return False
+        except urllib.error.URLError as error:
+            problem = unreachable(error, self.host)
+            if isinstance(error.reason, ssl.SSLError) and problem.sentence == _PLAIN.format(
+                host=self.host
+            ):
+                return True
+            raise problem from None
+        except (OSError, http.client.HTTPException) as error:
+            raise unreachable(error, self.host) from None
+        return False
+
+    @property
+    def plain_http(self) -> bool:
+        """Whether this registry is spoken to without TLS."""
+        return patiently(self._connect, self.waits)[0].startswith("http:")
+
+    @contextmanager
+    def _open(
+        self,
+        method: str,
+        url: str,
+        repository: str,
+        headers: Mapping[str, str] | None = None,
+        data: bytes | None = None,
+    ) -> Iterator[http.client.HTTPResponse]:
+        """One request, and once more with credentials where the registry asks for them."""
+        address, opener = self._connect()
+        url = urllib.parse.urljoin(address, url)
+        reads = method in ("GET", "HEAD")
+        for attempt in (1, 2):
+            request = urllib.request.Request(url, data, dict(headers or {}), method=method)  # noqa: S310 - its scheme is ours
+            request.add_header("User-Agent", AGENT)
+            known = self._authorized.get((repository, reads))
+            if known and urllib.parse.urlsplit(url).netloc == urllib.parse.urlsplit(address).netloc:
+                # Not to follow a redirection: what signs an address of a storage is in it already.
+                request.add_unredirected_header("Authorization", known)
+            try:
+                answer = opener.open(request, timeout=TIMEOUT)
+            except urllib.error.HTTPError as error:
+                answer = cast(http.client.HTTPResponse, error)  # it reads in the same way
+            except (OSError, http.client.HTTPException) as error:
+                raise unreachable(error, self.host) from None
+            with answer:
+                challenge = answer.headers.get("WWW-Authenticate", "")
+                if answer.status == 401 and attempt == 1 and challenge:
+                    authorized = self._authorize(challenge, repository, opener)
+                    if authorized:
+                        self._authorized[(repository, reads)] = authorized
+                        continue
+                try:
+                    yield answer
+                except (ConnectionError, TimeoutError, http.client.HTTPException) as error:
+                    raise unreachable(error, self.host) from None
+                return
+
+    def _authorize(
+        self, challenge: str, repository: str, opener: urllib.request.OpenerDirector
+    ) -> str:
+        """The header that a registry asks for; empty where there are no credentials for it."""
+        files = [self.authfile] if self.authfile else auth_files(os.environ, Path.home())
+        found = credentials(self.name(repository), files)
+        basic = base64.b64encode(":".join(found).encode()).decode() if found else ""
+        kind, _, rest = challenge.partition(" ")
+        if kind.lower() != "bearer":
+            return f"Basic {basic}" if basic else ""
+        asked = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+        realm = asked.pop("realm", "")
+        local = _local(urllib.parse.urlsplit(realm).netloc)
+        if not (realm.startswith("https://") or (local and realm.startswith("http://"))):
+            raise Problem(f"{self.host} asks for credentials at {realm!r}, which is not safe")
+        query = {k: v for k, v in asked.items() if k in ("service", "scope")}
+        request = urllib.request.Request(f"{realm}?{urllib.parse.urlencode(query)}")  # noqa: S310
+        request.add_header("User-Agent", AGENT)
+        if basic:
+            request.add_unredirected_header("Authorization", f"Basic {basic}")
+        try:
+            with opener.open(request, timeout=TIMEOUT) as answer:
+                data = json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                raise meaning(error.code, error.read(), self.name(repository)) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise unreachable(error, self.host) from None
+        except ValueError:
+            data = {}
+        token = data.get("token") or data.get("access_token") if isinstance(data, dict) else ""
+        return f"Bearer {token}" if token else ""
+
+    def _ask(
+        self,
+        method: str,
+        url: str,
+        repository: str,
+        *,
+        expected: Sequence[int],
+        headers: Mapping[str, str] | None = None,
+        data: bytes | None = None,
+    ) -> Answer:
+        """A small question with patience; what is not expected is a Problem."""
+
+        def once() -> Answer:
+            with self._open(method, url, repository, headers, data) as answer:
+                body = answer.read()
+                if answer.status not in expected:
+                    raise meaning(answer.status, body, self.name(repository))
+                return Answer(answer.status, dict(answer.headers.items()), body)
+
+        return patiently(once, self.waits)
+
+    def _url(self, repository: str, *parts: str) -> str:
+        return "/".join(("/v2", self.path(repository), *parts))
+
+    # Questions
+
+    def manifest(self, repository: str, reference: str) -> tuple[bytes, Descriptor] | None:
+        """A manifest or index as the registry has it, by tag or digest; None where it has none.
+
+        Raises:
+            Problem: its bytes are not those of the digest that was asked for.
+        """
+        url = self._url(repository, "manifests", reference)
+        accept = {"Accept": ", ".join(oci.MANIFESTS)}
+        answer = self._ask("GET", url, repository, expected=(200, 404), headers=accept)
+        if answer.status == 404:
+            return None
+        found = Descriptor(
+            answer.header("Content-Type").partition(";")[0],
+            oci.digest(answer.body),
+            len(answer.body),
+        )
+        if oci.is_digest(reference) and found.digest != reference:
+            what = self.reference(repository, reference)
+            raise Problem(f"{what}: the registry gives other bytes, their sha256 is {found.digest}")
+        return answer.body, found
+
+    def resolve(self, repository: str, reference: str) -> str | None:
+        """The digest that a tag stands for, None where there is no such tag.
+
+        The digest is of the bytes: what a registry says in a header proves nothing.
+        """
+        found = self.manifest(repository, reference)
+        return found[1].digest if found else None
+
+    def blob_size(self, repository: str, digest: str) -> int | None:
+        """The bytes of a blob as the registry counts them, None where it has none."""
+        url = self._url(repository, "blobs", digest)
+        answer = self._ask("HEAD", url, repository, expected=(200, 404))
+        return int(answer.header("Content-Length") or 0) if answer.status == 200 else None
+
+    def blob(self, repository: str, digest: str) -> bytes:
+        """A small blob, in memory.
+
+        Raises:
+            Problem: there is none, or its bytes are not those of its digest.
+        """
+        url = self._url(repository, "blobs", digest)
+        answer = self._ask("GET", url, repository, expected=(200, 404))
+        what = self.reference(repository, digest)
+        if answer.status == 404:
+            raise Problem(f"{what} is not in the registry")
+        if oci.digest(answer.body) != digest:
+            given = oci.digest(answer.body)
+            raise Problem(f"{what}: the registry gives other bytes, their sha256 is {given}")
+        return answer.body
+
+    def download(self, repository: str, digest: str, path: Path) -> None:
+        """Write a blob of any size to a file; a broken download goes on where it broke.
+
+        Raises:
+            Problem: there is none, or its bytes are not those of its digest; no file is left.
+        """
+        what = self.reference(repository, digest)
+        with host.replacing(path) as temporary:
+            with temporary.open("w+b") as file:
+                patiently(lambda: self._receive(repository, digest, file), self.waits)
+            given = f"sha256:{host.sha256(temporary)}"
+            if given != digest:
+                raise Problem(f"{what}: the registry gives other bytes, their sha256 is {given}")
+
+    def _receive(self, repository: str, digest: str, file: IO[bytes]) -> None:
+        start = file.seek(0, os.SEEK_END)
+        url, headers = self._url(repository, "blobs", digest), {"Range": f"bytes={start}-"}
+        with self._open("GET", url, repository, headers if start else {}) as answer:
+            if answer.status == 404:
+                raise Problem(f"{self.reference(repository, digest)} is not in the registry")
+            if answer.status == 416:
+                return  # it was whole already, and the end of the connection came too late
+            if answer.status not in (200, 206):
+                raise meaning(answer.status, answer.read(), self.name(repository))
+            if answer.status == 200:  # from the beginning, whatever was asked for
+                file.seek(0)
+                file.truncate()
+            expected = answer.headers.get("Content-Length")
+            received = 0
+            while piece := answer.read(_PIECE):
+                file.write(piece)
+                received += len(piece)
+            file.flush()
+        if expected is not None and received != int(expected):
+            raise Broken(_BROKEN.format(host=self.host, why=f"{received} of {expected} bytes came"))
+
+    def tags(self, repository: str) -> list[str]:
+        """All tags of a repository, sorted; none where there is no such repository."""
+        found: list[str] = []
+        url = self._url(repository, "tags", "list")
+        while url:
+            answer = self._ask("GET", url, repository, expected=(200, 404))
+            if answer.status == 404:
+                break
+            found += json.loads(answer.body).get("tags") or []
+            more = re.match(r'<([^>]+)>;\s*rel="?next"?', answer.header("Link"))
+            url = more[1] if more else ""
+        return sorted(set(found))
+
+    def referrers(self, repository: str, digest: str) -> list[Descriptor]:
+        """The papers of an image: by the referrers API, else by the fallback tag."""
+        url = self._url(repository, "referrers", digest)
+        try:
+            answer = self._ask("GET", url, repository, expected=(200, 400, 404, 405))
+        except Odd:
+            answer = Answer(404, {})
+        if answer.status == 200 and answer.header("Content-Type").startswith(oci.INDEX):
+            return oci.parse_index(answer.body)
+        found = self.manifest(repository, oci.fallback_tag(digest))
+        return oci.parse_index(found[0]) if found else []
+
+    # Changes
+
+    def push_blob(self, repository: str, data: bytes) -> Descriptor:
+        """Upload a small blob, where the registry does not have it; returns what it is."""
+        found = Descriptor("application/octet-stream", oci.digest(data), len(data))
+        if self.blob_size(repository, found.digest) == len(data):
+            return found
+
+        def once() -> None:
+            location = self._begin(repository, "")
+            joint = "&" if "?" in location else "?"
+            url = f"{location}{joint}digest={urllib.parse.quote(found.digest)}"
+            headers = {"Content-Type": "application/octet-stream"}
+            with self._open("PUT", url, repository, headers, data) as answer:
+                body = answer.read()
+                if answer.status == 404:  # the upload is gone: the registry was started anew
+                    raise Broken(_BROKEN.format(host=self.host, why="the upload is unknown"))
+                if answer.status != 201:
+                    raise meaning(answer.status, body, self.name(repository))
+
+        patiently(once, self.waits)
+        return found
+
+    def _begin(self, repository: str, query: str, expected: Sequence[int] = (202,)) -> str:
+        """Begin an upload; where it goes on, empty where nothing is left to do."""
+        url = self._url(repository, "blobs", "uploads", "") + query
+        with self._open("POST", url, repository, {"Content-Length": "0"}, b"") as answer:
+            body = answer.read()
+            if answer.status not in expected:
+                raise meaning(answer.status, body, self.name(repository))
+            return "" if answer.status == 201 else answer.headers.get("Location", "")
+
+    def mount(self, repository: str, digest: str, origin: str) -> bool:
+        """Let a repository have a blob of another one of this registry (``origin``, its path).
+
+        False where the registry does not do that, or the other one has no such blob.
+        """
+        query = urllib.parse.urlencode({"mount": digest, "from": origin})
+
+        def once() -> bool:
+            location = self._begin(repository, f"?{query}", (201, 202))
+            if location:
+                self._cancel(repository, location)
+            return not location
+
+        try:
+            return patiently(once, self.waits)
+        except Odd:
+            return False
+
+    def _cancel(self, repository: str, location: str) -> None:
+        with suppress(Problem), self._open("DELETE", location, repository) as answer:
+            answer.read()
+
+    def push_manifest(self, repository: str, reference: str, data: bytes, media_type: str) -> bool:
+        """Put a manifest under a tag or its digest; whether the registry took note of its subject.
+
+        Raises:
+            Problem: the registry refuses; so it does where a blob of it is missing.
+        """
+        url = self._url(repository, "manifests", reference)
+        headers = {"Content-Type": media_type}
+        answer = self._ask("PUT", url, repository, expected=(201,), headers=headers, data=data)
+        return bool(answer.header("OCI-Subject"))
+
+    def forget(self, repository: str, digest: str) -> bool:
+        """Remove a manifest; False where the registry does not do that."""
+        url = self._url(repository, "manifests", digest)
+        return self._ask("DELETE", url, repository, expected=(202, 404, 405)).status == 202
+
+    def why(self, repository: str) -> Problem | None:
+        """What the registry says of a small upload; None where it takes it.
+
+        skopeo keeps to itself what a registry answers beside the status, so a full disk is found
+        out like this. Nothing stays: the upload is given up.
+        """
+        try:
+            location = self._begin(repository, "")
+            headers = {"Content-Type": "application/octet-stream"}
+            try:
+                with self._open("PATCH", location, repository, headers, bytes(_PIECE)) as answer:
+                    body = answer.read()
+                    location = answer.headers.get("Location", location)
+                    if answer.status not in (202, 204):
+                        return meaning(answer.status, body, self.name(repository))
+            finally:
+                self._cancel(repository, location)
+        except Problem as problem:
+            return problem
+        return None
+
+
+# skopeo
+
+
+def copy_argv(
+    source: str,
+    destination: str,
+    *,
+    plain: tuple[bool, bool] = (False, False),
+    authfile: Path | None = None,
+    cert_dir: Path | None = None,
+) -> list[str]:
+    """The command that copies an image without changing a byte of it.
+
+    ``plain`` says of source and destination whether they are registries without TLS.
+    """
+    sides = {"src": source, "dest": destination}
+    remote = [side for side, name in sides.items() if name.startswith("docker://")]
+    return [
+        *("skopeo", "copy", "--preserve-digests"),
+        *(
+            f"--{side}-tls-verify=false"
+            for side, without in zip(sides, plain, strict=True)
+            if without
+        ),
+        *(word for s in remote if cert_dir for word in (f"--{s}-cert-dir", str(cert_dir))),
+        *(["--authfile", str(authfile)] if authfile else []),
+        *(source, destination),
+    ]
+
+
+def copy(
+    argv: Sequence[str],
+    name: str,
+    tick: Callable[[], None] = lambda: None,
+    seconds: float = 1.0,
+) -> None:
+    """Run one copy to ``name`` (HOST/PREFIX/REPOSITORY); ``tick`` is called every now and then.
+
+    Raises:
+        Broken: the connection broke; what was uploaded in whole blobs stays in the registry.
+        Problem: another attempt would end in the same way.
+    """
+    host.require("skopeo")
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        # A group of its own, so that it ends with us and not by itself on Ctrl-C.
+        process = subprocess.Popen(
+            list(argv), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            while True:
+                try:
+                    code = process.wait(seconds)
+                    break
+                except subprocess.TimeoutExpired:
+                    tick()
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait()
+            raise
+        if code:
+            output.seek(0)
+            raise meaning_of_skopeo(output.read(), code, name)

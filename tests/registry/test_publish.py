@@ -1,0 +1,636 @@
+"""What publishing promises, shown at a real registry: each layer once, and no tag on half an image.
+
+The images are small stand-ins for what buildah holds; that the real one goes the same way is shown
+by `nox -s publish` itself.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from images import (
+    build,
+    builder,
+    catalog,
+    docs,
+    host,
+    layers,
+    lock,
+    oci,
+    papers,
+    prove,
+    publish,
+    registry,
+)
+from images.publish import Copy, Tags
+from images.registry import Registry
+from rollout import report
+from rollout.problem import Problem
+
+from .conftest import REPOSITORY, Toy, whole
+from .server import Server
+
+Make = Callable[..., Toy]
+NAMES = Tags("toy-1.0-cpu-py311-00000000", "toy-1")
+AGAIN = 5  # seconds for an image that is there already
+KILLS = 10  # of the registry, and as many of the publisher
+
+
+@dataclass(frozen=True)
+class Stand:
+    """A paper that stands for those of images/papers.py."""
+
+    name: str
+    artifact_type: str
+    data: bytes
+
+    @property
+    def media_type(self) -> str:
+        return self.artifact_type
+
+
+def papers_of(text: str = "proved") -> list[Stand]:
+    """A report, and a provenance that names it."""
+    report = Stand("report.json", papers.REPORT, json.dumps({"is": text}).encode())
+    statement = {"buildType": papers.BUILD_TYPE, "byproducts": [oci.digest(report.data)]}
+    return [report, Stand("provenance.json", papers.STATEMENT, json.dumps(statement).encode())]
+
+
+def published(copy: Copy, there: Registry, names: Tags = NAMES) -> bool:
+    return publish.publish(copy, there, REPOSITORY, names, papers_of())
+
+
+# What is published
+
+
+def test_layers_configuration_and_papers_arrive_to_the_byte(
+    toy: Make, here: Registry, tmp_path: Path
+) -> None:
+    image = toy("base", "engine")
+    copy = image.copy()
+    assert published(copy, here)
+    digest = copy.descriptor.digest
+    assert here.resolve(REPOSITORY, NAMES.immutable) == digest
+    assert here.resolve(REPOSITORY, NAMES.moving) == digest
+    manifest = copy.manifest
+    assert here.blob(REPOSITORY, manifest.config.digest) == image.config, "the image id is kept"
+    for layer, described in zip(image.source.layers, manifest.layers, strict=True):
+        assert described.media_type == oci.LAYER
+        file = tmp_path / "layer"
+        here.download(REPOSITORY, described.digest, file)
+        tar = subprocess.run(["zstd", "-dcq", "--long=27", file], capture_output=True, check=True)
+        assert oci.digest(tar.stdout) == layer.diff_id
+    there = publish.attached(here, REPOSITORY, digest)
+    assert [paper.data for paper in there] == [paper.data for paper in papers_of()]
+    assert oci.fallback_tag(digest) in whole(here)
+
+
+def test_skopeo_pulls_what_was_published(toy: Make, here: Registry, tmp_path: Path) -> None:
+    image = toy("base", "engine")
+    copy = image.copy()
+    published(copy, here)
+    name = f"docker://{here.reference(REPOSITORY, copy.descriptor.digest)}"
+    argv = registry.copy_argv(name, f"oci:{tmp_path / 'pulled'}", plain=(True, False))
+    registry.copy(argv, here.name(REPOSITORY))
+    data, found = oci.read_layout(tmp_path / "pulled")
+    assert data == copy.data
+    assert found.digest == copy.descriptor.digest
+
+
+def test_a_paper_is_read_by_skopeo_alone(toy: Make, here: Registry, tmp_path: Path) -> None:
+    copy = toy("base").copy()
+    published(copy, here)
+    for entry in here.referrers(REPOSITORY, copy.descriptor.digest):
+        name = f"docker://{here.reference(REPOSITORY, entry.digest)}"
+        folder = tmp_path / entry.digest.removeprefix("sha256:")
+        registry.copy(
+            registry.copy_argv(name, f"dir:{folder}", plain=(True, False)), here.name(REPOSITORY)
+        )
+        (layer,) = oci.parse(folder.joinpath("manifest.json").read_bytes()).layers
+        data = (folder / layer.digest.removeprefix("sha256:")).read_bytes()
+        assert data in [paper.data for paper in papers_of()]
+
+
+def test_an_image_that_is_published_unproved_says_so_in_its_manifest(
+    toy: Make, here: Registry
+) -> None:
+    copy = toy("base").copy({oci.UNPROVED: "true"})
+    published(copy, here, Tags("toy-unproved", ""))
+    found = here.manifest(REPOSITORY, "toy-unproved")
+    assert found and oci.parse(found[0]).annotations == {oci.UNPROVED: "true"}
+    assert copy.descriptor.digest != toy("base").copy().descriptor.digest
+
+
+# The least that has to be sent
+
+
+def test_images_that_share_layers_upload_each_of_them_once(
+    toy: Make, server: Server, here: Registry
+) -> None:
+    images = [toy("base", "torch", "one"), toy("base", "torch", "two"), toy("base", "three")]
+    copies = [image.copy() for image in images]
+    for number, copy in enumerate(copies):
+        published(copy, here, Tags(f"toy-{number}", ""))
+    wanted = {layer.digest: layer.size for copy in copies for layer in copy.manifest.layers}
+    assert len(wanted) == 5, "eight layers, five of them different"
+    held = server.blobs()
+    assert {digest: held[digest] for digest in wanted} == wanted
+    assert {server.uploads()[digest] for digest in wanted} == {1}
+    heavy = sum(size for size in held.values() if size >= min(wanted.values()))
+    assert heavy == sum(wanted.values()), "nothing else of that size was stored"
+    assert whole(here) >= {"toy-0", "toy-1", "toy-2"}
+
+
+def test_a_layer_of_another_repository_of_the_registry_is_mounted_not_sent(
+    toy: Make, server: Server, here: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = toy("base", "engine").copy()
+    publish.push(copy, here, "other")
+    sent = server.uploads()
+    capsys.readouterr()
+    mounting = Copy(copy.data, copy.names, copy.upload, (here.path("other"),))
+    publish.push(mounting, here, REPOSITORY)
+    assert server.uploads() == sent
+    assert capsys.readouterr().out.count("mounted") == len(copy.manifest.blobs)
+    assert publish.complete(copy, here, REPOSITORY)
+
+
+def test_publishing_an_unchanged_image_again_reads_and_sends_nothing(
+    toy: Make, server: Server, here: Registry
+) -> None:
+    image = toy("base", "engine", size=2_000_000)
+    assert published(image.copy(), here)
+    sent, read = len(server.requests("PUT")), list(image.read)
+    # Not even the compressed layers are needed: the registry has them.
+    for layer in image.source.layers:
+        publish.packed(layer.diff_id).unlink()
+    assert not published(image.copy(), here)
+    assert len(server.requests("PUT")) == sent
+    assert image.read == read
+
+
+def bytes_read() -> int:
+    """What this process has read so far, from wherever."""
+    text = Path("/proc/self/io").read_text()
+    return int(text.split("rchar:")[1].split()[0])
+
+
+def test_publishing_a_large_image_again_takes_seconds_and_does_not_read_its_layers(
+    toy: Make, here: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "zstd_argv", lambda: ["cat"])  # these bytes do not compress
+    image = toy("base", "engine", size=150_000_000)
+    published(image.copy(), here)
+    size = sum(layer.size for layer in image.copy().manifest.layers)
+    begun, before = time.monotonic(), bytes_read()
+    assert not published(image.copy(), here)
+    assert time.monotonic() - begun <= AGAIN
+    assert bytes_read() - before < size / 100
+
+
+def test_a_layer_that_was_compressed_is_not_compressed_again(
+    toy: Make, servers: Callable[..., Server]
+) -> None:
+    image = toy("base", "engine")
+    for _ in range(2):
+        published(image.copy(), Registry(servers().address))
+    assert len(image.read) == 2
+
+
+def test_a_registry_that_lost_a_layer_gets_it_again(
+    toy: Make, server: Server, here: Registry
+) -> None:
+    image = toy("base", "engine")
+    copy = image.copy()
+    published(copy, here)
+    lost = copy.manifest.layers[0].digest
+    link = server.storage / "docker/registry/v2/repositories" / REPOSITORY / "_layers/sha256"
+    (link / lost.removeprefix("sha256:") / "link").unlink()
+    server.kill()
+    server.start()
+    with pytest.raises(AssertionError, match=lost):
+        whole(here)
+    # Its file is gone here too, so it is compressed anew: into the same bytes.
+    publish.packed(image.source.layers[0].diff_id).unlink()
+    assert published(image.copy(), here)
+    assert NAMES.immutable in whole(here)
+
+
+def test_each_layer_has_a_line_with_its_name_digest_size_and_fate(
+    toy: Make, here: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published(toy("base", "one").copy(), here)
+    capsys.readouterr()
+    copy = toy("base", "two").copy()
+    published(copy, here, Tags("toy-two", ""))
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for layer, fate in zip(copy.manifest.layers, ("already there", "uploaded"), strict=True):
+        name = copy.names[layer.digest]
+        assert f"{name} {layer.digest[:19]} {layer.size:,} bytes {fate}" in said
+
+
+# Tags
+
+
+def test_a_tag_with_another_digest_is_never_overwritten(
+    toy: Make, server: Server, here: Registry
+) -> None:
+    first, second = toy("base", "one").copy(), toy("base", "two").copy()
+    published(first, here)
+    before = server.blobs()
+    with pytest.raises(Problem, match="never overwritten") as caught:
+        published(second, here)
+    assert first.descriptor.digest in caught.value.sentence
+    assert second.descriptor.digest in caught.value.sentence
+    assert here.resolve(REPOSITORY, NAMES.immutable) == first.descriptor.digest
+    assert here.resolve(REPOSITORY, NAMES.moving) == first.descriptor.digest
+    assert server.blobs() == before, "it is refused before anything is sent"
+
+
+def test_the_same_image_compressed_otherwise_is_told_from_another_image(
+    toy: Make, here: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    image = toy("base")
+    published(image.copy(), here)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    other = layers.zstd_argv(1)
+    monkeypatch.setattr(layers, "zstd_argv", lambda: other)
+    with pytest.raises(Problem, match="the same image"):
+        published(image.copy(), here)
+
+
+def test_the_alias_moves_on_and_the_immutable_tag_stays(toy: Make, here: Registry) -> None:
+    first, second = toy("one").copy(), toy("two").copy()
+    published(first, here)
+    published(second, here, Tags("toy-2.0", NAMES.moving))
+    assert here.resolve(REPOSITORY, NAMES.immutable) == first.descriptor.digest
+    assert here.resolve(REPOSITORY, NAMES.moving) == second.descriptor.digest
+
+
+def test_of_two_publishers_in_one_moment_the_one_who_loses_the_tag_is_told(
+    toy: Make, here: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The protocol has no write on condition: the later one wins, and the other must not say ok."""
+    ours, theirs = toy("ours").copy(), toy("theirs").copy()
+    publish.push(theirs, here, REPOSITORY)
+    put = Registry.push_manifest
+
+    def overtaken(self: Registry, repository: str, reference: str, *rest: object) -> bool:
+        found = put(self, repository, reference, *rest)  # type: ignore[arg-type]
+        if reference == NAMES.immutable:
+            put(self, repository, reference, theirs.data, oci.MANIFEST)
+        return found
+
+    monkeypatch.setattr(Registry, "push_manifest", overtaken)
+    with pytest.raises(Problem, match="never overwritten"):
+        published(ours, here)
+    assert here.resolve(REPOSITORY, NAMES.moving) is None, "the alias does not follow a lost race"
+
+
+def test_two_publishers_of_one_image_do_not_disturb_each_other(toy: Make, here: Registry) -> None:
+    copy = toy("base", "engine", size=1_000_000).copy()
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            published(copy, here)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert NAMES.immutable in whole(here)
+    assert not published(copy, here)
+
+
+# Papers
+
+
+def test_papers_of_a_later_proof_do_not_replace_those_of_the_publication(
+    toy: Make, here: Registry
+) -> None:
+    copy = toy("base").copy()
+    published(copy, here)
+    later = papers_of("proved again")
+    assert not publish.publish(copy, here, REPOSITORY, NAMES, later)
+    there = publish.attached(here, REPOSITORY, copy.descriptor.digest)
+    assert [paper.data for paper in there] == [paper.data for paper in papers_of()]
+
+
+def test_papers_that_were_lost_or_that_contradict_each_other_are_attached_anew(
+    toy: Make, here: Registry
+) -> None:
+    copy = toy("base").copy()
+    published(copy, here)
+    digest, wanted = copy.descriptor.digest, papers_of()
+    tag = oci.fallback_tag(digest)
+    # lost: the list names none
+    here.push_manifest(REPOSITORY, tag, oci.index([]), oci.INDEX)
+    assert publish.attach(here, REPOSITORY, copy.descriptor, wanted) == [p.name for p in wanted]
+    # exchanged: a report that the provenance does not name
+    forged = [Stand("report.json", papers.REPORT, b'{"is": "forged"}')]
+    other = oci.artifact(forged[0], copy.descriptor)
+    here.push_blob(REPOSITORY, oci.EMPTY_DATA)
+    here.push_blob(REPOSITORY, forged[0].data)
+    (genuine, _) = here.referrers(REPOSITORY, digest)
+    publish.refer(here, REPOSITORY, digest, [other], {genuine.digest})
+    assert [p.name for p in wanted] == publish.attach(here, REPOSITORY, copy.descriptor, wanted)
+    assert [p.data for p in publish.attached(here, REPOSITORY, digest)] == [p.data for p in wanted]
+
+
+def test_papers_that_others_attached_stay(toy: Make, here: Registry) -> None:
+    copy = toy("base").copy()
+    publish.push(copy, here, REPOSITORY)
+    theirs = [
+        Stand("scan.json", "application/vnd.example.scan+json", b"{}\n"),
+        Stand("attested.json", papers.STATEMENT, b'{"predicateType": "theirs"}'),
+    ]
+    manifests = [oci.artifact(paper, copy.descriptor) for paper in theirs]
+    for paper in theirs:
+        here.push_blob(REPOSITORY, paper.data)
+    here.push_blob(REPOSITORY, oci.EMPTY_DATA)
+    publish.refer(here, REPOSITORY, copy.descriptor.digest, manifests)
+    published(copy, here)
+    found = publish.attached(here, REPOSITORY, copy.descriptor.digest)
+    assert [p.data for p in found] == [p.data for p in [*theirs, *papers_of()]]
+    assert not published(copy, here)
+
+
+def test_a_key_given_later_signs_what_was_published_without_one(
+    toy: Make, here: Registry, tmp_path: Path
+) -> None:
+    copy = toy("base").copy()
+    digest = copy.descriptor.digest
+    published(copy, here)
+    assert oci.signature_tag(digest) not in here.tags(REPOSITORY)
+    papers.new_key(tmp_path / "key")
+    key = papers.read_key(tmp_path / "key")
+    report, statement = papers_of()
+    signed = papers.Paper(
+        "p.json", papers.STATEMENT, papers.ENVELOPE, papers.envelope(statement.data, key)
+    )
+    wanted: Sequence[oci.Paper] = [report, signed]
+    assert publish.publish(copy, here, REPOSITORY, NAMES, wanted, key)
+    assert not publish.publish(copy, here, REPOSITORY, NAMES, wanted, key)
+    found = publish.attached(here, REPOSITORY, digest)
+    assert [p.data for p in found] == [report.data, signed.data]
+    got = here.manifest(REPOSITORY, oci.signature_tag(digest))
+    assert got
+    (layer,) = oci.parse(got[0]).layers
+    payload = here.blob(REPOSITORY, layer.digest)
+    assert papers.signed_digest(payload, layer.annotations, key.public) == digest
+    assert oci.signature_tag(digest) in whole(here)
+    # A second key adds its own beside it.
+    papers.new_key(tmp_path / "other")
+    assert publish.sign(here, REPOSITORY, digest, papers.read_key(tmp_path / "other"))
+    got = here.manifest(REPOSITORY, oci.signature_tag(digest))
+    assert got and len(oci.parse(got[0]).layers) == 2
+
+
+# Interruptions
+
+
+def sound(copy: Copy, there: Registry, names: Tags) -> None:
+    """No tag leads to anything unfinished: not to half an image, nor to one without its papers."""
+    if names.immutable in whole(there):
+        assert there.resolve(REPOSITORY, names.immutable) == copy.descriptor.digest
+        found = publish.attached(there, REPOSITORY, copy.descriptor.digest)
+        assert [paper.data for paper in found] == [paper.data for paper in papers_of()]
+
+
+def undisturbed(toy: Make, here: Registry, size: int) -> float:
+    """The seconds that a whole publication takes."""
+    begun = time.monotonic()
+    published(toy("calm", "calmer", size=size).copy(), here, Tags("calm", ""))
+    return time.monotonic() - begun
+
+
+def test_a_registry_that_is_killed_at_any_moment_of_a_push_never_shows_half_an_image(
+    toy: Make, server: Server, here: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "WAITS", (0.1,) * 50)
+    size = 4_000_000
+    copies = [toy("base", f"top {n}", size=size).copy() for n in range(KILLS)]
+    length = undisturbed(toy, here, size)
+    chance = random.Random(6)  # noqa: S311
+    for number, copy in enumerate(copies):
+        names = Tags(f"toy-{number}", "toy")
+        failed: list[BaseException] = []
+
+        def run(
+            copy: Copy = copy, names: Tags = names, failed: list[BaseException] = failed
+        ) -> None:
+            try:
+                published(copy, here, names)
+            except BaseException as error:
+                failed.append(error)
+
+        pushing = threading.Thread(target=run)
+        pushing.start()
+        time.sleep(chance.uniform(0, length))
+        server.kill()
+        server.start()
+        sound(copy, here, names)
+        pushing.join()
+        assert not failed, failed
+        assert {names.immutable, "toy"} <= whole(here)
+        assert here.resolve(REPOSITORY, "toy") == copy.descriptor.digest
+
+
+def test_a_publisher_that_is_killed_at_any_moment_is_only_to_be_run_again(
+    toy: Make, here: Registry
+) -> None:
+    size = 4_000_000
+    copies = [toy("base", f"top {n}", size=size).copy() for n in range(KILLS)]
+    length = undisturbed(toy, here, size)
+    chance = random.Random(7)  # noqa: S311
+    fork = multiprocessing.get_context("fork")
+    cut = 0
+    for number, copy in enumerate(copies):
+        names = Tags(f"toy-{number}", "toy")
+        process = fork.Process(target=published, args=(copy, here, names))
+        process.start()
+        time.sleep(chance.uniform(0, length))
+        process.kill()
+        process.join()
+        sound(copy, here, names)
+        cut += published(copy, here, names)
+        assert {names.immutable, "toy"} <= whole(here)
+        assert not published(copy, here, names)
+    assert cut, "every process had finished before it was killed: nothing was shown"
+
+
+def test_a_compression_that_is_killed_leaves_nothing_that_is_believed(toy: Make) -> None:
+    image = toy("base", size=3_000_000)
+    (layer,) = image.source.layers
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=image.copy)
+    process.start()
+    while not list(publish.store().glob(".*")):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    if publish.remembered(layer.diff_id) is None:
+        assert publish.kept(layer.diff_id, oci.Descriptor(oci.LAYER, "", 0)) is None
+    copy = image.copy()
+    assert host.sha256(publish.packed(layer.diff_id)) == copy.manifest.layers[0].digest[7:]
+    assert not list(publish.store().glob(".*"))
+
+
+# The session: from buildah's storage to a registry, and from one registry to another
+
+IMAGE = catalog.find(catalog.DEFAULT, catalog.load())
+
+
+class Store(builder.Buildah):
+    """A storage that holds one image."""
+
+    def __init__(self, toy: Toy) -> None:
+        self.toy = toy
+
+    def inspect(self, name: str) -> builder.Built | None:
+        config = json.loads(self.toy.config)
+        there = name == self.local + IMAGE.reference
+        ids = tuple(config["rootfs"]["diff_ids"])
+        return builder.Built("0" * 64, config["config"], ids) if there else None
+
+
+@pytest.fixture
+def built(toy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
+    """The default image in buildah's storage, in small, and a report that proves it."""
+    sha256 = host.sha256(IMAGE.lock)
+    labels = build.labels(IMAGE, lock.read(IMAGE), sha256, build.base_name())
+    image = toy("base", "engine", labels=labels)
+    checks = [report.Check("files", "passed", 1.0), report.Check("refit", "passed", 1.0)]
+    proof = report.Report(
+        *(IMAGE.reference, sha256, [layer.diff_id for layer in image.source.layers]),
+        report.Engine("transformers", labels["rollout.engine.version"]),
+        *(labels["rollout.torch"], None, None, "a CPU", report.now(), 2.0, checks, "proved"),
+    )
+    monkeypatch.setattr(prove, "REPORTS", tmp_path / "reports")
+    host.write(prove.report_path(IMAGE), json.dumps(report.document(proof)))
+    monkeypatch.setattr(docs, "current", lambda *_: True)
+    monkeypatch.setattr(builder, "detect", lambda *_: Store(image))
+    monkeypatch.setattr(publish, "source", lambda *_: image.source)
+    monkeypatch.setattr(papers, "checkout_commit", lambda: "0" * 40)
+    return image
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    """A private key; the public one lies beside it."""
+    assert publish.main(["--new-key", str(tmp_path / "key")]) == 0
+    return tmp_path / "key"
+
+
+def digest_of(there: Registry, tag: str) -> str:
+    found = there.resolve(IMAGE.repository, tag)
+    assert found
+    return found
+
+
+@pytest.mark.usefixtures("built")
+def test_the_session_publishes_once_and_then_has_nothing_to_do(
+    here: Registry, key: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [IMAGE.tag, "--to", here.target, "--key", str(key)]
+    assert publish.main(arguments) == 0
+    names = publish.tags(IMAGE)
+    digest = digest_of(here, names.immutable)
+    assert digest_of(here, IMAGE.tag) == digest
+    assert here.reference(IMAGE.repository, digest) in capsys.readouterr().out
+    assert publish.main(arguments) == 0
+    assert f"nothing to do, {here.reference(IMAGE.repository, digest)}" in capsys.readouterr().out
+
+
+def test_without_a_passing_report_nothing_is_sent(
+    built: Toy, here: Registry, server: Server
+) -> None:
+    prove.report_path(IMAGE).unlink()
+    with pytest.raises(Problem, match="has no passing report") as caught:
+        publish.main([IMAGE.tag, "--to", here.target])
+    assert caught.value.code == 1
+    assert f"nox -s prove -- {IMAGE.reference}" in caught.value.sentence
+    assert not server.requests("POST") and not built.read
+
+
+def test_what_is_unproved_says_so_everywhere_and_leaves_the_names_of_the_proved_one(
+    built: Toy, here: Registry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prove.report_path(IMAGE).unlink()
+    assert publish.main([IMAGE.tag, "--to", here.target, "--unproved"]) == 0
+    assert "UNPROVED" in capsys.readouterr().out
+    names = publish.tags(IMAGE, unproved=True)
+    assert {names.immutable, names.moving} < set(here.tags(IMAGE.repository))
+    assert not {publish.tags(IMAGE).immutable, IMAGE.tag} & set(here.tags(IMAGE.repository))
+    found = here.manifest(IMAGE.repository, names.immutable)
+    assert found and oci.parse(found[0]).annotations == {oci.UNPROVED: "true"}
+    kinds = {e.artifact_type for e in here.referrers(IMAGE.repository, found[1].digest)}
+    assert kinds == {papers.SBOM, papers.STATEMENT}
+    assert built.read
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("other", [True, False], ids=["another registry", "the same registry"])
+def test_promotion_gives_the_same_digest_and_its_papers_the_public_tags(
+    servers: Callable[..., Server], key: Path, other: bool
+) -> None:
+    first = servers()
+    second = servers() if other else first
+    staging, public = Registry(f"{first.address}/staging"), Registry(second.address)
+    publish.main([IMAGE.tag, "--to", staging.target, "--key", str(key)])
+    digest = digest_of(staging, IMAGE.tag)
+    sent = first.uploads()
+    trust = ["--trust", f"{key}.pub"]
+    source = staging.reference(IMAGE.repository, digest)
+    arguments = [IMAGE.tag, "--to", public.target, "--promote", "--from", source, *trust]
+    assert publish.main(arguments) == 0
+    assert digest_of(public, publish.tags(IMAGE).immutable) == digest
+    assert digest_of(public, IMAGE.tag) == digest
+    both = [publish.attached(r, IMAGE.repository, digest) for r in (staging, public)]
+    assert both[0] == both[1]
+    assert len(both[0]) == 3
+    assert oci.signature_tag(digest) in whole(public, IMAGE.repository)
+    if not other:
+        found = staging.manifest(IMAGE.repository, digest)
+        assert found
+        layers = [layer.digest for layer in oci.parse(found[0]).layers]
+        assert [first.uploads()[name] for name in layers] == [sent[name] for name in layers]
+    before = len(second.requests("PUT"))
+    assert publish.main(arguments) == 0
+    assert len(second.requests("PUT")) == before, "promoting again has nothing to do"
+
+
+@pytest.mark.usefixtures("built")
+def test_what_fails_a_check_or_is_unproved_is_not_promoted(
+    server: Server, key: Path, tmp_path: Path
+) -> None:
+    staging, public = Registry(f"{server.address}/staging"), Registry(server.address)
+    options = [IMAGE.tag, "--to", staging.target]
+    publish.main([*options, "--key", str(key)])
+    publish.main([*options, "--unproved"])
+    papers.new_key(tmp_path / "other")
+    promote = [IMAGE.tag, "--to", public.target, "--promote", "--from"]
+    proved = staging.reference(IMAGE.repository, digest_of(staging, IMAGE.tag))
+    unproved = digest_of(staging, publish.tags(IMAGE, unproved=True).immutable)
+    with pytest.raises(Problem, match="is not promoted: see signature"):
+        publish.main([*promote, proved, "--trust", f"{tmp_path / 'other'}.pub"])
+    with pytest.raises(Problem, match="is not promoted"):
+        publish.main([*promote, staging.reference(IMAGE.repository, unproved)])
+    with pytest.raises(Problem, match="there is no"):
+        publish.main([*promote, staging.reference(IMAGE.repository, "no-tag")])
+    assert public.tags(IMAGE.repository) == []

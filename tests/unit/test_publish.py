@@ -1,0 +1,495 @@
+"""What is decided before a registry is asked: names, proofs, layers, and the names of failures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import urllib.error
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from images import builder, catalog, docs, host, layers, lock, oci, prove, publish, registry
+from images.builder import Built
+from images.catalog import Image
+from images.registry import Broken, Registry
+from rollout import report
+from rollout.problem import Problem
+
+from ..conftest import Checkout, sha256
+
+DIFF_IDS = (f"sha256:{sha256('a')}", f"sha256:{sha256('b')}")
+NAME = "registry.example.com/team/verl-rollout"
+needs_zstd = pytest.mark.skipif(not shutil.which("zstd"), reason="zstd is not installed")
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("registry.example.com", ("registry.example.com", "")),
+        (
+            "registry.example.com/team/a_b/c__d/e-f/g.h",
+            ("registry.example.com", "team/a_b/c__d/e-f/g.h"),
+        ),
+        ("docker://127.0.0.1:5000/x/", ("127.0.0.1:5000", "x")),
+        ("localhost/x", ("localhost", "x")),
+        ("[::1]:5000", ("[::1]:5000", "")),
+    ],
+)
+def test_a_host_and_a_prefix_are_taken_apart(text: str, found: tuple[str, str]) -> None:
+    assert registry.parse_target(text) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "/", "team/images", "registry", "https://registry.example.com", "-a.example.com"),
+        *("registry.example.com/Team", "registry.example.com/a//b", "registry.example.com/_a"),
+        *("registry.example.com/a___b", "registry.example.com/a:b", "registry.example.com/a b"),
+        *("registry.example.com/a@b", "registry.example.com:port", "user@registry.example.com"),
+        "registry.example.com/" + "a" * 300,
+    ],
+)
+def test_a_name_that_no_registry_takes_is_wrong_usage(text: str) -> None:
+    with pytest.raises(Problem) as caught:
+        registry.parse_target(text)
+    assert caught.value.code == 2
+    assert repr(text) in caught.value.sentence
+
+
+def test_a_reference_in_full_is_taken_apart_by_tag_and_by_digest() -> None:
+    digest = oci.digest(b"")
+    assert registry.parse_reference("127.0.0.1:5000/a/b:c") == ("127.0.0.1:5000/a", "b", "c")
+    assert registry.parse_reference(f"localhost/b@{digest}") == ("localhost", "b", digest)
+    there = Registry("localhost/a")
+    assert there.reference("b", "c") == "localhost/a/b:c"
+    assert there.reference("b", digest) == f"localhost/a/b@{digest}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("b:c", "localhost/b", "127.0.0.1:5000/b", "localhost/b:", "localhost/b@sha256:1"),
+        *("localhost/B:c", f"localhost/b:c@{oci.digest(b'')}", "localhost/b:-c"),
+    ],
+)
+def test_what_is_no_reference_in_full_is_wrong_usage(text: str) -> None:
+    with pytest.raises(Problem) as caught:
+        registry.parse_reference(text)
+    assert caught.value.code == 2
+
+
+def test_an_immutable_tag_names_engine_cuda_python_and_lock(checkout: Checkout) -> None:
+    image = checkout.image()
+    names = publish.tags(image)
+    assert names.moving == image.tag
+    assert names.immutable.endswith(f"-py311-{host.sha256(image.lock)[:8]}")
+    assert registry.is_tag(names.immutable)
+
+
+def test_what_is_unproved_has_other_tags_than_what_is_proved(checkout: Checkout) -> None:
+    image = checkout.image()
+    proved, unproved = publish.tags(image), publish.tags(image, unproved=True)
+    assert unproved.immutable == f"{proved.immutable}-unproved"
+    assert unproved.moving == f"{proved.moving}-unproved"
+
+
+def test_every_image_of_the_catalog_has_tags_that_a_registry_takes() -> None:
+    for image in catalog.load():
+        for unproved in (False, True):
+            names = publish.tags(image, unproved=unproved)
+            assert registry.is_tag(names.immutable) and registry.is_tag(names.moving)
+        assert Registry("localhost").name(image.repository)
+
+
+# The proof
+
+
+@pytest.fixture
+def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
+    """An image whose recorded layers are those of the reports below."""
+    monkeypatch.setattr(docs, "current", lambda *_: True)
+    return checkout.image()
+
+
+def leave(of: Image, path: Path, **changes: Any) -> Path:
+    """A report as a proof leaves it."""
+    checks = [report.Check("files", "passed", 1.0)]
+    whole = report.Report(
+        *(of.reference, host.sha256(of.lock), list(DIFF_IDS)),
+        *(report.Engine("vllm", "0.12.0"), "2.9.0", "12.8", "550.54.15", "a GPU"),
+        *("2026-01-02T03:04:05Z", 2.5, checks, "proved"),
+    )
+    host.write(path, json.dumps(report.document(whole) | changes))
+    return path
+
+
+def test_the_report_of_the_last_run_comes_before_the_kept_one(image: Image) -> None:
+    kept = leave(image, prove.kept(image))
+    assert publish.passing(image, DIFF_IDS) == kept
+    last = leave(image, prove.report_path(image))
+    assert publish.passing(image, DIFF_IDS) == last
+
+
+def test_a_run_that_failed_on_purpose_does_not_undo_a_kept_proof(image: Image) -> None:
+    kept = leave(image, prove.kept(image))
+    failed = {"name": "files", "status": "failed", "seconds": 1, "metrics": {}, "reason": "fault"}
+    leave(image, prove.report_path(image), verdict="failed", checks=[failed])
+    assert publish.passing(image, DIFF_IDS) == kept
+
+
+UNPROVED = {"name": "x", "status": "unproved", "seconds": 1, "metrics": {}, "reason": "no GPU"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": [DIFF_IDS[0]]}, "is of other layers"),
+        ({"layers": list(reversed(DIFF_IDS))}, "is of other layers"),
+        ({"lock_sha256": "0" * 64}, "is of another lock"),
+        ({"image": "verl-rollout:other"}, "is of verl-rollout:other"),
+        ({"verdict": "unproved", "checks": [UNPROVED]}, "says unproved"),
+        ({"checks": [UNPROVED]}, "is no report"),
+        ({"schema": "other"}, "is no report"),
+    ],
+)
+def test_a_report_that_does_not_prove_these_layers_publishes_nothing(
+    image: Image, changes: dict[str, Any], words: str
+) -> None:
+    leave(image, prove.kept(image), **changes)
+    with pytest.raises(Problem, match=words) as caught:
+        publish.passing(image, DIFF_IDS)
+    assert caught.value.code == 1
+    assert f"nox -s prove -- {image.reference}" in caught.value.sentence
+    assert "--unproved" in caught.value.sentence
+    assert "there is no build/reports" in caught.value.sentence
+
+
+def test_a_report_of_inputs_that_have_changed_publishes_nothing(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(image, prove.kept(image))
+    monkeypatch.setattr(docs, "current", lambda *_: False)
+    with pytest.raises(Problem, match="is not of these inputs and layers"):
+        publish.passing(image, DIFF_IDS)
+
+
+def test_a_damaged_report_is_no_proof(image: Image) -> None:
+    prove.kept(image).parent.mkdir(parents=True)
+    prove.kept(image).write_bytes(b"\xff{")
+    with pytest.raises(Problem, match="cannot be read"):
+        publish.passing(image, DIFF_IDS)
+
+
+# Layers
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layers of this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def tar(folder: Path, data: bytes) -> tuple[str, Path]:
+    """A layer: its diff_id, and the file."""
+    name = hashlib.sha256(data).hexdigest()
+    (folder / name).write_bytes(data)
+    return f"sha256:{name}", folder / name
+
+
+@needs_zstd
+def test_a_layer_is_compressed_into_what_its_record_says(tmp_path: Path) -> None:
+    diff_id, file = tar(tmp_path, b"".join(b"line %d\n" % n for n in range(100_000)))
+    found = publish.compress(diff_id, file)
+    packed = publish.packed(diff_id)
+    assert found == publish.remembered(diff_id)
+    assert (found.size, found.digest) == (packed.stat().st_size, f"sha256:{host.sha256(packed)}")
+    assert publish.kept(diff_id, found) == packed
+    argv = [*layers.zstd_argv(), str(file)]
+    assert packed.read_bytes() == subprocess.run(argv, capture_output=True, check=True).stdout
+
+
+@needs_zstd
+def test_a_layer_that_is_not_what_its_name_says_is_not_compressed(tmp_path: Path) -> None:
+    diff_id, file = tar(tmp_path, b"whole")
+    file.write_bytes(b"damaged")
+    with pytest.raises(Problem, match="is damaged"):
+        publish.compress(diff_id, file)
+    assert publish.remembered(diff_id) is None
+    assert not list(publish.store().iterdir())
+
+
+@needs_zstd
+def test_a_compressed_layer_that_was_cut_off_is_not_used(tmp_path: Path) -> None:
+    diff_id, file = tar(tmp_path, b"x" * 1000)
+    found = publish.compress(diff_id, file)
+    with publish.packed(diff_id).open("r+b") as packed:
+        packed.truncate(found.size - 1)
+    assert publish.kept(diff_id, found) is None
+    assert publish.remembered(diff_id) == found, "a registry may still have it"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "7", '{"mediaType": "x", "digest": "y", "size": 1}']
+)
+def test_a_record_of_another_form_is_made_anew(text: str) -> None:
+    host.write(publish.packed(DIFF_IDS[0]).with_name(f"{DIFF_IDS[0][7:]}.json"), text)
+    assert publish.remembered(DIFF_IDS[0]) is None
+
+
+# Out of buildah's storage
+
+
+class Store(builder.Buildah):
+    """A storage that holds one image of two layers."""
+
+    def __init__(self, image: Image, config: bytes, names: tuple[str, ...]) -> None:
+        self.id, self.names, self.exported = hashlib.sha256(config).hexdigest(), names, 0
+        self.labels = {"rollout.lock.sha256": host.sha256(image.lock)}
+
+    def inspect(self, name: str) -> Built | None:  # noqa: ARG002
+        diff_ids = tuple(f"sha256:{sha256(data)}" for data in self.names)
+        return Built(self.id, {"Labels": self.labels}, diff_ids)
+
+    def blobs(self, name: str, folder: Path) -> list[Path]:  # noqa: ARG002
+        self.exported += 1
+        return [tar(folder, data.encode())[1] for data in self.names]
+
+
+Stored = Callable[[bytes], Store]
+
+
+@pytest.fixture
+def stored(checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stored:
+    """Storages whose configuration skopeo reads as ``config``."""
+    image = checkout.image()
+    names = tuple(f"layer {n}" for n in publish.build.layer_names(image, lock.read(image)))
+
+    def make(config: bytes) -> Store:
+        (tmp_path / "config").write_bytes(b'{"of": "buildah"}')
+        monkeypatch.setattr(publish, "config_argv", lambda _: ["cat", str(tmp_path / "config")])
+        return Store(image, config, names)
+
+    return make
+
+
+def test_the_configuration_is_taken_to_the_byte_or_not_at_all(
+    checkout: Checkout, stored: Stored
+) -> None:
+    image = checkout.image()
+    assert publish.source(image, stored(b'{"of": "buildah"}')).config == b'{"of": "buildah"}'
+    with pytest.raises(Problem, match="does not read") as caught:
+        publish.source(image, stored(b"{}"))
+    assert caught.value.code == 3
+
+
+@needs_zstd
+def test_an_image_is_exported_for_new_layers_alone_and_leaves_nothing(
+    checkout: Checkout, stored: Stored
+) -> None:
+    tool = stored(b'{"of": "buildah"}')
+    source = publish.source(checkout.image(), tool)
+    assert tool.exported == 0
+    first = publish.prepared(source, {})
+    assert tool.exported == 1
+    assert publish.prepared(source, {}).data == first.data
+    assert tool.exported == 1
+    assert [layer.name for layer in source.layers] == list(first.names.values())
+    assert not list(host.scratch().iterdir())
+
+
+# What failures are called
+
+
+def skopeo(message: str) -> Problem:
+    """What is made of skopeo's last words."""
+    text = f'Copying blob sha256:1\\ntime="2026-01-01T00:00:00Z" level=fatal msg="{message}"\\n'
+    return registry.meaning_of_skopeo(text.encode().decode("unicode_escape"), 1, NAME)
+
+
+# As skopeo 1.9.3 printed them.
+REUSE = "trying to reuse blob sha256:1 at destination: "
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (
+            f"{REUSE}checking whether a blob sha256:1 exists in x: unauthorized: authentication "
+            "required",
+            "refuses these credentials",
+        ),
+        (
+            f"{REUSE}pinging container registry x: Get https://x/v2/: x509: certificate signed by "
+            "unknown authority",
+            "failed: x509: certificate signed by unknown authority; name its CA",
+        ),
+        (
+            f"{REUSE}pinging container registry x: http: server gave HTTP response to HTTPS client",
+            "does not speak TLS",
+        ),
+        (f"{REUSE}dial tcp: lookup x on 10.0.0.1:53: no such host", "there is no host"),
+        ("writing blob: something new", "skopeo exited with 1: writing blob: something new"),
+    ],
+)
+def test_what_no_patience_mends_is_said_at_once(message: str, words: str) -> None:
+    problem = skopeo(message)
+    assert words in problem.sentence
+    assert not isinstance(problem, Broken)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        f"{REUSE}pinging container registry x: dial tcp 127.0.0.1:1: connect: connection refused",
+        "writing blob: Patch http://x: write tcp 127.0.0.1:1->127.0.0.1:2: write: connection reset "
+        "by peer",
+        "writing blob: Patch http://x: write: broken pipe",
+        "writing blob: Patch http://x: EOF",
+        "writing blob: uploading layer chunked: received unexpected HTTP status: 500 Internal "
+        "Server Error",
+        "writing manifest: uploading manifest x: manifest blob unknown: blob unknown to registry",
+    ],
+)
+def test_what_another_attempt_may_mend_is_tried_again(message: str) -> None:
+    assert isinstance(skopeo(message), Broken)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words", "again"),
+    [
+        (
+            500,
+            b'{"errors": [{"message": "x", "detail": {"Op": "write", "Err":28}}]}',
+            "is full",
+            False,
+        ),
+        (507, b"", "is full", False),
+        (500, b"write /x: no space left on device", "is full", False),
+        (401, b"", "refuses these credentials", False),
+        (403, b'{"errors": [{"message": "quota exceeded"}]}', "(quota exceeded)", False),
+        (500, b"", "out of order: it answers 500", True),
+        (429, b"", "out of order: it answers 429", True),
+        (400, b'{"errors": [{"code": "NAME_INVALID", "message": "x"}]}', "does not allow", False),
+        (400, b"<html>", "with 400: <html>", False),
+    ],
+)
+def test_each_answer_that_nobody_wanted_has_its_sentence(
+    status: int, body: bytes, words: str, again: bool
+) -> None:
+    problem = registry.meaning(status, body, NAME)
+    assert words in problem.sentence
+    assert isinstance(problem, Broken) is again
+
+
+def test_each_connection_that_is_not_made_has_its_sentence() -> None:
+    def said(error: BaseException) -> Problem:
+        return registry.unreachable(urllib.error.URLError(error), "x:1")  # type: ignore[arg-type]
+
+    assert "no host x:1" in said(socket.gaierror(socket.EAI_NONAME, "")).sentence
+    assert isinstance(said(socket.gaierror(socket.EAI_AGAIN, "")), Broken)
+    assert isinstance(said(ConnectionRefusedError(111, "")), Broken)
+    assert isinstance(said(TimeoutError("timed out")), Broken)
+    assert "TLS with x:1 failed" in said(ssl.SSLError(1, "alert")).sentence
+
+
+def test_patience_grows_ends_and_begins_anew_with_progress(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(registry.time, "sleep", slept.append)
+
+    def fails() -> None:
+        raise Broken("it broke")
+
+    with pytest.raises(Problem, match="it broke, 4 times in a row") as caught:
+        registry.patiently(fails, (1, 2, 4))
+    assert not isinstance(caught.value, Broken)
+    assert slept == [1, 2, 4]
+    slept.clear()
+    progress = iter([False, True, False, False, False])
+    with pytest.raises(Problem):
+        registry.patiently(fails, (1, 2, 4), lambda: next(progress))
+    assert slept == [1, 1, 2, 4]
+    assert list(registry.WAITS) == sorted(registry.WAITS)
+
+
+def test_no_option_of_skopeo_weakens_a_copy_of_a_registry_with_tls() -> None:
+    argv = registry.copy_argv("oci:/x", "docker://r/a@sha256:1", cert_dir=Path("/c"))
+    assert argv[:3] == ["skopeo", "copy", "--preserve-digests"]
+    assert not [word for word in argv if "tls-verify" in word]
+    assert argv[argv.index("--dest-cert-dir") + 1] == "/c"
+    assert "--src-cert-dir" not in argv
+    plain = registry.copy_argv("docker://r/a", "docker://s/a", plain=(True, False))
+    assert "--src-tls-verify=false" in plain
+    assert "--dest-tls-verify=false" not in plain
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "say what to publish and where"),
+        (["transformers-cpu"], "say what to publish and where"),
+        (["transformers-cpu", "--to", "Not/A/Host"], "host of a registry"),
+        (["transformers-cpu", "--to", "localhost/Upper"], "lower-case"),
+        (["transformers-cpu", "--to", "localhost", "--promote"], "go together"),
+        (["transformers-cpu", "--to", "localhost", "--from", "localhost/a:b"], "go together"),
+        (
+            ["transformers-cpu", "--to", "localhost", "--promote", "--from", "a", "--unproved"],
+            "not promoted",
+        ),
+        (["transformers-cpu", "--to", "localhost", "--promote", "--from", "a"], "no image of a"),
+        (["transformers-cpu", "--to", "localhost", "--trust", "x"], "--trust is for --promote"),
+        (["transformers-cpu", "--to", "localhost", "--key", "/nowhere"], "cannot be read"),
+        (["no-image", "--to", "localhost"], "no image 'no-image'"),
+        (["transformers-cpu", "--new-key", "x"], "stands alone"),
+    ],
+)
+def test_wrong_usage_is_told_before_anything_runs(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "require", lambda *_: None)
+    monkeypatch.setattr(builder, "detect", lambda *_: pytest.fail("it went on"))
+    with pytest.raises(Problem, match=words) as caught:
+        publish.main(arguments)
+    assert caught.value.code == 2
+
+
+def test_images_of_docker_are_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "require", lambda *_: None)
+    monkeypatch.setattr(builder, "detect", lambda *_: builder.Docker())
+    with pytest.raises(Problem, match="only images of buildah") as caught:
+        publish.main([catalog.DEFAULT, "--to", "localhost"])
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "trusted", "wanting"),
+    [
+        ({"manifest": "passed", "signature": "passed"}, True, []),
+        ({"manifest": "passed", "signature": "unproved"}, False, []),
+        ({"manifest": "passed", "signature": "unproved"}, True, ["signature"]),
+        ({"manifest": "passed", "signature": "failed"}, False, ["signature"]),
+        ({"manifest": "unproved", "signature": "passed"}, False, ["manifest"]),
+        ({"manifest": "passed"}, False, ["signature"]),
+    ],
+)
+def test_only_who_signed_may_stay_open_in_a_promotion(
+    status: dict[str, str], trusted: bool, wanting: list[str]
+) -> None:
+    checks = [
+        report.Check(name, is_, 1.0, {}, None if is_ == "passed" else "because")
+        for name, is_ in status.items()
+    ]
+    assert publish.unchecked(checks, ["manifest", "signature"], trusted=trusted) == wanting
