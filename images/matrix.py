@@ -1,0 +1,153 @@
+"""Which images a run of CI has to look at: all, the changed ones, or the proved ones.
+
+``nox -s matrix`` reads the catalog, so that no workflow names an image. An image has changed since
+a revision if what decides it has: the digest of its inputs, as each revision's own code computes
+it, and the code and tools that turn inputs into layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from images import build, catalog, docs, host
+from images.catalog import ROOT, Image
+from rollout.problem import Problem
+
+# What no digest of inputs holds: how a build is run. The other modules stand in it by what they do.
+MAKERS = ("images/build.py", "images/builder.py")
+TOOLS = "lockfiles/dev.lock"
+INSTALLER = "uv=="  # of all tools the one that writes into images
+# Run by the code of another revision, which need not know this module.
+_PROGRAM = (
+    "import json; from images import build, catalog; "
+    "print(json.dumps({i.reference: build.inputs(i) for i in catalog.load()}))"
+)
+
+
+def say(text: str) -> None:
+    """Tell a person something, beside the list that a program reads."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def makers(tree: Path) -> str:
+    """A digest of what turns inputs into layers, in a checkout of any revision."""
+    parts: list[bytes] = []
+    for name in MAKERS:
+        path = tree / name
+        parts.append(path.read_bytes() if path.exists() else b"")
+    tools = tree / TOOLS
+    text = tools.read_text(encoding="utf-8") if tools.exists() else ""
+    pinned = [line.split()[0] for line in text.splitlines() if line.startswith(INSTALLER)]
+    return build.digest(*parts, *pinned)
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """The images of today whose inputs are other ones than before, or that are new."""
+    return [reference for reference in after if before.get(reference) != after[reference]]
+
+
+def worktree_argv(folder: Path, revision: str) -> list[str]:
+    """The command that lays out a revision beside this checkout."""
+    return ["git", "worktree", "add", "--quiet", "--detach", str(folder), revision]
+
+
+def commit(revision: str) -> str:
+    """The commit that a revision names.
+
+    Raises:
+        Problem: exit code 2 where git knows none of that name.
+    """
+    argv = ["git", "rev-parse", "--quiet", "--verify", "--end-of-options", f"{revision}^{{commit}}"]
+    done = host.run(argv, quiet=True, check=False, cwd=ROOT)
+    if done.returncode:
+        raise Problem(
+            f"--changed-since: git knows no commit {revision!r} in this checkout; fetch it, or "
+            "name another one",
+            2,
+        )
+    return done.stdout.strip()
+
+
+@contextmanager
+def worktree(revision: str) -> Iterator[Path]:
+    """The files of a commit in a folder of their own; removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="rollout-matrix-") as name:
+        folder = Path(name) / "tree"
+        host.run(worktree_argv(folder, revision), quiet=True, cwd=ROOT)
+        try:
+            yield folder
+        finally:
+            remove = ["git", "worktree", "remove", "--force", str(folder)]
+            host.run(remove, quiet=True, check=False, cwd=ROOT)
+
+
+def inputs_at(tree: Path) -> dict[str, str]:
+    """The inputs of every image of a checkout, by its own code; empty where that fails.
+
+    Empty means that every image has changed: one build too many costs less than one too few.
+    """
+    argv = [sys.executable, "-c", _PROGRAM]
+    done = host.run(argv, quiet=True, check=False, cwd=tree)  # Python looks there first
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        say(f"the other revision cannot say what its inputs are, so all images count: {last}")
+        return {}
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def changed_since(revision: str, images: Sequence[Image]) -> list[str]:
+    """The references of images that are built from something else than at a revision."""
+    with worktree(commit(revision)) as tree:
+        before = inputs_at(tree)
+        if makers(tree) != makers(ROOT):
+            say(f"{', '.join((*MAKERS, 'or uv'))} changed, so all images count")
+            before = {}
+    return changed(before, {image.reference: build.inputs(image) for image in images})
+
+
+def proved(images: Sequence[Image]) -> list[str]:
+    """The references of images whose kept report is a proof of what they are today."""
+    found = []
+    for image in images:
+        kept = docs.kept(image)
+        if kept and kept.current and kept.report["verdict"] == "proved":
+            found.append(image.reference)
+        else:
+            say(f"{image.reference} is left out: {docs.standing(image)}")
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``nox -s matrix [-- --changed-since REV | --proved] [--json]``."""
+    parser = argparse.ArgumentParser(
+        prog="nox -s matrix --", description="Name the images of the catalog."
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--changed-since", metavar="REV", help="those with other inputs than at REV")
+    which.add_argument("--proved", action="store_true", help="those that a kept report proves")
+    parser.add_argument("--json", action="store_true", help="as one line, for a matrix of CI")
+    given = parser.parse_args(list(arguments))
+    images = catalog.load()
+    if given.changed_since is not None:
+        references = changed_since(given.changed_since, images)
+    elif given.proved:
+        references = proved(images)
+    else:
+        references = [image.reference for image in images]
+    if given.json:
+        host.say(json.dumps(references))
+    else:
+        for reference in references:
+            host.say(reference)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(host.guarded(main, sys.argv[1:]))

@@ -1,0 +1,242 @@
+"""What the matrix of CI promises: an image that a change touches is built, and no other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from images import catalog, docs, features, matrix
+from images.catalog import ROOT, Image
+from rollout.problem import Problem
+
+IMAGES = catalog.load()
+ALL = [image.reference for image in IMAGES]
+COPIED = ("images", "entrypoints", "lockfiles")
+GIT = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost")
+
+
+def git(folder: Path, *arguments: str) -> str:
+    argv = [*GIT, *arguments]
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This repository's images as the one commit of another."""
+    folder = tmp_path_factory.mktemp("origin")
+    for name in COPIED:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    git(folder, "init", "--quiet", "--initial-branch", "main")
+    git(folder, "add", "--all")
+    git(folder, "commit", "--quiet", "--message", "before")
+    return folder
+
+
+@pytest.fixture
+def clone(origin: Path, tmp_path: Path) -> Path:
+    """A clone of it for one test to change."""
+    git(tmp_path, "clone", "--quiet", str(origin), "clone")
+    return tmp_path / "clone"
+
+
+def run(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The station of a clone, which works on that clone."""
+    argv = [sys.executable, "-m", "images.matrix", *arguments]
+    return subprocess.run(argv, cwd=clone, capture_output=True, text=True, check=False)
+
+
+def changed(clone: Path, revision: str = "HEAD") -> list[str]:
+    done = run(clone, "--changed-since", revision, "--json")
+    assert done.returncode == 0, done.stderr
+    found: list[str] = json.loads(done.stdout)
+    return found
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+# what has changed since a revision
+
+
+def of_backend(image: Image) -> list[str]:
+    return [other.reference for other in IMAGES if other.backend == image.backend]
+
+
+def other_hash(path: Path) -> None:
+    """One digit of the last sha256 of a lock becomes another."""
+    head, sign, tail = path.read_text(encoding="utf-8").rpartition("sha256:")
+    path.write_text(head + sign + ("1" if tail[0] == "0" else "0") + tail[1:], encoding="utf-8")
+
+
+def test_where_nothing_changed_nothing_is_built(clone: Path) -> None:
+    assert changed(clone) == []
+
+
+def test_another_lock_is_another_image_and_no_other(clone: Path) -> None:
+    image = IMAGES[-1]
+    other_hash(clone / image.lock.relative_to(ROOT))
+    assert changed(clone) == [image.reference]
+
+
+def test_a_variable_in_a_catalog_file_changes_that_image(clone: Path) -> None:
+    image = next(image for image in IMAGES if image.env)
+    path = clone / image.path.relative_to(ROOT)
+    text = path.read_text(encoding="utf-8")
+    assert text.count("[env]\n") == 1
+    path.write_text(text.replace("[env]\n", '[env]\nA_TEST = "1"\n'), encoding="utf-8")
+    assert changed(clone) == [image.reference]
+
+
+@pytest.mark.parametrize(
+    "image", {image.backend: image for image in IMAGES}.values(), ids=lambda image: image.backend
+)
+def test_another_dockerfile_changes_the_images_of_its_backend(clone: Path, image: Image) -> None:
+    append(clone / image.dockerfile.relative_to(ROOT), "\nRUN true\n")
+    assert changed(clone) == of_backend(image)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "lockfiles/base.lock",
+        "images/base/Dockerfile",
+        "images/base/install",
+        "images/builder.py",
+        "entrypoints/rollout/cli.py",
+    ],
+)
+def test_what_every_image_is_made_of_changes_them_all(clone: Path, path: str) -> None:
+    target = clone / path
+    if target.suffix == ".lock":
+        first, _, rest = target.read_text(encoding="utf-8").partition(" sha256:")
+        digit = "1" if rest[0] == "0" else "0"
+        target.write_text(f"{first} sha256:{digit}{rest[1:]}", encoding="utf-8")
+    else:
+        append(target, "\n# another one\n")
+    assert changed(clone) == ALL
+
+
+def test_another_installer_changes_them_all(clone: Path) -> None:
+    path = clone / matrix.TOOLS
+    text = path.read_text(encoding="utf-8")
+    assert text.count(f"\n{matrix.INSTALLER}") == 1
+    path.write_text(text.replace(f"\n{matrix.INSTALLER}", f"\n{matrix.INSTALLER}9"), "utf-8")
+    assert changed(clone) == ALL
+
+
+def test_what_no_layer_is_made_of_changes_none(clone: Path) -> None:
+    for path in ("images/docs.py", "images/export.py", "images/launcher"):
+        append(clone / path, "\n# another one\n")
+    append(clone / matrix.TOOLS, "another-tool==1.0\n")
+    assert changed(clone) == []
+
+
+def test_a_new_image_counts_as_changed(clone: Path) -> None:
+    image = IMAGES[0]
+    for path in (image.path, image.lock):
+        source = clone / path.relative_to(ROOT)
+        shutil.copy(source, source.with_stem("a-new-one"))
+    assert changed(clone) == [f"{image.repository}:a-new-one"]
+
+
+def test_an_image_that_is_gone_is_not_built(clone: Path) -> None:
+    (clone / IMAGES[0].path.relative_to(ROOT)).unlink()
+    assert changed(clone) == []
+
+
+def test_the_revision_asked_for_is_the_one_compared_with(clone: Path) -> None:
+    other_hash(clone / IMAGES[0].lock.relative_to(ROOT))
+    git(clone, "commit", "--quiet", "--all", "--message", "after")
+    assert changed(clone, "HEAD^1") == [IMAGES[0].reference]
+    assert changed(clone, "HEAD") == []
+
+
+def test_a_revision_whose_code_fails_makes_every_image_count(clone: Path) -> None:
+    path = clone / "images" / "catalog.py"
+    whole = path.read_text(encoding="utf-8")
+    path.write_text("raise RuntimeError('broken on purpose')\n", encoding="utf-8")
+    git(clone, "commit", "--quiet", "--all", "--message", "broken")
+    path.write_text(whole, encoding="utf-8")
+    done = run(clone, "--changed-since", "HEAD", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, ALL)
+    assert "so all images count: RuntimeError: broken on purpose" in done.stderr
+
+
+@pytest.mark.parametrize("revision", ["no-such-thing", "0" * 40, "-h", "HEAD:images", ""])
+def test_a_revision_that_is_none_is_wrong_usage(
+    origin: Path, revision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "ROOT", origin)
+    with pytest.raises(Problem, match=f"^--changed-since: git knows no commit {revision!r}") as no:
+        matrix.main([f"--changed-since={revision}"])
+    assert no.value.code == 2
+
+
+@pytest.mark.parametrize("code", ["pass", "raise KeyboardInterrupt"], ids=["success", "interrupt"])
+def test_the_other_revision_is_taken_away_again(clone: Path, code: str) -> None:
+    program = f"from images import matrix\nwith matrix.worktree('HEAD') as tree:\n    {code}"
+    subprocess.run([sys.executable, "-c", program], cwd=clone, capture_output=True, check=False)
+    assert len(git(clone, "worktree", "list").splitlines()) == 1
+    assert git(clone, "status", "--porcelain", "--", *COPIED) == ""
+
+
+# the list itself
+
+
+def test_the_list_comes_from_the_catalog(capsys: pytest.CaptureFixture[str]) -> None:
+    assert matrix.main([]) == 0
+    assert capsys.readouterr().out.splitlines() == ALL
+
+
+def test_json_is_the_last_line_and_nothing_else_is_on_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # A workflow takes it by `tail -n 1` into a line of its outputs.
+    assert matrix.main(["--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out) == ALL
+    assert out.count("\n") == 1
+
+
+def test_changed_and_proved_are_not_asked_at_once() -> None:
+    with pytest.raises(SystemExit) as caught:
+        matrix.main(["--proved", "--changed-since", "HEAD"])
+    assert caught.value.code == 2
+
+
+KEPT = features.Kept("a report", {"verdict": "proved"}, current=True)
+
+
+@pytest.mark.parametrize(
+    ("kept", "counts"),
+    [
+        (KEPT, True),
+        (replace(KEPT, current=False), False),
+        (replace(KEPT, report={"verdict": "unproved"}), False),
+        (replace(KEPT, report={"verdict": "failed"}), False),
+        (None, False),
+    ],
+    ids=["proved", "stale", "unproved", "failed", "no report"],
+)
+def test_only_a_current_proof_is_a_proof(
+    kept: features.Kept | None,
+    counts: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image = IMAGES[0]
+    answer: Callable[[Image], features.Kept | None] = lambda _: kept  # noqa: E731
+    monkeypatch.setattr(docs, "kept", answer)
+    monkeypatch.setattr(docs, "standing", lambda _: "as the README says")
+    assert matrix.proved([image]) == ([image.reference] if counts else [])
+    said = f"{image.reference} is left out: as the README says\n"
+    assert capsys.readouterr().err == ("" if counts else said)
