@@ -325,6 +325,8 @@ def test_weights_in_fp8_are_refused_before_anything_is_started(
 ) -> None:
     with pytest.raises(EngineError, match="in bfloat16 only"):
         start(engine, model, fp8=True)
+    with pytest.raises(EngineError, match="in bfloat16 only"):
+        sglang.Server().start(model, dummy=True, fp8=True)
     assert logs() == []
 
 

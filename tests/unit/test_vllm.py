@@ -649,6 +649,15 @@ def test_a_server_without_its_development_mode_did_not_start(service: Service, s
     assert [http.ended for http in service.servers] == [1]
 
 
+@pytest.mark.parametrize("asked", [{"fp8": True}, {"gpus": 2}])
+def test_a_server_is_not_started_as_something_that_it_would_not_be(
+    service: Service, asked: dict[str, Any]
+) -> None:
+    with pytest.raises(EngineError, match="in bfloat16 and on one GPU only"):
+        vllm.Server().start(MODEL, dummy=True, **asked)
+    assert service.servers == []
+
+
 @pytest.mark.usefixtures("llm")
 def test_a_server_that_is_not_started_answers_nothing() -> None:
     server = vllm.Server()
