@@ -483,7 +483,7 @@ def stage(runner: Runner, **env: str) -> dict[str, str]:
     assert [step.name for step in job.steps if step.name in names] == names
     for name in names:
         good(runner.run(job.step(name), **env))
-    outputs = {name: runner.output(name) for name in ("image", "hex", "key", "new")}
+    outputs = {name: runner.output(name) for name in ("image", "hex", "key")}
     assert all(
         f"      {name}: ${{{{ steps.staged.outputs.{name} }}}}" in job.text for name in outputs
     )
@@ -496,7 +496,7 @@ def test_what_is_staged_signed_proved_promoted_and_signed_again_is_one_digest(
     outputs = stage(runner, RELEASED="@sha256:another")
     staged = outputs["image"]
     assert staged == f"staging/verl-rollout@{DIGEST}"
-    assert (outputs["hex"], outputs["new"]) == (DIGEST.removeprefix("sha256:"), "yes")
+    assert outputs["hex"] == DIGEST.removeprefix("sha256:")
     key = runner.folder / "work" / "build" / "key"
     key.mkdir()
     key.with_suffix(".pub").rename(key / "key.pub")  # by way of the artifact
@@ -543,19 +543,37 @@ def test_another_public_key_than_the_signed_one_ends_the_job(runner: Runner) -> 
     assert runner.run(step, STAGED=staged, KEY=sha256("another\n")).returncode == 0
 
 
-def test_what_is_released_already_is_not_signed_proved_or_promoted_again(runner: Runner) -> None:
-    assert stage(runner)["new"] == "no"
-    assert "    if: needs.stage.outputs.new == 'yes'\n" in JOBS["publish.yml/sign-staged"].text
-    # What needs a job that was skipped is skipped.
-    for key, needs in (
-        ("prove", "[stage, sign-staged]"),
-        ("promote", "[stage, prove]"),
-        ("sign-released", "[stage, promote]"),
-        ("key", "[stage, promote]"),
+def test_a_release_that_ended_half_way_is_finished_by_the_next_run() -> None:
+    # Nothing is skipped for what is there already: its key ended with the run that made it.
+    for name in ("sign-staged", "prove", "promote", "sign-released", "key"):
+        text = JOBS[f"publish.yml/{name}"].text.partition("    steps:")[0]
+        conditions = re.findall(r"^    if: (.*)$", text, re.MULTILINE)
+        assert conditions in ([], ["${{ !inputs.candidate }}"], ["github.event_name == 'release'"])
+    order = (("prove", "[stage, sign-staged]"), ("promote", "[stage, prove]"))
+    for name, needs in (*order, ("sign-released", "[stage, promote]"), ("key", "[stage, promote]")):
+        assert f"    needs: {needs}\n" in JOBS[f"publish.yml/{name}"].text
+
+
+def test_who_signs_keyless_passes_an_environment_and_stands_on_main_or_a_tag() -> None:
+    signers = [
+        job for job in JOBS.values() if "id-token: write" in job.text and not job.has("uses")
+    ]
+    assert {job.path for job in signers} == {"publish.yml/sign-staged", "publish.yml/sign-released"}
+    for job in signers:
+        assert re.search(r"^    environment: (staging|release)$", job.text, re.MULTILINE), job.path
+    signer = re.search(r"SIGNER: (.*)", JOBS["publish.yml/promote"].text)
+    assert signer
+    pattern = signer[1].replace("${{ github.repository }}", "some/project")
+    place = "https://github.com/some/project/.github/workflows/publish.yml"
+    for ref in ("refs/tags/2026.1", "refs/heads/main"):
+        assert re.search(pattern, f"{place}@{ref}")
+    for other in (
+        f"{place}@refs/heads/mine",
+        f"{place}@refs/heads/main2",
+        f"{place.replace('some', 'other')}@refs/heads/main",
+        f"{place.replace('publish', 'checks')}@refs/heads/main",
     ):
-        job = JOBS[f"publish.yml/{key}"]
-        assert f"    needs: {needs}\n" in job.text
-        assert "always()" not in job.text.partition("    steps:")[0]
+        assert not re.search(pattern, other)
 
 
 def test_where_nothing_was_published_the_job_ends(runner: Runner) -> None:
