@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +41,15 @@ MANIFESTS = (
 )
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_LONE = re.compile("[\ud800-\udfff]")  # JSON can name half a character, which no file can hold
+_SIZE = 1 << 63
+
+
+class Damaged(Problem):
+    """What a registry or a layout holds is not what it should be: a verdict on an image."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence, 1)
 
 
 class Paper(Protocol):
@@ -196,56 +206,83 @@ def signature_config(signatures: Sequence[Descriptor]) -> bytes:
 # Reading
 
 
-def parse_descriptor(data: Mapping[str, Any]) -> Descriptor:
+def shown(text: str, most: int = 200) -> str:
+    """Text of a registry as a sentence may have it: on one line, nothing that a terminal obeys."""
+    safe = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:most])
+    return "".join(safe) + ("..." if len(text) > most else "")
+
+
+def document(data: bytes) -> dict[str, Any]:
+    """The JSON object that a registry gave.
+
+    Raises:
+        Damaged: it is none.
+    """
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise Damaged("the registry gave a document that is no JSON object")
+    return found
+
+
+def _kind(found: Mapping[str, Any], key: str) -> str:
+    """A media type, empty where there is none."""
+    kind = found.get(key)
+    if kind is not None and not (isinstance(kind, str) and kind.isprintable()):
+        raise Damaged(f"a manifest of the registry has a {key} that is none")
+    return kind or ""
+
+
+def _annotations(found: Mapping[str, Any]) -> dict[str, str]:
+    given = found.get("annotations")
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(
+        isinstance(text, str) and not _LONE.search(text) for pair in given.items() for text in pair
+    ):
+        raise Damaged("a manifest of the registry has annotations that are no table of texts")
+    return given
+
+
+def parse_descriptor(data: object) -> Descriptor:
     """What :attr:`Descriptor.plain` made.
 
     Raises:
-        Problem: it is none, or its digest is not a sha256.
+        Damaged: it is none, or its digest is not a sha256.
     """
-    try:
-        found = Descriptor(
-            str(data["mediaType"]),
-            str(data["digest"]),
-            int(data["size"]),
-            dict(data.get("annotations") or {}),
-            str(data.get("artifactType") or ""),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise Problem("a manifest of the registry names something without type or size") from None
-    if not is_digest(found.digest) or found.size < 0:
-        raise Problem(f"a manifest of the registry has {found.digest!r}, which is no sha256")
-    return found
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(data)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise Problem("the registry gave a manifest that is no JSON object")
-    return found
+    if not isinstance(data, dict):
+        raise Damaged("a manifest of the registry has something else where it should name a blob")
+    media_type, name, size = _kind(data, "mediaType"), data.get("digest"), data.get("size")
+    # JSON's true is a number to Python, and so is 1e999.
+    if not media_type or type(size) is not int or not 0 <= size < _SIZE:
+        raise Damaged("a manifest of the registry names something without type or size")
+    if not isinstance(name, str) or not is_digest(name):
+        given = repr(shown(name)) if isinstance(name, str) else "something"
+        raise Damaged(f"a manifest of the registry has {given} as a digest, which is no sha256")
+    return Descriptor(media_type, name, size, _annotations(data), _kind(data, "artifactType"))
 
 
 def parse(data: bytes) -> Manifest:
     """Read the manifest of an image or of a paper.
 
     Raises:
-        Problem: it is none.
+        Damaged: it is none.
     """
-    found = _object(data)
+    found = document(data)
     if not isinstance(found.get("config"), dict) or not isinstance(found.get("layers"), list):
-        raise Problem("the registry gave something that is no manifest of one image")
+        raise Damaged("the registry gave something that is no manifest of one image")
     config = parse_descriptor(found["config"])
 
     # Older papers have no artifact type of their own: their configuration has it.
-    kind = str(found.get("artifactType") or config.media_type)
+    kind = _kind(found, "artifactType") or config.media_type
     subject = found.get("subject")
     return Manifest(
         config,
         tuple(parse_descriptor(layer) for layer in found["layers"]),
-        dict(found.get("annotations") or {}),
-        parse_descriptor(subject) if subject else None,
+        _annotations(found),
+        None if subject is None else parse_descriptor(subject),
         kind,
     )
 
@@ -254,11 +291,11 @@ def parse_index(data: bytes) -> list[Descriptor]:
     """Read a list of manifests.
 
     Raises:
-        Problem: it is none.
+        Damaged: it is none.
     """
-    entries = _object(data).get("manifests")
+    entries = document(data).get("manifests")
     if not isinstance(entries, list):
-        raise Problem("the registry gave something that is no list of manifests")
+        raise Damaged("the registry gave something that is no list of manifests")
     return [parse_descriptor(entry) for entry in entries]
 
 
@@ -266,12 +303,17 @@ def diff_ids(config: bytes) -> tuple[str, ...]:
     """The sha256 of each uncompressed layer, from the lowest up, as a configuration names them.
 
     Raises:
-        Problem: it names none.
+        Damaged: it names none.
     """
-    try:
-        return tuple(str(entry) for entry in json.loads(config)["rootfs"]["diff_ids"])
-    except (ValueError, KeyError, TypeError):
-        raise Problem("the configuration of the image names no layers") from None
+    found = None
+    with suppress(Damaged):
+        rootfs = document(config).get("rootfs")
+        found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    if not isinstance(found, list) or not all(
+        isinstance(entry, str) and entry.isprintable() for entry in found
+    ):
+        raise Damaged("the configuration of the image names no layers")
+    return tuple(found)
 
 
 # A folder
@@ -305,7 +347,8 @@ def read_layout(folder: Path) -> tuple[bytes, Descriptor]:
     """The manifest of the one image of a layout.
 
     Raises:
-        Problem: there is none, or another number of them, or its bytes are not those of its name.
+        Problem: exit code 2 where there is none, or another number of them.
+        Damaged: its bytes are not those of its name.
     """
     try:
         entries = parse_index((folder / "index.json").read_bytes())
@@ -318,5 +361,5 @@ def read_layout(folder: Path) -> tuple[bytes, Descriptor]:
             f"{folder} is no OCI layout: {error.strerror} ({error.filename})", 2
         ) from None
     if digest(data) != entries[0].digest:
-        raise Problem(f"{path} is damaged: its sha256 is not its name; write the layout anew")
+        raise Damaged(f"{path} is damaged: its sha256 is not its name; write the layout anew")
     return data, entries[0]

@@ -310,14 +310,16 @@ class Key:
         return PublicKey(self.value.public_key())
 
 
+# What to do without a key: whoever signs makes one, and whoever checks is given one.
 _NEW = "make one with 'nox -s publish -- --new-key FILE'"
+_ASK = "ask the publisher for the public key"
 
 
-def _key_file(path: Path) -> bytes:
+def _key_file(path: Path, advice: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise Problem(f"--key: {path} cannot be read ({error.strerror}); {_NEW}", 2) from None
+        raise Problem(f"--key: {path} cannot be read ({error.strerror}); {advice}", 2) from None
 
 
 def read_key(path: Path) -> Key:
@@ -326,7 +328,7 @@ def read_key(path: Path) -> Key:
     Raises:
         Problem: exit code 2 for what is no such key, or a password that does not open it.
     """
-    data = _key_file(path)
+    data = _key_file(path, _NEW)
     if b"SIGSTORE PRIVATE KEY" in data or b"COSIGN PRIVATE KEY" in data:
         form = "in cosign's own encrypted form, which is not read"
         raise Problem(f"--key: {path} is {form}; {_NEW}", 2)
@@ -354,15 +356,15 @@ def read_public_key(path: Path) -> PublicKey:
     Raises:
         Problem: exit code 2 for what is no such key.
     """
-    data = _key_file(path)
+    data = _key_file(path, _ASK)
     if b"PRIVATE KEY" in data:
         raise Problem(f"--key: {path} is a private key, and checking takes the public one", 2)
     try:
         key = serialization.load_pem_public_key(data)
     except (ValueError, UnsupportedAlgorithm):
-        raise Problem(f"--key: {path} is no public key in PEM", 2) from None
+        raise Problem(f"--key: {path} is no public key in PEM; {_ASK}", 2) from None
     if not isinstance(key, ec.EllipticCurvePublicKey) or not _p256(key.curve):
-        raise Problem(f"--key: {path} is not an ECDSA key on P-256", 2)
+        raise Problem(f"--key: {path} is not an ECDSA key on P-256; {_ASK}", 2)
     return PublicKey(key)
 
 

@@ -22,16 +22,20 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from images import build, builder, catalog, docs, export, host, layers, lock, oci, prove
 from images import registry as registries
 from images.catalog import Image, shown
-from images.oci import Descriptor
+from images.oci import Damaged, Descriptor
 from images.registry import Broken, Registry
 from rollout import report
 from rollout.problem import Problem
 from rollout.report import Check
+
+if TYPE_CHECKING:
+    from images.papers import Paper
+    from images.verify_published import Published
 
 _PIECE = 1 << 20
 _RACES = 3  # how often a list that others write too is written again
@@ -78,42 +82,48 @@ def tags(image: Image, *, unproved: bool = False) -> Tags:
 # The proof
 
 
-def unfit(path: Path, image: Image, diff_ids: Sequence[str]) -> str:
+def unfit(where: str, data: bytes, image: Image, diff_ids: Sequence[str]) -> str:
     """Why a report does not allow an image to be published, as a clause; empty if it does."""
-    where = shown(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"there is no {where}"
-    except (OSError, ValueError):
+        found = json.loads(data.decode())
+    except ValueError:
         return f"{where} cannot be read"
-    wrong = report.validate(data)
+    wrong = report.validate(found)
     if wrong:
         return f"{where} is no report ({wrong[0]})"
-    if data["image"] != image.reference:
-        return f"{where} is of {data['image']}"
-    if data["lock_sha256"] != host.sha256(image.lock):
+    if found["image"] != image.reference:
+        return f"{where} is of {found['image']}"
+    if found["lock_sha256"] != host.sha256(image.lock):
         return f"{where} is of another lock"
-    if data["layers"] != list(diff_ids):
+    if found["layers"] != list(diff_ids):
         return f"{where} is of other layers"
-    if data["verdict"] != "proved":
-        return f"{where} says {data['verdict']}"
+    if found["verdict"] != "proved":
+        return f"{where} says {found['verdict']}"
     # What the provenance says of the inputs has to be true of these layers.
     recorded = shown(layers.path(image))
-    return "" if docs.current(image, data) else f"{recorded} is not of these inputs and layers"
+    return "" if docs.current(image, found) else f"{recorded} is not of these inputs and layers"
 
 
-def passing(image: Image, diff_ids: Sequence[str]) -> Path:
+def passing(image: Image, diff_ids: Sequence[str]) -> tuple[Path, bytes]:
     """The report that proves these layers: that of the last run here, else the kept one.
+
+    Its bytes are what was looked at: the file may be another a minute later.
 
     Raises:
         Problem: none does; says what is wrong with each, and what to run.
     """
     reasons = []
     for path in (prove.report_path(image), prove.kept(image)):
-        reason = unfit(path, image, diff_ids)
-        if not reason:
-            return path
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            reason = f"there is no {shown(path)}"
+        except OSError:
+            reason = f"{shown(path)} cannot be read"
+        else:
+            reason = unfit(shown(path), data, image, diff_ids)
+            if not reason:
+                return path, data
         reasons.append(reason)
     raise Problem(
         f"{image.reference} has no passing report: {', and '.join(reasons)}; prove it with "
@@ -423,66 +433,85 @@ class Attached:
     manifest: bytes
     data: bytes
 
+    @property
+    def paper(self) -> Paper:
+        """As it was before it was attached."""
+        from images import papers
 
-def attached(registry: Registry, repository: str, digest: str) -> list[Attached]:
-    """The papers of an image that are there in full; a list may name more than there is."""
+        (layer,) = oci.parse(self.manifest).layers
+        kind = self.entry.artifact_type
+        title = layer.annotations.get(oci.TITLE, kind)
+        return papers.Paper(title, kind, layer.media_type, self.data)
+
+
+def attached(
+    registry: Registry,
+    repository: str,
+    digest: str,
+    listed: Sequence[Descriptor] | None = None,
+) -> list[Attached]:
+    """The papers of an image that are there in full; a list may name more than there is.
+
+    Raises:
+        Problem: the registry did not let one be read, which says nothing of the paper.
+    """
     found = []
-    for entry in registry.referrers(repository, digest):
-        got = registry.manifest(repository, entry.digest)
-        if got is None:
-            continue
-        with suppress(Problem):  # damaged, or no paper: whoever attached it may mend it
+    for entry in registry.referrers(repository, digest) if listed is None else listed:
+        with suppress(Damaged):  # or no paper at all: whoever attached it may mend it
+            got = registry.manifest(repository, entry.digest)
+            if got is None:
+                continue
             paper = oci.parse(got[0])
             if paper.subject and paper.subject.digest == digest and len(paper.layers) == 1:
-                data = registry.blob(repository, paper.layers[0].digest)
-                listed = replace(entry, artifact_type=paper.artifact_type)
-                found.append(Attached(listed, got[0], data))
+                (layer,) = paper.layers
+                data = registry.blob(repository, layer.digest, size=layer.size)
+                named = replace(entry, artifact_type=paper.artifact_type)
+                found.append(Attached(named, got[0], data))
     return found
 
 
-def statement(data: bytes, key: Any = None) -> str:
-    """What a provenance says, with its envelope taken off; empty where this key did not sign it."""
-    from images import papers
+def of_publishing(paper: Paper) -> bool:
+    """Whether a paper is of a form that publishing attaches; others may attach statements too."""
+    from images import papers, verify_published
 
+    if paper.artifact_type != papers.STATEMENT:
+        return True
+    said = verify_published.statement_of(paper, None) or {}
     try:
-        envelope = papers.Envelope.parse(data)
-    except ValueError:
-        return "" if key else data.decode("utf-8", "replace")
-    if key and not envelope.signed_by(key.public):
-        return ""
-    return envelope.payload.decode("utf-8", "replace")
+        kind = said["predicate"]["buildDefinition"]["buildType"]
+    except (KeyError, TypeError):
+        return False
+    return said.get("predicateType") == papers.PREDICATE_TYPE and bool(kind == papers.BUILD_TYPE)
 
 
 def ours(there: Sequence[Attached], kinds: Collection[str]) -> list[Attached]:
-    """The papers of these kinds that publishing attaches; others may attach statements too."""
-    from images import papers
-
-    return [
-        paper
-        for paper in there
-        if paper.entry.artifact_type in kinds
-        and (
-            paper.entry.artifact_type != papers.STATEMENT
-            or papers.BUILD_TYPE in statement(paper.data)
-        )
-    ]
+    """The papers of these kinds that publishing attaches."""
+    return [p for p in there if p.entry.artifact_type in kinds and of_publishing(p.paper)]
 
 
-def sufficient(there: Sequence[Attached], kinds: Collection[str], key: Any = None) -> bool:
+def sufficient(
+    there: Sequence[Attached], kinds: Collection[str], digest: str, key: Any = None
+) -> bool:
     """Whether one paper of each kind is attached, and the provenance signed where there is a key.
 
     A later commit, or a later run of the proof, makes other papers for the same image. Those that
     it was published with stay: they are about each other, and still true.
     """
-    from images import papers
+    from images import papers, verify_published
 
-    found = ours(there, kinds)
-    if sorted(paper.entry.artifact_type for paper in found) != sorted(kinds):
+    found = [paper.paper for paper in ours(there, kinds)]
+    if sorted(paper.artifact_type for paper in found) != sorted(kinds):
         return False
-    said = [statement(p.data, key) for p in found if p.entry.artifact_type == papers.STATEMENT]
-    named = [papers.REPORT, papers.SBOM]
-    digests = [oci.digest(p.data)[7:] for p in found if p.entry.artifact_type in named]
-    return all(digest in text for text in said for digest in digests)
+    statements = [paper for paper in found if paper.artifact_type == papers.STATEMENT]
+    named = {(p.media_type, p.sha256) for p in found if p not in statements}
+    for paper in statements:
+        said = verify_published.statement_of(paper, key.public if key else None)
+        try:
+            if not said or verify_published.origin_of(said, digest).byproducts != named:
+                return False
+        except Problem:  # of another image, or less than a provenance of ours
+            return False
+    return True
 
 
 def attach(
@@ -491,22 +520,35 @@ def attach(
     subject: Descriptor,
     papers: Sequence[oci.Paper],
     key: Any = None,
+    *,
+    exactly: bool = False,
 ) -> list[str]:
-    """Attach papers to an image, in place of others of ours; returns their names."""
+    """Attach papers to an image, in place of others of ours; returns their names.
+
+    Others that do as well stay (see :func:`sufficient`) and nothing is attached, unless it is
+    ``exactly`` these that have to be there.
+
+    Raises:
+        Problem: the registry refuses, or did not let a paper be read: then nothing was changed.
+    """
     kinds = {paper.artifact_type for paper in papers}
-    there = attached(registry, repository, subject.digest)
-    if sufficient(there, kinds, key):
+    listed = registry.referrers(repository, subject.digest)
+    there = attached(registry, repository, subject.digest, listed)
+    if not exactly and sufficient(there, kinds, subject.digest, key):
         return []
-    manifests = []
+    made = [oci.artifact(paper, subject) for paper in papers]
+    manifests = {oci.digest(data): data for data in made}
+    sound = {paper.entry.digest for paper in there}
+    broken = {e.digest for e in listed if e.digest not in sound and e.artifact_type in kinds}
+    others = {paper.entry.digest for paper in ours(there, kinds)} - set(manifests)
+    replaced = broken | others
+    missing = set(manifests) - sound
+    if not missing and not replaced:
+        return []
     for paper in papers:
         registry.push_blob(repository, oci.EMPTY_DATA)
         registry.push_blob(repository, paper.data)
-        manifests.append(oci.artifact(paper, subject))
-    sound = {paper.entry.digest for paper in there}
-    listed = registry.referrers(repository, subject.digest)
-    broken = {e.digest for e in listed if e.digest not in sound and e.artifact_type in kinds}
-    replaced = broken | {paper.entry.digest for paper in ours(there, kinds)}
-    refer(registry, repository, subject.digest, manifests, replaced)
+    refer(registry, repository, subject.digest, list(manifests.values()), replaced)
     return [paper.name for paper in papers]
 
 
@@ -551,18 +593,35 @@ def sign(registry: Registry, repository: str, digest: str, key: Any) -> bool:
 
     payload, annotations = papers.signature(digest, registry.name(repository), key)
     own = oci.describe(payload, oci.SIMPLE_SIGNING, annotations)
-    tag = oci.signature_tag(digest)
-    found = registry.manifest(repository, tag)
-    there = oci.parse(found[0]).layers if found else ()
-    if own in there:
-        return False
-    signatures = [*there, own]
-    config = oci.signature_config(signatures)
-    registry.push_blob(repository, payload)
+    return bool(add_signatures(registry, repository, digest, [own], lambda _: payload))
+
+
+def signatures(registry: Registry, repository: str, digest: str) -> list[Descriptor]:
+    """The signatures of an image, as cosign lists them."""
+    found = registry.manifest(repository, oci.signature_tag(digest))
+    return list(oci.parse(found[0]).layers) if found else []
+
+
+def add_signatures(
+    registry: Registry,
+    repository: str,
+    digest: str,
+    wanted: Sequence[Descriptor],
+    payload: Callable[[Descriptor], bytes],
+) -> int:
+    """Add signatures to those of an image, which stay; how many were missing."""
+    there = signatures(registry, repository, digest)
+    missing = [entry for entry in wanted if entry not in there]
+    if not missing:
+        return 0
+    for entry in missing:
+        registry.push_blob(repository, payload(entry))
+    all_of_them = [*there, *missing]
+    config = oci.signature_config(all_of_them)
     registry.push_blob(repository, config)
-    data = oci.manifest(oci.describe(config, oci.CONFIG), signatures)
-    registry.push_manifest(repository, tag, data, oci.MANIFEST)
-    return True
+    data = oci.manifest(oci.describe(config, oci.CONFIG), all_of_them)
+    registry.push_manifest(repository, oci.signature_tag(digest), data, oci.MANIFEST)
+    return len(missing)
 
 
 # The station
@@ -652,7 +711,7 @@ def publish_image(
     from images import papers
 
     built = export.current(image, tool)
-    proof = None if unproved else passing(image, built.diff_ids)
+    proof = None if unproved else passing(image, built.diff_ids)[1]
     names = tags(image, unproved=unproved)
     commit = papers.checkout_commit()
     where = registry.name(image.repository)
@@ -666,7 +725,7 @@ def publish_image(
     attaching = papers.papers(
         image,
         digest=copy.descriptor.digest,
-        report=proof.read_bytes() if proof else None,
+        report=proof,
         key=key,
         commit=commit,
     )
@@ -688,21 +747,11 @@ def _conclude(image: Image, registry: Registry, copy: Copy, *, done: bool, signe
 
 # Promotion
 
-_BY_KEY = ("signature", "provenance")  # checks that end as unproved for want of a key alone
 
-
-def unchecked(checks: Sequence[Check], wanted: Sequence[str], *, trusted: bool) -> list[str]:
-    """The checks that stand in the way of a promotion, those that did not run among them.
-
-    Without a key only who signed stays open: CI asks cosign, whose identities are no keys.
-    """
-    status = {check.name: check.status for check in checks}
-    return [
-        name
-        for name in wanted
-        if status.get(name) != "passed"
-        and (trusted or name not in _BY_KEY or status.get(name) != "unproved")
-    ]
+def unchecked(checks: Sequence[Check], wanted: Sequence[str]) -> list[str]:
+    """The checks that stand in the way of a promotion, those that did not run among them."""
+    passed = {check.name for check in checks if check.status == "passed"}
+    return [name for name in wanted if name not in passed]
 
 
 def promote(
@@ -712,18 +761,18 @@ def promote(
     reference: str,
     registry: Registry,
     *,
-    public: Path | None,
+    trusted: Any,
     key: Any = None,
 ) -> None:
     """Give an image of a registry, by its digest, the tags of another or of the same one.
 
-    Nothing is built or compressed: manifest and papers are copied to the byte, after
-    ``verify-published`` has passed on them.
+    Nothing is built or compressed: the manifest is copied to the byte, and the papers are those
+    that ``verify-published`` has passed. The tags are given once it passes at the destination too.
 
     Raises:
         Problem: it is not there, is another image than this checkout's, unproved, or fails a check.
     """
-    from images import papers, verify_published
+    from images import verify_published
 
     given = origin.reference(repository, reference)
     found = origin.manifest(repository, reference)
@@ -731,21 +780,15 @@ def promote(
         raise Problem(f"there is no {given}")
     data, what = found
     whole = origin.reference(repository, what.digest)
+    if oci.UNPROVED in oci.parse(data).annotations:
+        raise Problem(f"{whole} is not promoted: it was published as unproved")
     host.say(f"{image.reference}: promote {whole}")
-    trusted = papers.read_public_key(public) if public else None
-    checks = verify_published.verify(
-        verify_published.Published(origin, repository, what.digest, trusted)
-    )
-    wanting = unchecked(checks, verify_published.names(layers=False), trusted=public is not None)
+    staged = verify_published.Published(origin, repository, what.digest, trusted)
+    checks = verify_published.verify(staged)
+    wanting = unchecked(checks, verify_published.names(layers=False))
     if wanting:
         raise Problem(f"{whole} is not promoted: see {', '.join(wanting)} above")
-    if not public:
-        host.say("  who signed it is not checked here; --trust FILE.pub would")
-    manifest = oci.parse(data)
-    labels = json.loads(origin.blob(repository, manifest.config.digest))["config"].get("Labels")
-    if oci.UNPROVED in manifest.annotations:
-        raise Problem(f"{whole} is not promoted: it was published as unproved")
-    if (labels or {}).get("rollout.lock.sha256") != host.sha256(image.lock):
+    if staged.labels[verify_published.LOCK] != host.sha256(image.lock):
         raise Problem(f"{whole} is not promoted: it is of another lock than {shown(image.lock)}")
     same = origin.host == registry.host
     copy = transfer(data, origin, repository, (origin.path(repository),) if same else ())
@@ -756,9 +799,10 @@ def promote(
         push(copy, registry, image.repository)
         done = True
     if registry.name(image.repository) != origin.name(repository):
-        done = carry(origin, repository, registry, image.repository, what.digest) or done
+        done = carry(staged, registry, image.repository, copy.descriptor) or done
     if key:
         done = sign(registry, image.repository, what.digest, key) or done
+    recheck(registry, image.repository, what.digest, trusted)
     for tag in give(registry, image.repository, copy, names):
         host.say(f"  {registry.reference(image.repository, tag)}  points to it")
         done = True
@@ -777,37 +821,57 @@ def transfer(data: bytes, origin: Registry, repository: str, siblings: tuple[str
     return Copy(data, names, upload, siblings)
 
 
-def carry(
-    origin: Registry, repository: str, registry: Registry, destination: str, digest: str
-) -> bool:
-    """Copy the papers and signatures of an image, byte for byte; whether there was anything to do.
+def verified(source: Published) -> list[Paper]:
+    """The papers that a verification with a key has passed; statements of others are none."""
+    from images import papers, verify_published
+
+    found = []
+    for paper in source.papers:
+        if paper.artifact_type == papers.STATEMENT:
+            said = verify_published.statement_of(paper, source.key)
+            if not said or said.get("predicateType") != papers.PREDICATE_TYPE:
+                continue
+        found.append(paper)
+    return found
+
+
+def carry(source: Published, registry: Registry, destination: str, subject: Descriptor) -> bool:
+    """Copy the verified papers of an image, and all signatures; whether there was anything to do.
+
+    Papers of ours that the destination has and the source has not are replaced; its signatures
+    stay beside those that are added.
+    """
+    copied = attach(registry, destination, subject, verified(source), exactly=True)
+    for name in copied:
+        host.say(f"  {name}  copied")
+    origin, repository, digest = source.registry, source.repository, subject.digest
+    wanted = signatures(origin, repository, digest)
+    added = add_signatures(
+        *(registry, destination, digest, wanted),
+        lambda entry: origin.blob(repository, entry.digest, size=entry.size),
+    )
+    if added:
+        host.say(f"  signatures  {added} copied, to {oci.signature_tag(digest)}")
+    return bool(copied or added)
+
+
+def recheck(registry: Registry, repository: str, digest: str, trusted: Any) -> None:
+    """See that an image will verify where it is about to get its tags.
 
     Raises:
-        Problem: the destination has other signatures of it already.
+        Problem: it would not; says why.
     """
-    there = {entry.digest for entry in registry.referrers(destination, digest)}
-    manifests = []
-    for paper in attached(origin, repository, digest):
-        if paper.entry.digest not in there:
-            for blob in oci.parse(paper.manifest).blobs:
-                registry.push_blob(destination, origin.blob(repository, blob.digest))
-            manifests.append(paper.manifest)
-    if manifests:
-        refer(registry, destination, digest, manifests)
-        host.say(f"  {len(manifests)} papers  copied")
-    tag = oci.signature_tag(digest)
-    signatures = origin.manifest(repository, tag)
-    if signatures is None or registry.manifest(destination, tag) is not None:
-        return bool(manifests)
-    for blob in oci.parse(signatures[0]).blobs:
-        registry.push_blob(destination, origin.blob(repository, blob.digest))
-    registry.push_manifest(destination, tag, *_typed(signatures))
-    host.say(f"  signature  copied, as {tag}")
-    return True
+    from images import verify_published
 
-
-def _typed(found: tuple[bytes, Descriptor]) -> tuple[bytes, str]:
-    return found[0], found[1].media_type
+    there = verify_published.Published(registry, repository, digest, trusted)
+    checks = verify_published.verify(there, show=lambda _: None)
+    wanted = [name for name in verify_published.names(layers=False) if name != "tags"]
+    wanting = unchecked(checks, wanted)
+    if wanting:
+        reasons = {check.name: check.reason for check in checks}
+        whole = registry.reference(repository, digest)
+        why = reasons.get(wanting[0]) or "it did not run"
+        raise Problem(f"{whole} gets no tags, it fails the check {wanting[0]} there: {why}")
 
 
 # Arguments
@@ -842,9 +906,11 @@ def main(arguments: Sequence[str]) -> int:
     """
     from images import papers
 
-    given = parser().parse_args(list(arguments))
+    options = parser()
+    given = options.parse_args(list(arguments))
     if given.new_key:
-        if given.ref or given.to:
+        others = {name: value for name, value in vars(given).items() if name != "new_key"}
+        if any(value != options.get_default(name) for name, value in others.items()):
             raise Problem("--new-key FILE stands alone: it makes a key and publishes nothing", 2)
         public = papers.new_key(given.new_key)
         host.say(f"{given.new_key} signs, and is for you alone; {public} is for everybody")
@@ -857,16 +923,24 @@ def main(arguments: Sequence[str]) -> int:
         raise Problem("what is unproved is not promoted; leave out --unproved", 2)
     if given.trust and not given.promote:
         raise Problem("--trust is for --promote: publish signs with --key, and trusts nobody", 2)
+    if given.promote and not given.trust:
+        raise Problem(
+            "--promote needs --trust FILE.pub, the public key that signed what is promoted: "
+            "without it nobody knows whose papers these are",
+            2,
+        )
     image = catalog.find(given.ref, catalog.load())
     registry = Registry(given.to, authfile=given.authfile, cert_dir=given.cert_dir)
     registry.name(image.repository)  # a name that is not allowed is told before anything runs
     key = papers.read_key(given.key) if given.key else None
-    host.require("skopeo", "zstd")
     if given.promote:
         target, repository, reference = registries.parse_reference(given.origin)
         origin = Registry(target, authfile=given.authfile, cert_dir=given.cert_dir)
-        promote(image, origin, repository, reference, registry, public=given.trust, key=key)
+        trusted = papers.read_public_key(given.trust)
+        host.require("skopeo", "zstd")
+        promote(image, origin, repository, reference, registry, trusted=trusted, key=key)
         return 0
+    host.require("skopeo", "zstd")
     tool = builder.detect()
     if not isinstance(tool, builder.Buildah):
         raise Problem("only images of buildah are published", 2)

@@ -17,6 +17,7 @@ import re
 import signal
 import socket
 import ssl
+import string
 import subprocess
 import tempfile
 import time
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from images import host, oci
-from images.oci import Descriptor
+from images.oci import Damaged, Descriptor
 from rollout.problem import Problem
 
 # Seconds before each further attempt, after a connection broke or the registry was out of order.
@@ -38,19 +39,37 @@ WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 TIMEOUT = 60  # seconds without a byte
 AGENT = "verl-rollout"
 _PIECE = 1 << 20
+# What is read into memory, whatever a registry sends: the limit of most registries for a manifest,
+# and many times what the largest paper has.
+MOST_OF_A_MANIFEST = 4 << 20
+MOST_OF_A_BLOB = 64 << 20
+_MOST_OF_A_REASON = 64 << 10
+_PAGES = 1000  # of a list of tags
+_PORTS = 65535
 _LONGEST = 255  # of a name, HOST included: what docker and containers/image take
 _HOST = re.compile(
     r"(localhost|\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?"
-    r"(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*)(:\d{1,5})?"
+    r"(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*)(:[0-9]{1,5})?"
 )
 _COMPONENT = re.compile(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
+_LOOPBACK = re.compile(r"(localhost|127(\.[0-9]+){3}|\[::1\])(:[0-9]+)?")
 _DOCKER_HUB = "docker.io"
+_NO_CONNECTION = (OSError, http.client.HTTPException, UnicodeError)  # the last of odd host names
 T = TypeVar("T")
 
 
-class Broken(Problem):
+class Unreachable(Problem):
+    """A registry that cannot be asked: no verdict on an image, so the exit code is 3.
+
+    Its host is unknown, the connection broke, TLS failed, or credentials are missing or refused.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence, 3)
+
+
+class Broken(Unreachable):
     """What another attempt may mend: a broken connection, a registry that is out of order."""
 
 
@@ -79,6 +98,9 @@ def parse_target(text: str) -> tuple[str, str]:
             "'registry.example.com/team' or '127.0.0.1:5000'",
             2,
         )
+    port = name.rpartition("]")[2].partition(":")[2]
+    if port and not 0 < int(port) <= _PORTS:
+        raise Problem(f"{text!r} has a port that there is not; the last one is {_PORTS}", 2)
     for component in prefix.split("/") if prefix else ():
         if not _COMPONENT.fullmatch(component):
             raise Problem(
@@ -102,6 +124,8 @@ def parse_reference(text: str) -> tuple[str, str, str]:
     if not at:
         name, _, reference = bare.rpartition(":")
     target, _, repository = name.rpartition("/")
+    if at and target and ":" in repository:
+        raise Problem(f"{text!r} has both; say a tag or a digest, not both", 2)
     fine = oci.is_digest(reference) if at else is_tag(reference)
     if not fine or not target or "/" in reference:
         raise Problem(
@@ -178,9 +202,9 @@ def credentials(name: str, files: Sequence[Path]) -> tuple[str, str] | None:
                         base64.b64decode(entries[key]["auth"]).decode().partition(":")
                     )
                     return user, password.rstrip("\0")
-        except (FileNotFoundError, PermissionError):
+        except OSError:
             continue
-        except (ValueError, AttributeError, TypeError, binascii.Error):
+        except (ValueError, AttributeError, TypeError, RecursionError, binascii.Error):
             raise Problem(
                 f"{file} is no file of credentials; make it anew with 'skopeo login'", 2
             ) from None
@@ -229,6 +253,10 @@ _REFUSED = (
     "{host} refuses these credentials for {name}; log in with 'skopeo login {host}' as somebody "
     "who may do this, or name a file with --authfile"
 )
+_LOGIN = (
+    "{host} asks for a login, and none is known for {name}; log in with 'skopeo login {host}', or "
+    "name a file with --authfile"
+)
 # Seen where two publishers upload the same blob in the same moment; a little later all is well.
 _CONFUSED = "{host} does not know yet what it was sent ({why})"
 _BROKEN = "the connection to {host} broke ({why})"
@@ -238,15 +266,18 @@ _FULL_SIGNS = ("no space left", "insufficient storage", "disk quota exceeded", '
 def _says(body: bytes) -> str:
     """What a registry gives as its reason: the first error of its list, else the first line."""
     text = body.decode("utf-8", "replace").strip()
-    with suppress(ValueError, KeyError, TypeError, IndexError):
+    with suppress(ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         first = json.loads(text)["errors"][0]
         detail = first.get("detail")
-        return f"{first['message']}" + (f" ({json.dumps(detail)})" if detail else "")
-    return text.splitlines()[0][:200] if text else "no reason given"
+        return oci.shown(f"{first['message']}" + (f" ({json.dumps(detail)})" if detail else ""))
+    return oci.shown(text.splitlines()[0]) if text else "no reason given"
 
 
-def meaning(status: int, body: bytes, name: str) -> Problem:
-    """One sentence for an HTTP answer that nobody wanted; ``name`` is HOST/PREFIX/REPOSITORY."""
+def meaning(status: int, body: bytes, name: str, *, login: bool = True) -> Problem:
+    """One sentence for an HTTP answer that nobody wanted; ``name`` is HOST/PREFIX/REPOSITORY.
+
+    ``login`` says whether there were credentials to send.
+    """
     registry, _, _ = name.partition("/")
     said = _says(body)
     if status == 507 or any(
@@ -254,8 +285,11 @@ def meaning(status: int, body: bytes, name: str) -> Problem:
     ):
         return Problem(_FULL.format(host=registry))
     if status in (401, 403):
-        reason = "" if said in ("no reason given", "authentication required") else f" ({said})"
-        return Problem(_REFUSED.format(host=registry, name=name) + reason)
+        known = said.startswith(("no reason given", "authentication required"))
+        reason = "" if known else f" ({said})"
+        return Unreachable(
+            (_REFUSED if login else _LOGIN).format(host=registry, name=name) + reason
+        )
     if b"MANIFEST_BLOB_UNKNOWN" in body:
         return Broken(_CONFUSED.format(host=registry, why=said))
     if status == 429 or status >= 500:
@@ -269,15 +303,17 @@ def unreachable(error: BaseException, registry: str) -> Problem:
     """One sentence for a connection that was not made, or broke."""
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(cause, ssl.SSLCertVerificationError):
-        return Problem(_TLS.format(host=registry, why=cause.verify_message))
+        return Unreachable(_TLS.format(host=registry, why=oci.shown(cause.verify_message)))
     if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
         reason = getattr(cause, "reason", None) or str(cause)  # one made by hand has none
         plain = reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST")
-        return Problem((_PLAIN if plain else _TLS).format(host=registry, why=reason))
-    if isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN:
-        return Problem(_UNKNOWN.format(host=registry))
+        return Unreachable((_PLAIN if plain else _TLS).format(host=registry, why=oci.shown(reason)))
+    unknown = isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
+    if unknown or isinstance(cause, UnicodeError):
+        return Unreachable(_UNKNOWN.format(host=registry))
     why = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(cause)
-    return Broken(_BROKEN.format(host=registry, why=why.lower() or type(cause).__name__))
+    why = oci.shown(why.lower()) or type(cause).__name__
+    return Broken(_BROKEN.format(host=registry, why=why))
 
 
 # What skopeo prints -> what it means; seen with 1.9.3, the words are those of Go and its library.
@@ -302,7 +338,7 @@ def meaning_of_skopeo(output: str, code: int, name: str) -> Problem:
     registry, _, _ = name.partition("/")
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     fatal = [line for line in lines if "level=fatal" in line]
-    text = (fatal or lines or [""])[-1].replace('\\"', "'")
+    text = oci.shown((fatal or lines or [""])[-1].replace('\\"', "'"), 1000)
     if any(sign in text.lower() for sign in _FULL_SIGNS):
         return Problem(_FULL.format(host=registry))
     if broken := _SKOPEO_BROKEN.search(text):
@@ -311,7 +347,7 @@ def meaning_of_skopeo(output: str, code: int, name: str) -> Problem:
         return Broken(_CONFUSED.format(host=registry, why=confused[0]))
     for sign, sentence in _SKOPEO:
         if found := re.search(sign, text):
-            return Problem(sentence.format(host=registry, name=name, why=found[0]))
+            return Unreachable(sentence.format(host=registry, name=name, why=found[0]))
     said = re.search(r'msg="(.*)"', text)
     return Problem(f"skopeo exited with {code}: {said[1] if said else text or 'no output'}")
 
@@ -326,7 +362,8 @@ def patiently(
     Patience begins anew where ``moved`` says that a failed attempt has brought something.
 
     Raises:
-        Problem: it failed in a way that no patience mends, or once more after the last wait.
+        Unreachable: it failed once more after the last wait.
+        Problem: it failed in a way that no patience mends.
     """
     waits, failed = WAITS if waits is None else waits, 0
     while True:
@@ -336,7 +373,7 @@ def patiently(
             failed = 1 if moved() else failed + 1
             if failed > len(waits):
                 sentence = f"{problem.sentence}, {failed} times in a row; run this again later"
-                raise Problem(sentence) from None
+                raise Unreachable(sentence) from None
             host.say(f"{problem.sentence}; again in {waits[failed - 1]:g} s")
             time.sleep(waits[failed - 1])
 
@@ -344,14 +381,88 @@ def patiently(
 # HTTP
 
 
+def onward(address: str, url: str, registry: str) -> str:
+    """Where a registry sends to, if that is as safe as ``address``, from where it does so.
+
+    Without TLS one machine is safe, this one, and only where the registry does without as well.
+
+    Raises:
+        Unreachable: it is another scheme, a step back from TLS, or no address.
+    """
+    try:
+        whole = urllib.parse.urljoin(address, url)
+        whole = urllib.parse.quote(whole, safe=string.punctuation)
+        parts = urllib.parse.urlsplit(whole)
+        fine = bool(parts.hostname) and parts.username is None and parts.port != 0
+    except ValueError:
+        fine = False
+    if fine:
+        plain = address.startswith("http:") and _local(parts.netloc)
+        fine = parts.scheme == "https" or (parts.scheme == "http" and plain)
+    if not fine:
+        raise Unreachable(
+            f"{registry} sends to {oci.shown(url)!r}, which is not safe: it has to be an address "
+            "with https://; whoever runs the registry can mend that"
+        )
+    return whole
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    """What two addresses have in common where the one may see the credentials for the other."""
+    parts = urllib.parse.urlsplit(url)
+    ports = {"https": http.client.HTTPS_PORT, "http": http.client.HTTP_PORT}
+    return parts.scheme, parts.hostname, parts.port or ports.get(parts.scheme)
+
+
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """A question for the size of a blob stays one where a registry points to its storage."""
 
-    def redirect_request(self, req: Any, *args: Any) -> urllib.request.Request | None:
-        new = super().redirect_request(req, *args)
+    def __init__(self, registry: str) -> None:
+        self._registry = registry
+
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        # Before Python reads it, which ends in errors of other kinds.
+        onward(req.full_url, headers.get("Location", ""), self._registry)
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        onward(req.full_url, newurl, self._registry)
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
         if new and req.get_method() == "HEAD":
             new.method = "HEAD"
         return new
+
+
+def _length(answer: http.client.HTTPResponse, what: str) -> int | None:
+    """The bytes that an answer announces; None where it does not."""
+    given = answer.headers.get("Content-Length")
+    if given is not None and not re.fullmatch("[0-9]{1,18}", given):
+        raise Damaged(f"{what}: the registry gives {oci.shown(given)!r} as its length")
+    return None if given is None else int(given)
+
+
+def _read(answer: http.client.HTTPResponse, most: int, what: str) -> bytes:
+    """All of an answer, which may have so many bytes.
+
+    Raises:
+        Damaged: it has more.
+    """
+    if (_length(answer, what) or 0) <= most:
+        data = answer.read(most + 1)
+        if len(data) <= most:
+            if answer.length:  # read() with a limit does not complain of an early end
+                raise http.client.IncompleteRead(data, answer.length)
+            return data
+    raise Damaged(f"{what} is larger than it may be, which is {most:,} bytes")
+
+
+def _reason(answer: http.client.HTTPResponse) -> bytes:
+    """The beginning of an answer that is none to the question."""
+    return answer.read(_MOST_OF_A_REASON)
 
 
 @dataclass(frozen=True)
@@ -386,6 +497,12 @@ class Registry:
 
     def __post_init__(self) -> None:
         self.host, self.prefix = parse_target(self.target)
+        if self.authfile:
+            try:
+                self.authfile.open("rb").close()
+            except OSError as error:
+                why = error.strerror
+                raise Problem(f"--authfile {self.authfile} cannot be read: {why}", 2) from None
 
     # Names
 
@@ -411,7 +528,7 @@ class Registry:
             return self._openers[0]
         handlers: list[urllib.request.BaseHandler] = [
             urllib.request.HTTPSHandler(context=tls(self.host, self.cert_dir)),
-            _Redirects(),
+            _Redirects(self.host),
         ]
         if _local(self.host):
             handlers.append(urllib.request.ProxyHandler({}))  # none is asked about this machine
@@ -436,7 +553,7 @@ class Registry:
             ):
                 return True
             raise problem from None
-        except (OSError, http.client.HTTPException) as error:
+        except _NO_CONNECTION as error:
             raise unreachable(error, self.host) from None
         return False
 
@@ -456,49 +573,57 @@ class Registry:
     ) -> Iterator[http.client.HTTPResponse]:
         """One request, and once more with credentials where the registry asks for them."""
         address, opener = self._connect()
-        url = urllib.parse.urljoin(address, url)
+        url = onward(address, url, self.host)
         reads = method in ("GET", "HEAD")
         for attempt in (1, 2):
             request = urllib.request.Request(url, data, dict(headers or {}), method=method)  # noqa: S310 - its scheme is ours
             request.add_header("User-Agent", AGENT)
             known = self._authorized.get((repository, reads))
-            if known and urllib.parse.urlsplit(url).netloc == urllib.parse.urlsplit(address).netloc:
+            if known and _origin(url) == _origin(address):
                 # Not to follow a redirection: what signs an address of a storage is in it already.
                 request.add_unredirected_header("Authorization", known)
             try:
                 answer = opener.open(request, timeout=TIMEOUT)
             except urllib.error.HTTPError as error:
                 answer = cast(http.client.HTTPResponse, error)  # it reads in the same way
-            except (OSError, http.client.HTTPException) as error:
+            except _NO_CONNECTION as error:
                 raise unreachable(error, self.host) from None
             with answer:
                 challenge = answer.headers.get("WWW-Authenticate", "")
-                if answer.status == 401 and attempt == 1 and challenge:
-                    authorized = self._authorize(challenge, repository, opener)
+                own = _origin(answer.geturl()) == _origin(address)  # not of a storage behind it
+                if answer.status == 401 and attempt == 1 and challenge and own:
+                    authorized = self._authorize(challenge, repository)
                     if authorized:
                         self._authorized[(repository, reads)] = authorized
                         continue
                 try:
                     yield answer
-                except (ConnectionError, TimeoutError, http.client.HTTPException) as error:
+                except (
+                    *(ConnectionError, TimeoutError, ssl.SSLError),
+                    http.client.HTTPException,
+                ) as error:
                     raise unreachable(error, self.host) from None
                 return
 
-    def _authorize(
-        self, challenge: str, repository: str, opener: urllib.request.OpenerDirector
-    ) -> str:
-        """The header that a registry asks for; empty where there are no credentials for it."""
+    def _credentials(self, repository: str) -> tuple[str, str] | None:
         files = [self.authfile] if self.authfile else auth_files(os.environ, Path.home())
-        found = credentials(self.name(repository), files)
+        return credentials(self.name(repository), files)
+
+    def _meaning(self, status: int, body: bytes, repository: str) -> Problem:
+        """What an answer that nobody wanted means to who may have logged in, or not."""
+        login = status not in (401, 403) or self._credentials(repository) is not None
+        return meaning(status, body, self.name(repository), login=login)
+
+    def _authorize(self, challenge: str, repository: str) -> str:
+        """The header that a registry asks for; empty where there are no credentials for it."""
+        found = self._credentials(repository)
         basic = base64.b64encode(":".join(found).encode()).decode() if found else ""
         kind, _, rest = challenge.partition(" ")
         if kind.lower() != "bearer":
             return f"Basic {basic}" if basic else ""
+        address, opener = self._connect()
         asked = dict(re.findall(r'(\w+)="([^"]*)"', rest))
-        realm = asked.pop("realm", "")
-        local = _local(urllib.parse.urlsplit(realm).netloc)
-        if not (realm.startswith("https://") or (local and realm.startswith("http://"))):
-            raise Problem(f"{self.host} asks for credentials at {realm!r}, which is not safe")
+        realm = onward(address, asked.pop("realm", ""), self.host)
         query = {k: v for k, v in asked.items() if k in ("service", "scope")}
         request = urllib.request.Request(f"{realm}?{urllib.parse.urlencode(query)}")  # noqa: S310
         request.add_header("User-Agent", AGENT)
@@ -506,16 +631,19 @@ class Registry:
             request.add_unredirected_header("Authorization", f"Basic {basic}")
         try:
             with opener.open(request, timeout=TIMEOUT) as answer:
-                data = json.loads(answer.read())
+                data = oci.document(_read(answer, MOST_OF_A_MANIFEST, realm))
         except urllib.error.HTTPError as error:
-            with error:
-                raise meaning(error.code, error.read(), self.name(repository)) from None
-        except (OSError, http.client.HTTPException) as error:
+            body = b""
+            with error, suppress(*_NO_CONNECTION):
+                body = _reason(cast(http.client.HTTPResponse, error))
+            raise self._meaning(error.code, body, repository) from None
+        except _NO_CONNECTION as error:
             raise unreachable(error, self.host) from None
-        except ValueError:
+        except Damaged:
             data = {}
-        token = data.get("token") or data.get("access_token") if isinstance(data, dict) else ""
-        return f"Bearer {token}" if token else ""
+        token = data.get("token") or data.get("access_token")
+        fine = isinstance(token, str) and re.fullmatch("[!-~]+", token)  # what a header can have
+        return f"Bearer {token}" if fine else ""
 
     def _ask(
         self,
@@ -526,14 +654,24 @@ class Registry:
         expected: Sequence[int],
         headers: Mapping[str, str] | None = None,
         data: bytes | None = None,
+        most: int | None = None,
+        what: str = "",
     ) -> Answer:
-        """A small question with patience; what is not expected is a Problem."""
+        """A small question with patience; what is not expected is a Problem.
+
+        The answer is of ``what``, and may have ``most`` bytes, else those of a manifest.
+        """
 
         def once() -> Answer:
             with self._open(method, url, repository, headers, data) as answer:
-                body = answer.read()
                 if answer.status not in expected:
-                    raise meaning(answer.status, body, self.name(repository))
+                    raise self._meaning(answer.status, _reason(answer), repository)
+                if answer.status < 300:
+                    most_of_it = MOST_OF_A_MANIFEST if most is None else most
+                    whole = what or f"an answer for {self.name(repository)}"
+                    body = _read(answer, most_of_it, whole)
+                else:
+                    body = _reason(answer)
                 return Answer(answer.status, dict(answer.headers.items()), body)
 
         return patiently(once, self.waits)
@@ -547,21 +685,23 @@ class Registry:
         """A manifest or index as the registry has it, by tag or digest; None where it has none.
 
         Raises:
-            Problem: its bytes are not those of the digest that was asked for.
+            Damaged: its bytes are not those of the digest that was asked for, or too many.
         """
-        url = self._url(repository, "manifests", reference)
+        url, what = (
+            self._url(repository, "manifests", reference),
+            self.reference(repository, reference),
+        )
         accept = {"Accept": ", ".join(oci.MANIFESTS)}
-        answer = self._ask("GET", url, repository, expected=(200, 404), headers=accept)
+        answer = self._ask("GET", url, repository, expected=(200, 404), headers=accept, what=what)
         if answer.status == 404:
             return None
         found = Descriptor(
-            answer.header("Content-Type").partition(";")[0],
+            oci.shown(answer.header("Content-Type").partition(";")[0]),
             oci.digest(answer.body),
             len(answer.body),
         )
         if oci.is_digest(reference) and found.digest != reference:
-            what = self.reference(repository, reference)
-            raise Problem(f"{what}: the registry gives other bytes, their sha256 is {found.digest}")
+            raise Damaged(f"{what}: the registry gives other bytes, their sha256 is {found.digest}")
         return answer.body, found
 
     def resolve(self, repository: str, reference: str) -> str | None:
@@ -575,73 +715,102 @@ class Registry:
     def blob_size(self, repository: str, digest: str) -> int | None:
         """The bytes of a blob as the registry counts them, None where it has none."""
         url = self._url(repository, "blobs", digest)
-        answer = self._ask("HEAD", url, repository, expected=(200, 404))
-        return int(answer.header("Content-Length") or 0) if answer.status == 200 else None
 
-    def blob(self, repository: str, digest: str) -> bytes:
-        """A small blob, in memory.
+        def once() -> int | None:
+            with self._open("HEAD", url, repository) as answer:
+                if answer.status == 404:
+                    return None
+                if answer.status != 200:
+                    raise self._meaning(answer.status, b"", repository)
+                return _length(answer, self.reference(repository, digest)) or 0
+
+        return patiently(once, self.waits)
+
+    def blob(self, repository: str, digest: str, size: int | None = None) -> bytes:
+        """A small blob, in memory; ``size`` are the bytes that a manifest announces.
 
         Raises:
-            Problem: there is none, or its bytes are not those of its digest.
+            Damaged: there is none, its bytes are not those of its digest, or they are too many.
         """
-        url = self._url(repository, "blobs", digest)
-        answer = self._ask("GET", url, repository, expected=(200, 404))
-        what = self.reference(repository, digest)
+        url, what = self._url(repository, "blobs", digest), self.reference(repository, digest)
+        if size is not None and size > MOST_OF_A_BLOB:
+            raise Damaged(f"{what} is announced with {size:,} bytes, which is no paper's size")
+        most = MOST_OF_A_BLOB if size is None else size
+        answer = self._ask("GET", url, repository, expected=(200, 404), most=most, what=what)
         if answer.status == 404:
-            raise Problem(f"{what} is not in the registry")
+            raise Damaged(f"{what} is not in the registry")
         if oci.digest(answer.body) != digest:
             given = oci.digest(answer.body)
-            raise Problem(f"{what}: the registry gives other bytes, their sha256 is {given}")
+            raise Damaged(f"{what}: the registry gives other bytes, their sha256 is {given}")
         return answer.body
 
-    def download(self, repository: str, digest: str, path: Path) -> None:
+    def download(
+        self, repository: str, digest: str, path: Path, *, size: int | None = None
+    ) -> None:
         """Write a blob of any size to a file; a broken download goes on where it broke.
 
+        ``size`` are the bytes that a manifest announces: it ends where more come.
+
         Raises:
-            Problem: there is none, or its bytes are not those of its digest; no file is left.
+            Damaged: there is none, its bytes are not those of its digest, or they are too many; no
+                file is left.
         """
         what = self.reference(repository, digest)
         with host.replacing(path) as temporary:
             with temporary.open("w+b") as file:
-                patiently(lambda: self._receive(repository, digest, file), self.waits)
+                patiently(lambda: self._receive(repository, digest, file, size), self.waits)
             given = f"sha256:{host.sha256(temporary)}"
             if given != digest:
-                raise Problem(f"{what}: the registry gives other bytes, their sha256 is {given}")
+                raise Damaged(f"{what}: the registry gives other bytes, their sha256 is {given}")
 
-    def _receive(self, repository: str, digest: str, file: IO[bytes]) -> None:
-        start = file.seek(0, os.SEEK_END)
+    def _receive(self, repository: str, digest: str, file: IO[bytes], size: int | None) -> None:
+        start, what = file.seek(0, os.SEEK_END), self.reference(repository, digest)
         url, headers = self._url(repository, "blobs", digest), {"Range": f"bytes={start}-"}
         with self._open("GET", url, repository, headers if start else {}) as answer:
             if answer.status == 404:
-                raise Problem(f"{self.reference(repository, digest)} is not in the registry")
+                raise Damaged(f"{what} is not in the registry")
             if answer.status == 416:
                 return  # it was whole already, and the end of the connection came too late
             if answer.status not in (200, 206):
-                raise meaning(answer.status, answer.read(), self.name(repository))
+                raise self._meaning(answer.status, _reason(answer), repository)
             if answer.status == 200:  # from the beginning, whatever was asked for
-                file.seek(0)
+                start = file.seek(0)
                 file.truncate()
-            expected = answer.headers.get("Content-Length")
+            expected = _length(answer, what)
             received = 0
             while piece := answer.read(_PIECE):
-                file.write(piece)
                 received += len(piece)
+                if size is not None and start + received > size:
+                    raise Damaged(f"{what} is larger than announced, which is {size:,} bytes")
+                file.write(piece)
             file.flush()
-        if expected is not None and received != int(expected):
+        if expected is not None and received != expected:
             raise Broken(_BROKEN.format(host=self.host, why=f"{received} of {expected} bytes came"))
 
     def tags(self, repository: str) -> list[str]:
-        """All tags of a repository, sorted; none where there is no such repository."""
-        found: list[str] = []
-        url = self._url(repository, "tags", "list")
-        while url:
-            answer = self._ask("GET", url, repository, expected=(200, 404))
+        """All tags of a repository, sorted; none where there is no such repository.
+
+        Raises:
+            Damaged: it is no list of tags, or one without an end.
+        """
+        found: set[str] = set()
+        url, what = self._url(repository, "tags", "list"), f"the tags of {self.name(repository)}"
+        for _ in range(_PAGES):
+            answer = self._ask("GET", url, repository, expected=(200, 404), what=what)
             if answer.status == 404:
-                break
-            found += json.loads(answer.body).get("tags") or []
+                return sorted(found)
+            given = oci.document(answer.body).get("tags", [])
+            given = [] if given is None else given  # some say null where there are none
+            if not isinstance(given, list) or not all(
+                isinstance(tag, str) and is_tag(tag) for tag in given
+            ):
+                raise Damaged(f"{what}: the registry gives something that is no list of tags")
+            found.update(given)
             more = re.match(r'<([^>]+)>;\s*rel="?next"?', answer.header("Link"))
-            url = more[1] if more else ""
-        return sorted(set(found))
+            if not more:
+                return sorted(found)
+            url = more[1]
+        raise Damaged(f"{what} come on more than {_PAGES} pages")
 
     def referrers(self, repository: str, digest: str) -> list[Descriptor]:
         """The papers of an image: by the referrers API, else by the fallback tag."""
@@ -669,11 +838,10 @@ class Registry:
             url = f"{location}{joint}digest={urllib.parse.quote(found.digest)}"
             headers = {"Content-Type": "application/octet-stream"}
             with self._open("PUT", url, repository, headers, data) as answer:
-                body = answer.read()
                 if answer.status == 404:  # the upload is gone: the registry was started anew
                     raise Broken(_BROKEN.format(host=self.host, why="the upload is unknown"))
                 if answer.status != 201:
-                    raise meaning(answer.status, body, self.name(repository))
+                    raise self._meaning(answer.status, _reason(answer), repository)
 
         patiently(once, self.waits)
         return found
@@ -682,10 +850,12 @@ class Registry:
         """Begin an upload; where it goes on, empty where nothing is left to do."""
         url = self._url(repository, "blobs", "uploads", "") + query
         with self._open("POST", url, repository, {"Content-Length": "0"}, b"") as answer:
-            body = answer.read()
             if answer.status not in expected:
-                raise meaning(answer.status, body, self.name(repository))
-            return "" if answer.status == 201 else answer.headers.get("Location", "")
+                raise self._meaning(answer.status, _reason(answer), repository)
+            location = answer.headers.get("Location", "")
+            if answer.status == 202 and not location:
+                raise Odd(f"{self.host} takes an upload, and does not say where it goes on", 202)
+            return "" if answer.status == 201 else location
 
     def mount(self, repository: str, digest: str, origin: str) -> bool:
         """Let a repository have a blob of another one of this registry (``origin``, its path).
@@ -707,7 +877,7 @@ class Registry:
 
     def _cancel(self, repository: str, location: str) -> None:
         with suppress(Problem), self._open("DELETE", location, repository) as answer:
-            answer.read()
+            _reason(answer)
 
     def push_manifest(self, repository: str, reference: str, data: bytes, media_type: str) -> bool:
         """Put a manifest under a tag or its digest; whether the registry took note of its subject.
@@ -736,10 +906,9 @@ class Registry:
             headers = {"Content-Type": "application/octet-stream"}
             try:
                 with self._open("PATCH", location, repository, headers, bytes(_PIECE)) as answer:
-                    body = answer.read()
                     location = answer.headers.get("Location", location)
                     if answer.status not in (202, 204):
-                        return meaning(answer.status, body, self.name(repository))
+                        return self._meaning(answer.status, _reason(answer), repository)
             finally:
                 self._cancel(repository, location)
         except Problem as problem:

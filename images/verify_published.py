@@ -3,10 +3,11 @@
 ``nox -s verify-published -- HOST[/PREFIX]/REPOSITORY:TAG|@DIGEST --key FILE.pub [--layers]``. Of
 the checkout nothing is used but this code: whoever has the key and the registry can tell whether
 what is there is what was built, proved and signed. A registry, and whoever can write to it, is
-believed in nothing.
+believed in nothing; a registry that cannot be asked is no verdict on any image.
 
 Each check ends as ``passed``, ``failed``, or ``unproved`` where something is missing that only the
-caller can bring (a key), or that the publisher says is missing (a proof).
+caller can bring (a key), or that the publisher says is missing (a proof), or where it stands on a
+check that failed.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from typing import IO, Any
 from images import host, lock, oci, papers
 from images.oci import Descriptor, Manifest
 from images.papers import Envelope, Paper, PublicKey
-from images.registry import Registry, parse_reference
+from images.registry import Registry, Unreachable, parse_reference
 from rollout import report
+from rollout.environment import printable
 from rollout.problem import Problem
 from rollout.report import Check
 
@@ -39,6 +41,9 @@ LOCK = "rollout.lock.sha256"
 # Where an image keeps the lock that it was built from (images/base/install).
 LOCK_INSIDE = "opt/rollout/share/rollout/requirements.lock"
 _UNPROVED = 3  # of a Problem that a check raises; any other code is a failure
+# More than any image of ours has. A few bytes may unpack to as many as there is room for.
+LONGEST_LOCK = 16 << 20
+LARGEST_LAYER = 64 << 30
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,10 @@ class Published:
         """The papers of an artifact type."""
         return [paper for paper in self.papers if paper.artifact_type == kind]
 
+    def blob(self, what: Descriptor) -> bytes:
+        """Something small, of the bytes and the size that the registry has announced."""
+        return self.registry.blob(self.repository, what.digest, size=what.size)
+
 
 # --- the image ------------------------------------------------------------------------------------
 
@@ -117,7 +126,7 @@ def check_manifest(image: Published) -> Metrics:
 def check_config(image: Published) -> Metrics:
     """The configuration is the manifest's, has a diff_id for each layer, and says what it is."""
     assert image.manifest  # noqa: S101 - NEEDS
-    data = image.registry.blob(image.repository, image.manifest.config.digest)
+    data = image.blob(image.manifest.config)
     image.diff_ids = oci.diff_ids(data)
     if len(image.diff_ids) != len(image.layers):
         counts = f"{len(image.diff_ids)} layers, the manifest {len(image.layers)}"
@@ -163,13 +172,13 @@ def check_signature(image: Published) -> Metrics:
     layers = oci.parse(found[0]).layers if found else ()
     layers = tuple(layer for layer in layers if layer.media_type == oci.SIMPLE_SIGNING)
     if image.key is None:
-        count = len(layers) or "no"
-        raise Problem(f"{count} signatures are there; --key FILE.pub would check them", _UNPROVED)
+        there = _number(len(layers), "signature", "there")
+        raise Problem(f"{there}; --key FILE.pub would check who has signed", _UNPROVED)
     if not layers:
         raise Problem(f"no signature is there (tag {tag}); the image is not signed, or no longer")
     others = set()
     for layer in layers:
-        payload = image.registry.blob(image.repository, layer.digest)
+        payload = image.blob(layer)
         try:
             signed = papers.signed_digest(payload, layer.annotations, image.key)
         except ValueError as error:
@@ -179,35 +188,54 @@ def check_signature(image: Published) -> Metrics:
         others |= {signed} - {None}
     if others:
         raise Problem(f"the key has signed {', '.join(map(str, others))} there, and not this image")
-    raise Problem(f"none of {len(layers)} signatures is of this key")
+    raise Problem(f"{_number(len(layers), 'signature', 'there')}, and none of this key")
+
+
+def _number(count: int, what: str, where: str) -> str:
+    """How many of something there are, as the beginning of a sentence."""
+    return f"{count or 'no'} {what} is {where}" if count < 2 else f"{count} {what}s are {where}"
 
 
 # --- the papers -----------------------------------------------------------------------------------
 
 
 def check_papers(image: Published) -> Metrics:
-    """Everything that is attached is there, whole, and of this image."""
+    """Every paper of ours that is attached is whole, and of this image.
+
+    What else is listed is counted and not read: anybody may attach something, and a list may name
+    what is gone. A paper of ours that is missing is the provenance's to tell.
+    """
     listed = image.registry.referrers(image.repository, image.digest)
     if not listed:
         raise Problem("no papers are attached: the list of referrers is empty, or gone")
     others = 0
     for entry in listed:
-        found = image.registry.manifest(image.repository, entry.digest)
-        if found is None:
-            raise Problem(f"the paper {entry.digest} is listed, and is not in the registry")
-        manifest = oci.parse(found[0])
+        manifest = _attached(image, entry)
+        if manifest is None:
+            others += 1
+            continue
         if manifest.subject is None or manifest.subject.digest != image.digest:
             of = manifest.subject.digest if manifest.subject else "nothing"
             raise Problem(f"the paper {entry.digest} is listed here, and is of {of}")
         kind = manifest.artifact_type
-        if kind not in (papers.REPORT, papers.SBOM, papers.STATEMENT):
-            others += 1  # somebody else's
-            continue
         for layer in manifest.layers:
-            data = image.registry.blob(image.repository, layer.digest)
-            title = layer.annotations.get(oci.TITLE, kind)
-            image.papers.append(Paper(title, kind, layer.media_type, data))
+            title = str(layer.annotations.get(oci.TITLE, kind))
+            image.papers.append(Paper(title, kind, layer.media_type, image.blob(layer)))
     return {"papers": len(image.papers), "others": others}
+
+
+_OURS = (papers.REPORT, papers.SBOM, papers.STATEMENT)
+
+
+def _attached(image: Published, entry: Descriptor) -> Manifest | None:
+    """The manifest of a paper of ours; None for what is somebody else's, or gone."""
+    if entry.media_type != oci.MANIFEST or entry.artifact_type not in ("", *_OURS):
+        return None
+    found = image.registry.manifest(image.repository, entry.digest)
+    if found is None or found[1].media_type != oci.MANIFEST:
+        return None
+    manifest = oci.parse(found[0])
+    return manifest if manifest.artifact_type in _OURS else None
 
 
 def check_provenance(image: Published) -> Metrics:
@@ -215,12 +243,12 @@ def check_provenance(image: Published) -> Metrics:
     found = image.of(papers.STATEMENT)
     if not found:
         raise Problem("no provenance is attached")
-    statements = [_statement(paper, image.key) for paper in found]
+    statements = [statement_of(paper, image.key) for paper in found]
     ours = [s for s in statements if s and s.get("predicateType") == papers.PREDICATE_TYPE]
     if not ours:
         whose = "signed by this key" if image.key else "a provenance"
-        raise Problem(f"none of {len(found)} statements is {whose}")
-    image.origins = [_origin(statement, image.digest) for statement in ours]
+        raise Problem(f"{_number(len(found), 'statement', 'attached')}, and none {whose}")
+    image.origins = [origin_of(statement, image.digest) for statement in ours]
     for origin in image.origins:
         if origin.reference != image.labels[oci.TITLE]:
             raise Problem(f"it is of {origin.reference}, the image is {image.labels[oci.TITLE]}")
@@ -235,7 +263,7 @@ def check_provenance(image: Published) -> Metrics:
     return metrics
 
 
-def _statement(paper: Paper, key: PublicKey | None) -> dict[str, Any] | None:
+def statement_of(paper: Paper, key: PublicKey | None) -> dict[str, Any] | None:
     """The statement in a paper; None where it is not signed by the key (if there is one)."""
     data = paper.data
     if paper.media_type == papers.ENVELOPE or key is not None:
@@ -253,7 +281,7 @@ def _statement(paper: Paper, key: PublicKey | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _origin(statement: Mapping[str, Any], digest: str) -> Origin:
+def origin_of(statement: Mapping[str, Any], digest: str) -> Origin:
     """What a statement says of an image.
 
     Raises:
@@ -269,7 +297,11 @@ def _origin(statement: Mapping[str, Any], digest: str) -> Origin:
         source = next(entry for entry in inputs if "gitCommit" in entry["digest"])
         origin = Origin(
             reference=str(definition["externalParameters"]["reference"]),
-            files={e["name"]: e["digest"]["sha256"] for e in inputs if "sha256" in e["digest"]},
+            files={
+                str(entry["name"]): str(entry["digest"]["sha256"])
+                for entry in inputs
+                if "sha256" in entry["digest"]
+            },
             commit=str(source["digest"]["gitCommit"]),
             dirty=bool(source["annotations"]["dirty"]),
             builder=str(details["builder"]["id"]),
@@ -287,8 +319,6 @@ def _origin(statement: Mapping[str, Any], digest: str) -> Origin:
 
 def _named(image: Published, found: Sequence[Paper], kind: str, what: str) -> None:
     """See that the papers of a kind are exactly those that the provenance names."""
-    if not image.origins:
-        return  # the check of the provenance has said why
     named = {sha256 for origin in image.origins for sha256 in origin.named(kind)}
     foreign = [paper.sha256 for paper in found if paper.sha256 not in named]
     if foreign:
@@ -397,7 +427,7 @@ def check_contents(image: Published) -> Metrics:
     with tempfile.TemporaryDirectory(prefix="rollout-published-", dir=host.scratch()) as folder:
         for number, (layer, diff_id) in enumerate(zip(image.layers, image.diff_ids, strict=True)):
             path = Path(folder) / str(number)
-            image.registry.download(image.repository, layer.digest, path)
+            image.registry.download(image.repository, layer.digest, path, size=layer.size)
             which = f"layer {number + 1} of {len(image.layers)} ({layer.digest})"
             found = unpacked(path, which)
             if found.diff_id != diff_id:
@@ -424,14 +454,19 @@ class Unpacked:
 
 
 class _Counted:
-    """A stream that is hashed and counted as it is read."""
+    """A stream that is hashed and counted as it is read, and has an end."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self.stream, self.size, self.hash = stream, 0, hashlib.sha256()
+    def __init__(self, stream: IO[bytes], which: str) -> None:
+        self.stream, self.which, self.size, self.hash = stream, which, 0, hashlib.sha256()
 
     def read(self, size: int) -> bytes:
         piece = self.stream.read(size)
         self.size += len(piece)
+        if self.size > LARGEST_LAYER:
+            raise Problem(
+                f"{self.which} unpacks to more than {LARGEST_LAYER:,} bytes, as no layer of ours "
+                "does; it was not read further"
+            )
         self.hash.update(piece)
         return piece
 
@@ -440,25 +475,33 @@ def unpacked(path: Path, which: str) -> Unpacked:
     """Unpack a compressed layer to look into it; nothing is written.
 
     Raises:
-        Problem: it cannot be unpacked, or is no tar.
+        Problem: it cannot be unpacked, is no tar, or holds more than any layer of ours.
     """
     # zstd opens gzip too. The window is that of layers.zstd_argv.
     argv = ["zstd", "--decompress", "--stdout", "--quiet", "--long=27", str(path)]
     text = b""
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout  # noqa: S101 - for mypy: it was asked for
-        stream = _Counted(process.stdout)
+        stream = _Counted(process.stdout, which)
         try:
             with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:  # type: ignore[call-overload]
                 for member in tar:
                     if member.name.removeprefix("./") == LOCK_INSIDE:
+                        if member.size > LONGEST_LOCK:
+                            raise Problem(
+                                f"{which} holds a {LOCK_INSIDE} of {member.size:,} bytes, more "
+                                f"than the {LONGEST_LOCK:,} of any lock of ours; it was not read"
+                            )
                         file = tar.extractfile(member)
                         text = file.read() if file else text
+            while stream.read(1 << 20):
+                pass
         except tarfile.TarError:
             process.kill()
             raise Problem(f"{which} is no compressed tar") from None
-        while stream.read(1 << 20):
-            pass
+        except BaseException:
+            process.kill()  # or it would be waited for to its end
+            raise
     if process.returncode:
         raise Problem(f"{which} cannot be unpacked: zstd exited with {process.returncode}")
     return Unpacked(f"sha256:{stream.hash.hexdigest()}", stream.size, text)
@@ -478,17 +521,18 @@ CHECKS: dict[str, Callable[[Published], Metrics]] = {
     "layers": check_layers,
     "contents": check_contents,  # with --layers
 }
-# What a check reads from others. Where one of those has failed, it says nothing more.
+# What a check stands on. Where one of those has failed, it is not run: nothing may pass on papers
+# that nobody vouches for, and what nobody has signed is not unpacked.
 NEEDS = {
     "config": ("manifest",),
     "tags": ("config",),
     "signature": ("manifest",),
     "papers": ("manifest",),
     "provenance": ("config", "papers"),
-    "report": ("config", "papers"),
-    "sbom": ("config", "papers"),
+    "report": ("config", "papers", "provenance"),
+    "sbom": ("config", "papers", "provenance"),
     "layers": ("manifest",),
-    "contents": ("layers", "sbom"),
+    "contents": ("signature", "layers", "sbom"),
 }
 
 
@@ -503,18 +547,24 @@ def verify(
     """Check an image of a registry, each check shown as it ends. The image gets its digest.
 
     Raises:
-        Problem: the registry cannot be reached, or does not let us in: that is no verdict.
+        Unreachable: the registry cannot be asked, or no longer: that is no verdict.
     """
-    # Asked first, because in a check it would look like a verdict on the image.
+    # Asked first: a registry that lets nobody in is told of before there is a table.
     image.registry.blob_size(image.repository, oci.digest(oci.EMPTY_DATA))
     show(report.header())
-    done: dict[str, Check] = {}
+    done: list[Check] = []
+    broken: dict[str, str] = {}  # check -> the one that has failed, itself or below it
     for name in names(layers=layers):
-        if any(need not in done or done[need].status == "failed" for need in NEEDS.get(name, ())):
-            continue
-        done[name] = _checked(name, image)
-        show(report.row(done[name]))
-    return list(done.values())
+        cause = next((broken[need] for need in NEEDS.get(name, ()) if need in broken), "")
+        if cause:
+            done.append(Check(name, "unproved", 0.0, reason=f"not run: {cause} failed"))
+        else:
+            done.append(_checked(name, image))
+            cause = name if done[-1].status == "failed" else ""
+        if cause:
+            broken[name] = cause
+        show(report.row(done[-1]))
+    return done
 
 
 def _checked(name: str, image: Published) -> Check:
@@ -522,10 +572,14 @@ def _checked(name: str, image: Published) -> Check:
     status, metrics, reason = "passed", {}, None
     try:
         metrics = CHECKS[name](image)
+    except Unreachable:
+        raise
     except Problem as problem:
         status = "unproved" if problem.code == _UNPROVED else "failed"
-        reason = problem.sentence
-    return Check(name, status, time.perf_counter() - start, metrics, reason)
+        reason = printable(problem.sentence)
+    # Labels, names and reasons are the registry's words, and a terminal takes some for commands.
+    shown = {k: printable(v) if isinstance(v, str) else v for k, v in metrics.items()}
+    return Check(name, status, time.perf_counter() - start, shown, reason)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -552,8 +606,7 @@ def main(arguments: Sequence[str]) -> int:
     host.say(f"{registry.reference(repository, reference)}: verify-published")
     checks = verify(image, layers=given.layers)
     verdict = report.verdict(checks, names(layers=given.layers))
-    if image.digest:
-        host.say(f"{registry.reference(repository, image.digest)}: {verdict}")
+    host.say(f"{registry.reference(repository, image.digest or reference)}: {verdict}")
     return report.exit_code(verdict)
 
 

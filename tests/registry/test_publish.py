@@ -12,9 +12,11 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +33,9 @@ from images import (
     prove,
     publish,
     registry,
+    verify_published,
 )
+from images.papers import Paper
 from images.publish import Copy, Tags
 from images.registry import Registry
 from rollout import report
@@ -41,33 +45,26 @@ from .conftest import REPOSITORY, Toy, whole
 from .server import Server
 
 Make = Callable[..., Toy]
+IMAGE = catalog.find(catalog.DEFAULT, catalog.load())
 NAMES = Tags("toy-1.0-cpu-py311-00000000", "toy-1")
 AGAIN = 5  # seconds for an image that is there already
 KILLS = 10  # of the registry, and as many of the publisher
 
 
-@dataclass(frozen=True)
-class Stand:
-    """A paper that stands for those of images/papers.py."""
-
-    name: str
-    artifact_type: str
-    data: bytes
-
-    @property
-    def media_type(self) -> str:
-        return self.artifact_type
+def paper(name: str, kind: str, data: bytes) -> Paper:
+    """A paper whose media type is what it is."""
+    return Paper(name, kind, kind, data)
 
 
-def papers_of(text: str = "proved") -> list[Stand]:
+def papers_of(copy: Copy, text: str = "proved") -> list[Paper]:
     """A report, and a provenance that names it."""
-    report = Stand("report.json", papers.REPORT, json.dumps({"is": text}).encode())
-    statement = {"buildType": papers.BUILD_TYPE, "byproducts": [oci.digest(report.data)]}
-    return [report, Stand("provenance.json", papers.STATEMENT, json.dumps(statement).encode())]
+    proof = paper("report.json", papers.REPORT, json.dumps({"is": text}).encode())
+    said = papers.provenance(IMAGE, copy.descriptor.digest, [proof], "0" * 40, {})
+    return [proof, paper("provenance.json", papers.STATEMENT, said)]
 
 
 def published(copy: Copy, there: Registry, names: Tags = NAMES) -> bool:
-    return publish.publish(copy, there, REPOSITORY, names, papers_of())
+    return publish.publish(copy, there, REPOSITORY, names, papers_of(copy))
 
 
 # What is published
@@ -91,7 +88,7 @@ def test_layers_configuration_and_papers_arrive_to_the_byte(
         tar = subprocess.run(["zstd", "-dcq", "--long=27", file], capture_output=True, check=True)
         assert oci.digest(tar.stdout) == layer.diff_id
     there = publish.attached(here, REPOSITORY, digest)
-    assert [paper.data for paper in there] == [paper.data for paper in papers_of()]
+    assert [paper.data for paper in there] == [paper.data for paper in papers_of(copy)]
     assert oci.fallback_tag(digest) in whole(here)
 
 
@@ -118,7 +115,7 @@ def test_a_paper_is_read_by_skopeo_alone(toy: Make, here: Registry, tmp_path: Pa
         )
         (layer,) = oci.parse(folder.joinpath("manifest.json").read_bytes()).layers
         data = (folder / layer.digest.removeprefix("sha256:")).read_bytes()
-        assert data in [paper.data for paper in papers_of()]
+        assert data in [paper.data for paper in papers_of(copy)]
 
 
 def test_an_image_that_is_published_unproved_says_so_in_its_manifest(
@@ -320,15 +317,24 @@ def test_two_publishers_of_one_image_do_not_disturb_each_other(toy: Make, here: 
 # Papers
 
 
+def damage(server: Server, digest: str, word: bytes = b"sha256") -> None:
+    """Other bytes of the same size, in the storage of a registry: a word in capitals."""
+    value = digest.removeprefix("sha256:")
+    path = server.storage / "docker/registry/v2/blobs/sha256" / value[:2] / value / "data"
+    data = path.read_bytes()
+    assert data != data.replace(word, word.upper())
+    path.write_bytes(data.replace(word, word.upper()))
+
+
 def test_papers_of_a_later_proof_do_not_replace_those_of_the_publication(
     toy: Make, here: Registry
 ) -> None:
     copy = toy("base").copy()
     published(copy, here)
-    later = papers_of("proved again")
+    later = papers_of(copy, "proved again")
     assert not publish.publish(copy, here, REPOSITORY, NAMES, later)
     there = publish.attached(here, REPOSITORY, copy.descriptor.digest)
-    assert [paper.data for paper in there] == [paper.data for paper in papers_of()]
+    assert [paper.data for paper in there] == [paper.data for paper in papers_of(copy)]
 
 
 def test_papers_that_were_lost_or_that_contradict_each_other_are_attached_anew(
@@ -336,13 +342,13 @@ def test_papers_that_were_lost_or_that_contradict_each_other_are_attached_anew(
 ) -> None:
     copy = toy("base").copy()
     published(copy, here)
-    digest, wanted = copy.descriptor.digest, papers_of()
+    digest, wanted = copy.descriptor.digest, papers_of(copy)
     tag = oci.fallback_tag(digest)
     # lost: the list names none
     here.push_manifest(REPOSITORY, tag, oci.index([]), oci.INDEX)
     assert publish.attach(here, REPOSITORY, copy.descriptor, wanted) == [p.name for p in wanted]
     # exchanged: a report that the provenance does not name
-    forged = [Stand("report.json", papers.REPORT, b'{"is": "forged"}')]
+    forged = [paper("report.json", papers.REPORT, b'{"is": "forged"}')]
     other = oci.artifact(forged[0], copy.descriptor)
     here.push_blob(REPOSITORY, oci.EMPTY_DATA)
     here.push_blob(REPOSITORY, forged[0].data)
@@ -352,21 +358,67 @@ def test_papers_that_were_lost_or_that_contradict_each_other_are_attached_anew(
     assert [p.data for p in publish.attached(here, REPOSITORY, digest)] == [p.data for p in wanted]
 
 
+@pytest.mark.parametrize("what", ["manifest", "blob"])
+def test_an_outage_while_a_paper_is_read_delists_none(
+    toy: Make, here: Registry, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A registry that does not answer has said nothing of a paper, and gets it right again."""
+    copy = toy("base").copy()
+    published(copy, here)
+    digest = copy.descriptor.digest
+    before = here.referrers(REPOSITORY, digest)
+    asked = getattr(Registry, what)
+    wanted = {e.digest for e in before} | {oci.digest(p.data) for p in papers_of(copy)}
+
+    def out_of_order(self: Registry, repository: str, reference: str, **rest: int) -> object:
+        if reference in wanted:
+            raise registry.Unreachable("it does not answer")
+        return asked(self, repository, reference, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, what, out_of_order)
+        later = papers_of(copy, "proved again")
+        for run in (
+            lambda: publish.publish(copy, here, REPOSITORY, NAMES, later),
+            lambda: publish.attach(here, REPOSITORY, copy.descriptor, later, exactly=True),
+        ):
+            with pytest.raises(registry.Unreachable, match="it does not answer") as caught:
+                run()
+            assert caught.value.code == 3
+    assert here.referrers(REPOSITORY, digest) == before
+    assert not published(copy, here)
+
+
+def test_a_paper_that_the_storage_has_damaged_is_replaced(
+    toy: Make, server: Server, here: Registry
+) -> None:
+    copy = toy("base").copy()
+    published(copy, here)
+    digest = copy.descriptor.digest
+    damage(server, here.referrers(REPOSITORY, digest)[0].digest, b"report.json")
+    damage(server, oci.digest(papers_of(copy)[1].data))
+    assert publish.attached(here, REPOSITORY, digest) == []
+    later = papers_of(copy, "proved again")
+    assert publish.publish(copy, here, REPOSITORY, NAMES, later)
+    there = publish.attached(here, REPOSITORY, digest)
+    assert [p.data for p in there] == [p.data for p in later]
+
+
 def test_papers_that_others_attached_stay(toy: Make, here: Registry) -> None:
     copy = toy("base").copy()
     publish.push(copy, here, REPOSITORY)
     theirs = [
-        Stand("scan.json", "application/vnd.example.scan+json", b"{}\n"),
-        Stand("attested.json", papers.STATEMENT, b'{"predicateType": "theirs"}'),
+        paper("scan.json", "application/vnd.example.scan+json", b"{}\n"),
+        paper("attested.json", papers.STATEMENT, b'{"predicateType": "theirs"}'),
     ]
-    manifests = [oci.artifact(paper, copy.descriptor) for paper in theirs]
-    for paper in theirs:
-        here.push_blob(REPOSITORY, paper.data)
+    manifests = [oci.artifact(one, copy.descriptor) for one in theirs]
+    for one in theirs:
+        here.push_blob(REPOSITORY, one.data)
     here.push_blob(REPOSITORY, oci.EMPTY_DATA)
     publish.refer(here, REPOSITORY, copy.descriptor.digest, manifests)
     published(copy, here)
     found = publish.attached(here, REPOSITORY, copy.descriptor.digest)
-    assert [p.data for p in found] == [p.data for p in [*theirs, *papers_of()]]
+    assert [p.data for p in found] == [p.data for p in [*theirs, *papers_of(copy)]]
     assert not published(copy, here)
 
 
@@ -379,15 +431,13 @@ def test_a_key_given_later_signs_what_was_published_without_one(
     assert oci.signature_tag(digest) not in here.tags(REPOSITORY)
     papers.new_key(tmp_path / "key")
     key = papers.read_key(tmp_path / "key")
-    report, statement = papers_of()
-    signed = papers.Paper(
-        "p.json", papers.STATEMENT, papers.ENVELOPE, papers.envelope(statement.data, key)
-    )
-    wanted: Sequence[oci.Paper] = [report, signed]
+    proof, said = papers_of(copy)
+    sealed = papers.envelope(said.data, key)
+    wanted = [proof, Paper("p.json", papers.STATEMENT, papers.ENVELOPE, sealed)]
     assert publish.publish(copy, here, REPOSITORY, NAMES, wanted, key)
     assert not publish.publish(copy, here, REPOSITORY, NAMES, wanted, key)
     found = publish.attached(here, REPOSITORY, digest)
-    assert [p.data for p in found] == [report.data, signed.data]
+    assert [p.data for p in found] == [proof.data, sealed]
     got = here.manifest(REPOSITORY, oci.signature_tag(digest))
     assert got
     (layer,) = oci.parse(got[0]).layers
@@ -409,7 +459,7 @@ def sound(copy: Copy, there: Registry, names: Tags) -> None:
     if names.immutable in whole(there):
         assert there.resolve(REPOSITORY, names.immutable) == copy.descriptor.digest
         found = publish.attached(there, REPOSITORY, copy.descriptor.digest)
-        assert [paper.data for paper in found] == [paper.data for paper in papers_of()]
+        assert [paper.data for paper in found] == [paper.data for paper in papers_of(copy)]
 
 
 def undisturbed(toy: Make, here: Registry, size: int) -> float:
@@ -493,8 +543,6 @@ def test_a_compression_that_is_killed_leaves_nothing_that_is_believed(toy: Make)
 
 # The session: from buildah's storage to a registry, and from one registry to another
 
-IMAGE = catalog.find(catalog.DEFAULT, catalog.load())
-
 
 class Store(builder.Buildah):
     """A storage that holds one image."""
@@ -568,6 +616,24 @@ def test_without_a_passing_report_nothing_is_sent(
     assert not server.requests("POST") and not built.read
 
 
+def test_the_report_that_is_attached_is_the_one_that_was_looked_at(
+    built: Toy, here: Registry
+) -> None:
+    """Between the look and the papers lie the minutes in which layers are compressed."""
+    looked_at = prove.report_path(IMAGE).read_bytes()
+    opened = built.source.opened
+
+    def slow(wanted: Collection[str]) -> AbstractContextManager[Mapping[str, Path]]:
+        host.write(prove.report_path(IMAGE), '{"verdict": "failed"}')
+        return opened(wanted)
+
+    built.source = replace(built.source, opened=slow)
+    assert publish.main([IMAGE.tag, "--to", here.target]) == 0
+    assert built.read, "the report was never exchanged"
+    there = publish.attached(here, IMAGE.repository, digest_of(here, IMAGE.tag))
+    assert [p.data for p in there if p.entry.artifact_type == papers.REPORT] == [looked_at]
+
+
 def test_what_is_unproved_says_so_everywhere_and_leaves_the_names_of_the_proved_one(
     built: Toy, here: Registry, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -629,8 +695,157 @@ def test_what_fails_a_check_or_is_unproved_is_not_promoted(
     unproved = digest_of(staging, publish.tags(IMAGE, unproved=True).immutable)
     with pytest.raises(Problem, match="is not promoted: see signature"):
         publish.main([*promote, proved, "--trust", f"{tmp_path / 'other'}.pub"])
-    with pytest.raises(Problem, match="is not promoted"):
-        publish.main([*promote, staging.reference(IMAGE.repository, unproved)])
+    trust = ["--trust", f"{key}.pub"]
+    with pytest.raises(Problem, match="is not promoted: it was published as unproved"):
+        publish.main([*promote, staging.reference(IMAGE.repository, unproved), *trust])
     with pytest.raises(Problem, match="there is no"):
-        publish.main([*promote, staging.reference(IMAGE.repository, "no-tag")])
+        publish.main([*promote, staging.reference(IMAGE.repository, "no-tag"), *trust])
+    with pytest.raises(Problem, match="needs --trust") as caught:
+        publish.main([*promote, proved])
+    assert caught.value.code == 2
     assert public.tags(IMAGE.repository) == []
+
+
+@dataclass
+class Staged:
+    """An image in one registry that is to be promoted to another."""
+
+    origin: Registry
+    public: Registry
+    server: Server  # of the other
+    digest: str
+    key: Path
+
+    def promote(self) -> int:
+        given = self.origin.reference(IMAGE.repository, self.digest)
+        return publish.main(
+            [
+                *(IMAGE.tag, "--to", self.public.target, "--promote"),
+                *("--from", given, "--trust", f"{self.key}.pub"),
+            ]
+        )
+
+    @property
+    def subject(self) -> oci.Descriptor:
+        found = self.origin.manifest(IMAGE.repository, self.digest)
+        assert found
+        return found[1]
+
+    def papers(self, there: Registry) -> list[publish.Attached]:
+        return publish.attached(there, IMAGE.repository, self.digest)
+
+    def add(self, there: Registry, *given: Paper) -> None:
+        """Attach papers beside those that are there."""
+        for one in given:
+            for data in (oci.EMPTY_DATA, one.data):
+                there.push_blob(IMAGE.repository, data)
+        manifests = [oci.artifact(one, self.subject) for one in given]
+        publish.refer(there, IMAGE.repository, self.digest, manifests)
+
+    def verifies(self, by: Path) -> bool:
+        found = verify_published.Published(
+            *(self.public, IMAGE.repository, IMAGE.tag),
+            papers.read_public_key(by.with_name(f"{by.name}.pub")),
+        )
+        return {check.status for check in verify_published.verify(found)} == {"passed"}
+
+
+@pytest.fixture
+def staged(built: Toy, servers: Callable[..., Server], key: Path) -> Staged:  # noqa: ARG001
+    """The default image, published where nobody looks for it yet."""
+    first, second = servers(), servers()
+    staging = Registry(f"{first.address}/staging")
+    publish.main([IMAGE.tag, "--to", staging.target, "--key", str(key)])
+    digest = digest_of(staging, IMAGE.tag)
+    return Staged(staging, Registry(second.address), second, digest, key)
+
+
+def test_promotion_adds_its_signatures_to_those_of_the_destination(
+    staged: Staged, tmp_path: Path
+) -> None:
+    papers.new_key(tmp_path / "other")
+    other = papers.read_key(tmp_path / "other")
+    assert publish.sign(staged.public, IMAGE.repository, staged.digest, other)
+    assert staged.promote() == 0
+    assert staged.verifies(staged.key)
+    layers = publish.signatures(staged.public, IMAGE.repository, staged.digest)
+    blobs = [staged.public.blob(IMAGE.repository, layer.digest) for layer in layers]
+    for signer in (other, papers.read_key(staged.key)):
+        signed = [
+            papers.signed_digest(blob, layer.annotations, signer.public)
+            for blob, layer in zip(blobs, layers, strict=True)
+        ]
+        assert sorted(filter(None, signed)) == [staged.digest]
+
+
+def test_promotion_replaces_papers_of_ours_and_leaves_those_of_others(
+    staged: Staged, tmp_path: Path
+) -> None:
+    papers.new_key(tmp_path / "other")
+    other = papers.read_key(tmp_path / "other")
+    earlier = papers.papers(
+        IMAGE, digest=staged.digest, report=b'{"is": "earlier"}', key=other, commit="1" * 40
+    )
+    scan = paper("scan.json", "application/vnd.example.scan+json", b"{}")
+    staged.add(staged.public, *earlier, scan)
+    assert staged.promote() == 0
+    assert staged.verifies(staged.key)
+    there = {p.data for p in staged.papers(staged.public)}
+    assert there == {p.data for p in staged.papers(staged.origin)} | {scan.data}
+
+
+def test_only_papers_that_were_verified_are_promoted(
+    staged: Staged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of others, and none that came after the look: a list is open to many."""
+    wanted = {p.data for p in staged.papers(staged.origin)}
+    scan = paper("scan.json", "application/vnd.example.scan+json", b"{}")
+    staged.add(staged.origin, scan, paper("x.json", papers.STATEMENT, b'{"predicateType": "x"}'))
+    verify = verify_published.verify
+
+    def overtaken(found: verify_published.Published, **options: Any) -> list[report.Check]:
+        checks = verify(found, **options)
+        if found.registry is not staged.public and found.registry.target == staged.origin.target:
+            staged.add(staged.origin, paper("late.json", papers.REPORT, b'{"is": "late"}'))
+        return checks
+
+    monkeypatch.setattr(verify_published, "verify", overtaken)
+    assert staged.promote() == 0
+    assert b'{"is": "late"}' in {p.data for p in staged.papers(staged.origin)}
+    assert {p.data for p in staged.papers(staged.public)} == wanted
+
+
+def test_what_would_not_verify_at_the_destination_gets_no_tag_there(staged: Staged) -> None:
+    found = staged.origin.manifest(IMAGE.repository, staged.digest)
+    assert found
+    config = oci.parse(found[0]).config
+    staged.public.push_blob(IMAGE.repository, staged.origin.blob(IMAGE.repository, config.digest))
+    damage(staged.server, config.digest)  # of the right size, so nobody sends it again
+    with pytest.raises(Problem, match="gets no tags, it fails the check config there") as caught:
+        staged.promote()
+    assert caught.value.code == 1
+    assert config.digest in caught.value.sentence
+    names = publish.tags(IMAGE)
+    assert not {names.immutable, names.moving} & set(staged.public.tags(IMAGE.repository))
+
+
+def test_an_outage_at_the_destination_gives_no_tag(
+    staged: Staged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it say anything of the image: the sentence and the exit code are the outage's."""
+    carry = publish.carry
+
+    def then_it_ends(*given: Any) -> bool:
+        carried = carry(*given)
+        staged.server.kill()
+        return carried
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "carry", then_it_ends)
+        with pytest.raises(registry.Unreachable, match="times in a row") as caught:
+            staged.promote()
+    assert caught.value.code == 3
+    staged.server.start()
+    assert not {IMAGE.tag} & set(staged.public.tags(IMAGE.repository))
+    assert staged.promote() == 0
+    assert staged.verifies(staged.key)

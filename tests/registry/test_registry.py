@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
+import ssl
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -14,7 +17,8 @@ from threading import Thread
 import pytest
 
 from images import oci, publish, registry
-from images.registry import Registry
+from images.oci import Damaged
+from images.registry import Registry, Unreachable
 from rollout.problem import Problem
 
 from .conftest import REPOSITORY, Toy
@@ -108,10 +112,18 @@ def test_no_credentials_and_wrong_ones_are_refused_with_the_command_that_helps(
 ) -> None:
     server, copy = servers(credentials=True), toy("base").copy()
     wrong = login(Registry(server.address), tmp_path / "auth.json", "wrong")
-    for there in (Registry(server.address), Registry(server.address, authfile=wrong)):
+    name = Registry(server.address).name(REPOSITORY)
+    for file, words in (
+        (None, f"asks for a login, and none is known for {name}; log in with"),
+        (wrong, f"refuses these credentials for {name}"),
+    ):
+        there = Registry(server.address, authfile=file)
         said = refused(copy, there)
-        assert f"{server.address} refuses these credentials for {there.name(REPOSITORY)}" in said
+        assert said.startswith(f"{server.address} {words}")
         assert f"skopeo login {server.address}" in said
+        with pytest.raises(Unreachable) as caught:
+            there.tags(REPOSITORY)
+        assert caught.value.code == 3, "it is no verdict on an image"
     assert not server.blobs()
 
 
@@ -161,6 +173,9 @@ def test_nobody_listening_is_tried_again_and_then_said(toy: Make) -> None:
     there = Registry(f"{HOST}:{free_port()}")
     said = refused(toy("base").copy(), there)
     assert said.startswith(f"the connection to {there.host} broke (connection refused), 3 times")
+    with pytest.raises(Unreachable) as caught:
+        there.tags(REPOSITORY)
+    assert caught.value.code == 3
 
 
 def test_a_host_that_does_not_exist_is_said_at_once(
@@ -279,7 +294,7 @@ def test_all_tags_come_however_many_pages_they_take(toy: Make, here: Registry) -
 class Played:
     """A registry of canned answers: path to (status, headers, body), or to a list of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Certificate | None = None) -> None:
         self.answers: dict[str, list[tuple[int, dict[str, str], bytes]]] = {}
         self.asked: list[tuple[str, str, dict[str, str]]] = []
         played = self
@@ -298,7 +313,8 @@ class Played:
                     self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 if self.command != "HEAD":
-                    self.wfile.write(body)
+                    with suppress(ConnectionError):  # it may be more than anybody wants
+                        self.wfile.write(body)
 
             do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # noqa: N815
 
@@ -307,6 +323,10 @@ class Played:
 
         self._server = ThreadingHTTPServer((HOST, 0), Handler)
         self._server.daemon_threads = True
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate.file, certificate.key)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.address = f"{HOST}:{self._server.server_address[1]}"
         Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -422,3 +442,309 @@ def test_a_registry_that_protects_its_tags_is_quoted(played: Played, toy: Make) 
     played.answers["/v2/a/manifests/tag"] = [(400, {}, body)]
     with pytest.raises(Problem, match="with 400: tag is immutable"):
         Registry(played.address).push_manifest("a", "tag", toy("base").copy().data, oci.MANIFEST)
+
+
+# Where credentials go
+
+
+@pytest.fixture
+def secure(certificate: Certificate) -> Iterator[Played]:
+    """A registry of canned answers that speaks TLS."""
+    found = Played(certificate)
+    yield found
+    found.close()
+
+
+def authorized(played: Played) -> list[str]:
+    """The paths that credentials were sent to."""
+    return [path for _, path, headers in played.asked if "Authorization" in headers]
+
+
+def known(there: Registry, certificate: Certificate, tmp_path: Path) -> Registry:
+    """The same with credentials, and with a certificate that is known."""
+    file = login(there, tmp_path / "auth.json")
+    return Registry(there.target, authfile=file, cert_dir=certificate.file.parent)
+
+
+BASIC = (401, {"WWW-Authenticate": 'Basic realm="r"'}, b"")
+
+
+def test_an_upload_never_goes_on_without_tls(
+    played: Played, secure: Played, certificate: Certificate, tmp_path: Path
+) -> None:
+    there = known(Registry(secure.address), certificate, tmp_path)
+    # As a registry behind a proxy that ends TLS says it: its own host, in the open.
+    location = f"http://{played.address}/v2/a/blobs/uploads/1"
+    secure.answers["/v2/a/blobs/uploads/"] = [BASIC, (202, {"Location": location}, b"")]
+    played.answers["/v2/a/blobs/uploads/1"] = [(201, {}, b"")]
+    with pytest.raises(Unreachable, match="not safe"):
+        there.push_blob("a", b"data")
+    assert authorized(secure) == ["/v2/a/blobs/uploads/"]
+    assert not played.asked
+
+
+@pytest.mark.parametrize("how", ["a download", "a question for a size", "a page of tags"])
+def test_no_answer_leads_from_tls_into_the_open(
+    played: Played, secure: Played, certificate: Certificate, tmp_path: Path, how: str
+) -> None:
+    there = known(Registry(secure.address), certificate, tmp_path)
+    digest, open_address = oci.digest(b"data"), f"http://{played.address}/x"
+    secure.answers[f"/v2/a/blobs/{digest}"] = [(307, {"Location": open_address}, b"")]
+    more = {"Link": f'<{open_address}>; rel="next"'}
+    secure.answers["/v2/a/tags/list"] = [(200, more, b'{"tags": ["x"]}')]
+    ask: dict[str, Callable[[], object]] = {
+        "a download": lambda: there.download("a", digest, tmp_path / "x"),
+        "a question for a size": lambda: there.blob_size("a", digest),
+        "a page of tags": lambda: there.tags("a"),
+    }
+    with pytest.raises(Unreachable, match="not safe"):
+        ask[how]()
+    assert not played.asked
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "file:///etc/hostname",
+        "ftp://example.com/x",
+        "data:,x",
+        "http://registry.example.com/x",
+        "http://user:password@127.0.0.1/x",
+        "https://127.0.0.1:99999/x",
+        "https://[::1/x",
+        "https:///x",
+    ],
+)
+def test_a_registry_cannot_send_anywhere_but_to_a_registry(
+    played: Played, location: str, tmp_path: Path
+) -> None:
+    there, digest = Registry(played.address), oci.digest(b"data")
+    played.answers["/v2/a/blobs/uploads/"] = [(202, {"Location": location}, b"")]
+    played.answers[f"/v2/a/blobs/{digest}"] = [(302, {"Location": location}, b"")]
+    for ask in (
+        lambda: there.push_blob("a", b"other data"),
+        lambda: there.download("a", digest, tmp_path / "x"),
+        lambda: there.blob("a", digest),
+    ):
+        with pytest.raises(Unreachable, match="not safe"):
+            ask()
+
+
+def test_a_storage_behind_a_registry_cannot_ask_for_its_credentials(
+    played: Played, tmp_path: Path
+) -> None:
+    there, digest = Registry(played.address), oci.digest(b"data")
+    there.authfile = login(there, tmp_path / "auth.json")
+    other = played.address.replace(HOST, "localhost")
+    ask = f'Bearer realm="http://{other}/token",service="s"'
+    played.answers[f"/v2/a/blobs/{digest}"] = [(307, {"Location": f"http://{other}/s"}, b"")]
+    played.answers["/s"] = [(401, {"WWW-Authenticate": ask}, b"")]
+    with pytest.raises(Unreachable):
+        there.blob("a", digest)
+    assert not authorized(played)
+
+
+def test_credentials_are_sent_to_an_upload_at_the_registry_and_to_none_elsewhere(
+    played: Played, tmp_path: Path
+) -> None:
+    there = Registry(played.address)
+    there.authfile = login(there, tmp_path / "auth.json")
+    other = f"http://{played.address.replace(HOST, 'localhost')}/elsewhere"
+    played.answers["/v2/a/blobs/uploads/"] = [
+        BASIC,
+        (202, {"Location": "/own"}, b""),
+        (202, {"Location": other}, b""),
+    ]
+    played.answers["/own"] = played.answers["/elsewhere"] = [(201, {}, b"")]
+    there.push_blob("a", b"one")
+    there.push_blob("a", b"two")
+    assert [p.partition("?")[0] for method, p, _ in played.asked if method == "PUT"] == [
+        "/own",
+        "/elsewhere",
+    ]
+    assert [p.partition("?")[0] for p in authorized(played)][-2:] == [
+        "/own",
+        "/v2/a/blobs/uploads/",
+    ]
+
+
+@pytest.mark.parametrize(
+    "token",
+    [b'{"token": "a\\r\\nb"}', b'{"token": 7}', b'{"token": "\\u2603"}', b"[" * 200_000, b"["],
+)
+def test_a_token_that_is_none_is_not_sent(played: Played, tmp_path: Path, token: bytes) -> None:
+    there = Registry(played.address)
+    there.authfile = login(there, tmp_path / "auth.json")
+    ask = f'Bearer realm="http://{played.address}/token"'
+    played.answers["/token"] = [(200, {}, token)]
+    played.answers["/v2/a/tags/list"] = [(401, {"WWW-Authenticate": ask}, b"")]
+    with pytest.raises(Unreachable, match="refuses these credentials"):
+        there.tags("a")
+    assert [path.partition("?")[0] for path in authorized(played)] == ["/token"]
+
+
+# How much is read, and what is no answer
+
+
+def test_a_document_is_read_up_to_a_limit(
+    played: Played, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    there, data = Registry(played.address), b"x" * 5000
+    monkeypatch.setattr(registry, "MOST_OF_A_MANIFEST", 4000)
+    monkeypatch.setattr(registry, "MOST_OF_A_BLOB", 4500)
+    digest = oci.digest(data)
+    headers = {"Content-Type": oci.INDEX}
+    for path in (f"manifests/{digest}", f"blobs/{digest}", f"referrers/{digest}", "tags/list"):
+        played.answers[f"/v2/a/{path}"] = [(200, headers, data)]
+    asks: list[Callable[[], object]] = [
+        lambda: there.manifest("a", digest),
+        lambda: there.resolve("a", digest),
+        lambda: there.blob("a", digest),
+        lambda: there.referrers("a", digest),
+        lambda: there.tags("a"),
+    ]
+    for ask in asks:
+        with pytest.raises(Damaged, match="larger than it may be"):
+            ask()
+    played.answers[f"/v2/a/blobs/{digest}"] = [(200, {}, data)]
+    there.download("a", digest, tmp_path / "x")
+    assert (tmp_path / "x").stat().st_size == len(data), "a layer goes to a file, of any size"
+
+
+def test_the_limits_are_those_of_registries_and_papers() -> None:
+    assert registry.MOST_OF_A_MANIFEST == 4 * 1024**2
+    assert registry.MOST_OF_A_BLOB == 64 * 1024**2
+
+
+class Endless(Played):
+    """A registry whose blobs do not end, and do not say how long they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0
+        endless, old = self, self._server.RequestHandlerClass
+
+        class Handler(old):  # type: ignore[misc, valid-type]
+            def do_GET(self) -> None:  # noqa: N802
+                self.send_response(200)
+                self.end_headers()
+                with suppress(ConnectionError):
+                    while endless.sent < 1 << 30:
+                        self.wfile.write(bytes(1 << 16))
+                        endless.sent += 1 << 16
+
+        self._server.RequestHandlerClass = Handler
+
+
+@pytest.fixture
+def endless() -> Iterator[Endless]:
+    found = Endless()
+    yield found
+    found.close()
+
+
+def test_a_blob_is_read_as_far_as_it_was_announced(endless: Endless, tmp_path: Path) -> None:
+    there, digest = Registry(endless.address), oci.digest(b"data")
+    with pytest.raises(Damaged, match="larger than it may be, which is 1,000 bytes"):
+        there.blob("a", digest, 1000)
+    with pytest.raises(Damaged, match="larger than announced, which is 2,000 bytes"):
+        there.download("a", digest, tmp_path / "x", size=2000)
+    assert not list(tmp_path.glob("*x*")), "no half of a download is left"
+    assert endless.sent < 1 << 26
+    with pytest.raises(Damaged, match="no paper's size"):
+        there.blob("a", digest, registry.MOST_OF_A_BLOB + 1)
+
+
+def test_a_download_that_goes_on_counts_from_its_beginning(played: Played, tmp_path: Path) -> None:
+    data = b"x" * 8000
+    digest = oci.digest(data)
+    played.answers[f"/v2/a/blobs/{digest}"] = [
+        (200, {"Content-Length": "8000"}, data[:6000]),
+        (206, {}, data[:6000]),
+    ]
+    with pytest.raises(Damaged, match="larger than announced"):
+        Registry(played.address).download("a", digest, tmp_path / "x", size=len(data))
+
+
+def test_a_document_that_ends_early_is_asked_for_again(played: Played) -> None:
+    data = b"x" * 500
+    digest = oci.digest(data)
+    played.answers[f"/v2/a/blobs/{digest}"] = [
+        (200, {"Content-Length": "500"}, data[:100]),
+        (200, {}, data),
+    ]
+    assert Registry(played.address).blob("a", digest) == data
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "1e3", "1_0", "9" * 40])
+def test_a_length_that_is_none_is_one_sentence(played: Played, length: str, tmp_path: Path) -> None:
+    there, data = Registry(played.address), b"{}"
+    digest = oci.digest(data)
+    for path in (f"manifests/{digest}", f"blobs/{digest}"):
+        played.answers[f"/v2/a/{path}"] = [(200, {"Content-Length": length}, data)]
+    for ask in (
+        lambda: there.manifest("a", digest),
+        lambda: there.blob("a", digest),
+        lambda: there.blob_size("a", digest),
+        lambda: there.download("a", digest, tmp_path / "x"),
+    ):
+        with pytest.raises(Damaged, match="as its length"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"[" * 200_000,
+        b'{"tags": {}}',
+        b'{"tags": [1]}',
+        b'{"tags": ["a b"]}',
+        b'{"tags": ["\\u001b[2J"]}',
+    ],
+    ids=itertools.count(),
+)
+def test_a_list_of_tags_that_is_none_is_one_sentence(played: Played, body: bytes) -> None:
+    played.answers["/v2/a/tags/list"] = [(200, {}, body)]
+    with pytest.raises(Damaged) as caught:
+        Registry(played.address).tags("a")
+    assert caught.value.sentence.isprintable()
+
+
+def test_a_list_of_tags_that_never_ends_is_left(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_PAGES", 3)
+    more = {"Link": '</v2/a/tags/list?last=x>; rel="next"'}
+    played.answers["/v2/a/tags/list"] = [(200, more, b'{"tags": ["x"]}')]
+    with pytest.raises(Damaged, match="more than 3 pages"):
+        Registry(played.address).tags("a")
+
+
+def test_an_upload_that_goes_nowhere_is_one_sentence(played: Played) -> None:
+    there = Registry(played.address)
+    played.answers["/v2/a/blobs/uploads/"] = [(202, {}, b"")]
+    with pytest.raises(Problem, match="does not say where it goes on"):
+        there.push_blob("a", b"data")
+    assert not there.mount("a", oci.digest(b"data"), "b"), "a blob that is not there is not mounted"
+
+
+def test_what_a_registry_says_cannot_write_to_the_terminal(played: Played) -> None:
+    there = Registry(played.address)
+    for body in (
+        b"\x1b[2J\x1b]0;gone\x07",
+        b'{"errors": [{"message": "\\u001b[2J\\u202e\\nx"}]}',
+        b'{"errors": ["\\u001b"]}',
+        b'{"errors": ' + b"[" * 200_000,
+    ):
+        played.answers["/v2/a/tags/list"] = [(418, {}, body)]
+        with pytest.raises(Problem, match="with 418") as caught:
+            there.tags("a")
+        assert caught.value.sentence.isprintable()
+        assert len(caught.value.sentence) < 1500
+    odd = {"Content-Type": "text/\x1b[2J; x"}
+    played.answers["/v2/a/manifests/t"] = [(200, odd, b"{}")]
+    found = there.manifest("a", "t")
+    assert found
+    assert found[1].media_type.isprintable()

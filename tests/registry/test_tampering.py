@@ -21,6 +21,7 @@ from images.catalog import Image
 from images.papers import Paper
 from images.registry import Registry
 from rollout.problem import Problem
+from rollout.report import STATUSES
 from tests.conftest import VERSIONS, Checkout
 
 from .conftest import REPOSITORY
@@ -125,7 +126,9 @@ def found_by(outcome: Outcome, check: str, words: str) -> None:
     assert outcome.code == 1, outcome.text
     assert check in outcome.rows("failed"), outcome.text
     assert re.search(words, outcome.text), outcome.text
-    assert outcome.text.rstrip().endswith(": failed") or "manifest" in outcome.rows("failed")
+    assert outcome.text.rstrip().endswith(": failed")
+    ran = [name for status in STATUSES for name in outcome.rows(status)]
+    assert sorted(name for name in ran if name != "contents") == sorted(ALL), "a row for each"
 
 
 # What was published, and nothing done to it
@@ -150,6 +153,33 @@ def test_with_layers_everything_is_read_and_passes(release: Release, verify: Ver
     assert outcome.code == 0
 
 
+def test_nothing_is_fetched_without_the_size_that_was_announced(
+    release: Release, verify: Verify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, int | None] = {}
+    for method in (Registry.blob, Registry.download):
+
+        def fetch(
+            self: Registry,
+            repository: str,
+            digest: str,
+            *rest: Path,
+            size: int | None = None,
+            method: Callable[..., object] = method,
+        ) -> object:
+            asked[digest] = size
+            return method(self, repository, digest, *rest, size=size)
+
+        monkeypatch.setattr(Registry, method.__name__, fetch)
+    assert verify(release.tags.moving, "--layers").code == 0
+    wanted = {blob.digest: blob.size for blob in release.copy.manifest.blobs}
+    wanted |= {layer.digest: layer.size for layer in signature(release).layers}
+    for kind in (papers.REPORT, papers.SBOM, papers.STATEMENT):
+        data = release.paper(kind).data
+        wanted[oci.digest(data)] = len(data)
+    assert {digest: asked.get(digest) for digest in wanted} == wanted
+
+
 def test_papers_of_other_people_do_no_harm(release: Release, verify: Verify) -> None:
     scan = Paper("scan.json", "application/vnd.example.scan+json", "application/json", b"{}")
     theirs = json.dumps({"_type": papers.STATEMENT_TYPE, "predicateType": "https://example.com/x"})
@@ -159,6 +189,42 @@ def test_papers_of_other_people_do_no_harm(release: Release, verify: Verify) -> 
     outcome = verify(release.tags.moving)
     assert outcome.code == 0, outcome.text
     assert "others=1" in outcome.text
+
+
+@pytest.mark.parametrize("how", ["an index", "gone", "of another image", "no manifest", "damaged"])
+def test_what_others_have_listed_does_no_harm_whatever_it_is(
+    release: Release, stranger: Release, verify: Verify, damage: Damage, how: str
+) -> None:
+    """A list is open to all who write to the registry: what is not ours is not looked into."""
+    there = release.registry
+    scan = Paper("scan.json", "application/vnd.example.scan+json", "application/json", b"{}")
+    entries = there.referrers(REPOSITORY, release.digest)
+    if how == "an index":
+        data = oci.index([release.copy.descriptor])
+        there.push_manifest(REPOSITORY, oci.digest(data), data, oci.INDEX)
+        # With our type or without one: an index is no paper of ours.
+        listed = [
+            oci.Descriptor(oci.INDEX, oci.digest(data), len(data), artifact_type=kind)
+            for kind in ("", papers.SBOM)
+        ]
+        listed.append(oci.Descriptor(oci.MANIFEST, oci.digest(data), len(data)))
+    elif how == "gone":
+        # Theirs, one of which nobody knows what it was, and one that is called ours.
+        report = Paper("r", papers.REPORT, papers.REPORT, stranger.report())
+        unknown = dataclasses.replace(scan, data=b"[]")
+        listed = release.attach(scan, report, unknown)
+        listed[-1] = dataclasses.replace(listed[-1], artifact_type="")
+    elif how == "of another image":
+        publish.push(stranger.copy, there, REPOSITORY)
+        listed = stranger.attach(scan)
+    else:
+        listed = release.attach(scan)
+        damage(listed[0].digest, b"7" if how == "no manifest" else None)
+    release.relist([*entries, *listed])
+    assert how != "gone" or all(there.forget(REPOSITORY, entry.digest) for entry in listed)
+    outcome = verify(release.tags.moving)
+    assert outcome.code == 0, outcome.text
+    assert f"others={len(listed)}" in outcome.text
 
 
 def test_an_image_published_twice_keeps_the_papers_of_both(
@@ -227,6 +293,20 @@ def test_a_configuration_replaced_under_the_tags_is_found(release: Release, veri
     for name in (release.tags.moving, release.tags.immutable):
         release.registry.push_manifest(REPOSITORY, name, data, oci.MANIFEST)
     found_by(verify(release.tags.moving), "signature", "no signature is there")
+
+
+def test_a_label_that_a_terminal_would_obey_is_shown_and_not_obeyed(
+    release: Release, verify: Verify
+) -> None:
+    document = json.loads(release.config)
+    document["config"]["Labels"][oci.TITLE] = "verl-rollout:\x1b[2Jx\r\ntags   passed"
+    config = json.dumps(document).encode()
+    release.registry.push_blob(REPOSITORY, config)
+    data = oci.manifest(oci.describe(config, oci.CONFIG), release.copy.manifest.layers)
+    release.registry.push_manifest(REPOSITORY, "theirs", data, oci.MANIFEST)
+    outcome = verify("theirs")
+    found_by(outcome, "tags", r"calls itself verl-rollout:\\x1b\[2Jx\\r\\ntags")
+    assert all(line.isprintable() for line in outcome.text.split("\n"))
 
 
 def test_an_image_that_is_not_ours_is_told(release: Release, verify: Verify) -> None:
@@ -312,7 +392,7 @@ def test_a_signature_that_was_removed_is_found(release: Release, verify: Verify)
 def test_a_signature_by_another_key_is_found(release: Release, verify: Verify) -> None:
     name = release.registry.name(REPOSITORY)
     replace_signature(release, *papers.signature(release.digest, name, OTHER))
-    found_by(verify(release.tags.moving), "signature", "none of 1 signatures is of this key")
+    found_by(verify(release.tags.moving), "signature", "1 signature is there, and none of this")
 
 
 def test_a_signature_for_another_digest_is_found(
@@ -330,7 +410,7 @@ def test_a_signature_whose_payload_was_edited_is_found(
     payload, annotations = papers.signature(stranger.digest, name, KEY)
     edited = payload.replace(stranger.digest.encode(), release.digest.encode())
     replace_signature(release, edited, annotations)
-    found_by(verify(release.tags.moving), "signature", "none of 1 signatures is of this key")
+    found_by(verify(release.tags.moving), "signature", "1 signature is there, and none of this")
 
 
 def test_a_signature_changed_in_the_storage_is_found(
@@ -379,14 +459,31 @@ def test_a_paper_that_is_no_longer_listed_is_found(
     found_by(verify(release.tags.moving), check, words)
 
 
-def test_a_paper_that_is_listed_and_gone_is_found(
-    release: Release, verify: Verify, server: Server
+@pytest.mark.parametrize(
+    ("kind", "check", "words"),
+    [
+        (papers.REPORT, "report", "smoke report .* named in the provenance, is missing"),
+        (papers.SBOM, "sbom", "SBOM .* named in the provenance, is missing"),
+        (papers.STATEMENT, "provenance", "no provenance is attached"),
+    ],
+    ids=["report", "sbom", "provenance"],
+)
+@pytest.mark.parametrize("how", ["gone", "called something else"])
+def test_a_paper_of_ours_that_is_listed_and_cannot_be_had_is_found(
+    release: Release, verify: Verify, server: Server, kind: str, check: str, words: str, how: str
 ) -> None:
-    entry = release.registry.referrers(REPOSITORY, release.digest)[0]
-    revisions = server.storage / "docker/registry/v2/repositories" / REPOSITORY
-    value = entry.digest.removeprefix("sha256:")
-    (revisions / "_manifests/revisions/sha256" / value / "link").unlink()
-    found_by(verify(release.tags.moving), "papers", f"{entry.digest} is listed, and is not")
+    entries = release.registry.referrers(REPOSITORY, release.digest)
+    (entry,) = [entry for entry in entries if entry.artifact_type == kind]
+    if how == "gone":
+        revisions = server.storage / "docker/registry/v2/repositories" / REPOSITORY
+        value = entry.digest.removeprefix("sha256:")
+        (revisions / "_manifests/revisions/sha256" / value / "link").unlink()
+    else:
+        other = dataclasses.replace(entry, artifact_type="application/vnd.example.scan+json")
+        release.relist([other if e == entry else e for e in entries])
+    outcome = verify(release.tags.moving)
+    found_by(outcome, check, words)
+    assert "others=1" in outcome.text
 
 
 def test_a_paper_of_another_image_in_the_list_is_found(
@@ -543,8 +640,10 @@ def test_an_edited_provenance_is_found(release: Release, verify: Verify) -> None
     document["payload"] = base64.b64encode(payload).decode()
     release.swap(dataclasses.replace(good, data=papers.encoded(document)))
     outcome = verify(release.tags.moving)
-    found_by(outcome, "provenance", "none of 1 statements is signed by this key")
+    found_by(outcome, "provenance", "1 statement is attached, and none signed")
     assert outcome.rows("failed") == ["provenance"]
+    assert outcome.rows("unproved") == ["report", "sbom"]
+    assert outcome.text.count("not run: provenance failed") == 2
 
 
 def test_a_provenance_signed_anew_with_another_key_is_found(
@@ -553,13 +652,13 @@ def test_a_provenance_signed_anew_with_another_key_is_found(
     good = release.paper(papers.STATEMENT)
     payload = papers.Envelope.parse(good.data).payload
     release.swap(dataclasses.replace(good, data=papers.envelope(payload, OTHER)))
-    found_by(verify(release.tags.moving), "provenance", "none of 1 statements is signed by this")
+    found_by(verify(release.tags.moving), "provenance", "1 statement is attached, and none signed")
 
 
 def test_a_provenance_without_a_signature_is_found(release: Release, verify: Verify) -> None:
     bare = release.papers(key=None)[-1]
     release.swap(bare)
-    found_by(verify(release.tags.moving), "provenance", "none of 1 statements is signed by this")
+    found_by(verify(release.tags.moving), "provenance", "1 statement is attached, and none signed")
 
 
 def test_a_provenance_of_another_image_is_found(
@@ -576,7 +675,7 @@ def test_a_provenance_of_another_image_is_found(
         (b"lockfiles/verl-rollout/vllm-0.12.lock", b"lockfiles/x.lock", r"names the lock \(none\)"),
         (b'"gitCommit"', b'"sha1"', "lacks what one of ours says"),
         (papers.STATEMENT_TYPE.encode(), b"https://example.com", "lacks what one of ours says"),
-        (papers.PREDICATE_TYPE.encode(), b"https://example.com", "none of 1 statements"),
+        (papers.PREDICATE_TYPE.encode(), b"https://example.com", "1 statement is attached"),
     ],
     ids=["name", "lock", "no commit", "no statement", "another predicate"],
 )
@@ -699,6 +798,19 @@ def test_another_key_than_the_publishers_proves_nothing(release: Release, verify
     outcome = verify(release.tags.moving, key="other")
     assert outcome.code == 1
     assert outcome.rows("failed") == ["signature", "provenance"]
+    assert outcome.rows("unproved") == ["report", "sbom"], "nobody vouches for them"
+
+
+def test_layers_that_nobody_has_signed_are_not_unpacked(
+    release: Release, verify: Verify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = release.registry.name(REPOSITORY)
+    replace_signature(release, *papers.signature(release.digest, name, OTHER))
+    monkeypatch.setattr(verify_published, "unpacked", refused)
+    outcome = verify(release.tags.moving, "--layers")
+    assert outcome.rows("failed") == ["signature"]
+    assert outcome.rows("unproved") == ["contents"]
+    assert "not run: signature failed" in outcome.text
 
 
 @pytest.mark.parametrize(("key", "code"), [("key", 1), ("", 3)])
@@ -710,6 +822,8 @@ def test_an_image_that_was_never_signed_is_not_proved(
     assert outcome.code == code
     status = "failed" if code == 1 else "unproved"
     assert outcome.rows(status) == ["signature", "provenance"]
+    papers_of_nobody = outcome.rows("unproved" if code == 1 else "passed")
+    assert {"report", "sbom"} <= set(papers_of_nobody)
 
 
 def test_an_image_that_was_published_unproved_is_called_that(
@@ -763,8 +877,46 @@ def test_a_registry_that_does_not_answer_is_no_verdict(
     release: Release, verify: Verify, server: Server
 ) -> None:
     server.kill()
-    with pytest.raises(Problem, match=r"the connection to .* broke"):
+    with pytest.raises(Problem, match=r"the connection to .* broke") as caught:
         verify(release.tags.moving)
+    assert caught.value.code == 3
+
+
+@pytest.mark.parametrize("name", ["config", "signature", "papers", "layers", "contents"])
+def test_a_registry_that_goes_away_in_the_middle_is_no_verdict(
+    release: Release,
+    verify: Verify,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    check = verify_published.CHECKS[name]
+
+    def run(image: verify_published.Published) -> verify_published.Metrics:
+        server.kill()
+        return check(image)
+
+    monkeypatch.setitem(verify_published.CHECKS, name, run)
+    with pytest.raises(Problem, match=r"the connection to .* broke") as caught:
+        verify(release.tags.moving, "--layers")
+    assert caught.value.code == 3
+    text = capsys.readouterr().out
+    assert re.search("^manifest +passed", text, re.MULTILINE), "the run had begun"
+    assert "failed" not in text
+
+
+def test_an_outage_ends_in_one_sentence_and_exit_code_3(
+    release: Release, here: Registry, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.kill()
+    name = here.reference(REPOSITORY, release.tags.moving)
+    assert host.guarded(verify_published.main, [name]) == 3
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1
+    assert re.match(r"error: the connection to .* broke", said.err)
+    assert said.out.splitlines()[0].endswith(": verify-published")
+    assert "check  " not in said.out, "no table was begun"
 
 
 def test_credentials_that_are_refused_are_no_verdict(
@@ -773,8 +925,9 @@ def test_credentials_that_are_refused_are_no_verdict(
     address = servers(credentials=True).address
     wrong = base64.b64encode(f"{USER}:not {PASSWORD}".encode()).decode()
     (tmp_path / "auth.json").write_text(json.dumps({"auths": {address: {"auth": wrong}}}))
-    with pytest.raises(Problem, match="refuses these credentials"):
+    with pytest.raises(Problem, match="refuses these credentials") as caught:
         verify_published.main([f"{address}/a:b", "--authfile", str(tmp_path / "auth.json")])
+    assert caught.value.code == 3
 
 
 def test_a_registry_with_tls_and_credentials_is_verified_like_any_other(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from images import oci
-from images.oci import Descriptor
+from images.oci import Damaged, Descriptor
 from rollout.problem import Problem
 
 CONFIG = b'{"rootfs": {"type": "layers", "diff_ids": ["sha256:1", "sha256:2"]}}'
@@ -117,22 +118,56 @@ def test_only_a_whole_sha256_is_a_digest(text: str, fine: bool) -> None:
         IMAGE.replace(b'"size":3', b'"size":-3'),
         IMAGE.replace(b"sha256:", b"sha255:"),
         IMAGE.replace(b'"layers":[', b'"layers":[7,'),
+        IMAGE.replace(b'"size":3', b'"size":1e999'),
+        IMAGE.replace(b'"size":3', b'"size":-1e999'),
+        IMAGE.replace(b'"size":3', b'"size":NaN'),
+        IMAGE.replace(b'"size":3', b'"size":3.0'),
+        IMAGE.replace(b'"size":3', b'"size":"3"'),
+        IMAGE.replace(b'"size":3', b'"size":true'),
+        IMAGE.replace(b'"size":3', b'"size":' + b"9" * 30),
+        IMAGE.replace(b'"size":3', b'"size":' + b"9" * 5000),
+        IMAGE.replace(b'"size":3', b'"size":3,"annotations":7'),
+        IMAGE.replace(b'"size":3', b'"size":3,"annotations":"ab"'),
+        IMAGE.replace(b'"size":3', b'"size":3,"annotations":["ab"]'),
+        IMAGE.replace(b'"size":3', b'"size":3,"annotations":{"a":1}'),
+        IMAGE.replace(b'"size":3', b'"size":3,"annotations":{"a":"\\ud800"}'),
+        IMAGE.replace(b'"size":3', b'"size":3,"artifactType":{}'),
+        IMAGE.replace(b"tar+zstd", b"tar\\u001b[2J"),
+        IMAGE.replace(b"sha256:", b"sha256:\\u001b[2J"),
+        IMAGE[:-1] + b',"annotations":7}',
+        IMAGE[:-1] + b',"annotations":{"a":null}}',
+        IMAGE[:-1] + b',"artifactType":7}',
+        IMAGE[:-1] + b',"subject":7}',
+        IMAGE[:-1] + b',"subject":[]}',
+        b"[" * 200_000,
+        b'{"config":' + b"[" * 200_000,
     ],
+    ids=itertools.count(),
 )
 def test_what_is_no_manifest_is_one_sentence(data: bytes) -> None:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(Damaged) as caught:
         oci.parse(data)
-    assert "\n" not in caught.value.sentence
+    assert caught.value.sentence.isprintable()
+    assert caught.value.code == 1, "it is a verdict on an image"
 
 
 def test_what_is_no_list_and_what_names_no_layers_is_one_sentence() -> None:
-    for data in (b"", b"{}", b'{"manifests": {}}', b'{"manifests": [{}]}'):
-        with pytest.raises(Problem):
+    deep = b"[" * 200_000
+    for data in (b"", b"{}", b'{"manifests": {}}', b'{"manifests": [{}]}', deep):
+        with pytest.raises(Damaged):
             oci.parse_index(data)
-    for data in (b"", b"{}", b'{"rootfs": {"diff_ids": 7}}'):
-        with pytest.raises(Problem, match="names no layers"):
+    rootfs = (b"7", b'"a"', b"[7]", b'["\\u001b[2J"]', b"null", b'{"a": 1}', deep)
+    for data in (b"", b"{}", b"[]", *(b'{"rootfs": {"diff_ids": %b}}' % ids for ids in rootfs)):
+        with pytest.raises(Damaged, match="names no layers"):
             oci.diff_ids(data)
     assert oci.diff_ids(CONFIG) == ("sha256:1", "sha256:2")
+
+
+def test_text_of_a_registry_is_shown_on_one_line_and_not_without_end() -> None:
+    assert oci.shown("caf\u00e9 \\") == "caf\u00e9 \\"
+    assert oci.shown("a\x1b[2J\nb\u202e") == "a\\x1b[2J\\nb\\u202e"
+    assert oci.shown("\ud800") == "\\ud800"
+    assert oci.shown("x" * 10, 4) == "xxxx..."
 
 
 def test_signatures_have_the_configuration_that_cosign_writes() -> None:

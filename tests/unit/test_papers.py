@@ -421,6 +421,14 @@ def test_what_is_no_key_to_check_with_is_told_in_one_sentence(
     with pytest.raises(Problem, match=words) as caught:
         papers.read_public_key(file)
     assert caught.value.code == 2
+    assert "--new-key" not in caught.value.sentence
+
+
+def test_who_lacks_a_key_is_told_where_keys_of_that_kind_come_from(tmp_path: Path) -> None:
+    with pytest.raises(Problem, match=r"cannot be read .*; ask the publisher for the public key"):
+        papers.read_public_key(tmp_path / "missing.pub")
+    with pytest.raises(Problem, match=r"cannot be read .*; make one with .*--new-key FILE"):
+        papers.read_key(tmp_path / "missing")
 
 
 # Signatures

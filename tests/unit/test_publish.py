@@ -14,8 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from images import builder, catalog, docs, host, layers, lock, oci, prove, publish, registry
+from images import (
+    builder,
+    catalog,
+    docs,
+    host,
+    layers,
+    lock,
+    oci,
+    papers,
+    prove,
+    publish,
+    registry,
+)
 from images.builder import Built
 from images.catalog import Image
 from images.registry import Broken, Registry
@@ -134,16 +147,16 @@ def leave(of: Image, path: Path, **changes: Any) -> Path:
 
 def test_the_report_of_the_last_run_comes_before_the_kept_one(image: Image) -> None:
     kept = leave(image, prove.kept(image))
-    assert publish.passing(image, DIFF_IDS) == kept
-    last = leave(image, prove.report_path(image))
-    assert publish.passing(image, DIFF_IDS) == last
+    assert publish.passing(image, DIFF_IDS) == (kept, kept.read_bytes())
+    last = leave(image, prove.report_path(image), device="another GPU")
+    assert publish.passing(image, DIFF_IDS) == (last, last.read_bytes())
 
 
 def test_a_run_that_failed_on_purpose_does_not_undo_a_kept_proof(image: Image) -> None:
     kept = leave(image, prove.kept(image))
     failed = {"name": "files", "status": "failed", "seconds": 1, "metrics": {}, "reason": "fault"}
     leave(image, prove.report_path(image), verdict="failed", checks=[failed])
-    assert publish.passing(image, DIFF_IDS) == kept
+    assert publish.passing(image, DIFF_IDS) == (kept, kept.read_bytes())
 
 
 UNPROVED = {"name": "x", "status": "unproved", "seconds": 1, "metrics": {}, "reason": "no GPU"}
@@ -187,6 +200,88 @@ def test_a_damaged_report_is_no_proof(image: Image) -> None:
     prove.kept(image).write_bytes(b"\xff{")
     with pytest.raises(Problem, match="cannot be read"):
         publish.passing(image, DIFF_IDS)
+
+
+# Papers: what is said counts, not where a word stands
+
+
+def statement(**changes: Any) -> dict[str, Any]:
+    """A provenance of ours, in small: of SUBJECT, with a report and an SBOM."""
+    inputs = [{"name": "checkout", "digest": {"gitCommit": "0"}, "annotations": {"dirty": False}}]
+    named = [
+        {"mediaType": kind, "digest": {"sha256": sha256(kind)}}
+        for kind in (papers.REPORT, papers.SBOM)
+    ]
+    definition = {
+        "buildType": papers.BUILD_TYPE,
+        "externalParameters": {"reference": "a:b"},
+        "resolvedDependencies": inputs,
+    }
+    details = {"builder": {"id": papers.LOCAL_BUILDER}, "byproducts": named}
+    whole = {
+        "_type": papers.STATEMENT_TYPE,
+        "subject": [{"name": "a:b", "digest": {"sha256": sha256("image")}}],
+        "predicateType": papers.PREDICATE_TYPE,
+        "predicate": {"buildDefinition": definition, "runDetails": details},
+    }
+    return whole | changes
+
+
+SUBJECT = oci.Descriptor(oci.MANIFEST, f"sha256:{sha256('image')}", 1)
+KINDS = {papers.REPORT, papers.SBOM, papers.STATEMENT}
+
+
+def attached(kind: str, data: bytes, media_type: str = "") -> publish.Attached:
+    """A paper as a registry has it."""
+    manifest = oci.artifact(papers.Paper("a paper", kind, media_type or kind, data), SUBJECT)
+    return publish.Attached(oci.referrer(manifest), manifest, data)
+
+
+def complete(said: dict[str, Any]) -> list[publish.Attached]:
+    """Papers of each kind, with this statement."""
+    named = [attached(kind, kind.encode()) for kind in (papers.REPORT, papers.SBOM)]
+    return [*named, attached(papers.STATEMENT, json.dumps(said).encode())]
+
+
+def test_papers_that_name_each_other_are_enough_until_a_key_asks_for_a_signature() -> None:
+    there, digest = complete(statement()), SUBJECT.digest
+    assert publish.sufficient(there, KINDS, digest)
+    assert not publish.sufficient(there[1:], KINDS, digest)
+    key, other = (papers.Key(ec.generate_private_key(ec.SECP256R1())) for _ in range(2))
+    assert not publish.sufficient(there, KINDS, digest, key)
+    signed = papers.envelope(there[-1].data, key)
+    there[-1] = attached(papers.STATEMENT, signed, papers.ENVELOPE)
+    assert publish.sufficient(there, KINDS, digest, key)
+    assert publish.sufficient(there, KINDS, digest)
+    assert not publish.sufficient(there, KINDS, digest, other)
+
+
+def test_a_provenance_that_has_the_digests_of_its_papers_elsewhere_is_not_enough() -> None:
+    said = statement()
+    details = said["predicate"]["runDetails"]
+    details["metadata"], details["byproducts"] = details["byproducts"], []
+    assert not publish.sufficient(complete(said), KINDS, SUBJECT.digest)
+
+
+def test_a_provenance_of_another_image_is_not_enough() -> None:
+    assert not publish.sufficient(complete(statement()), KINDS, f"sha256:{sha256('other')}")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"predicateType": "theirs", "predicate": {"buildType": papers.BUILD_TYPE}},
+        statement(predicateType=f"theirs, of {papers.BUILD_TYPE}"),
+        statement(predicate={"comment": papers.BUILD_TYPE}),
+        statement(predicate=[papers.BUILD_TYPE]),
+        {"x": papers.BUILD_TYPE},
+    ],
+)
+def test_a_statement_that_only_mentions_ours_is_somebody_elses(said: dict[str, Any]) -> None:
+    theirs = attached(papers.STATEMENT, json.dumps(said).encode())
+    (own,) = publish.ours([theirs, complete(statement())[-1]], KINDS)[-1:]
+    assert publish.ours([theirs], KINDS) == []
+    assert own.data == json.dumps(statement()).encode()
 
 
 # Layers
@@ -435,6 +530,8 @@ def test_no_option_of_skopeo_weakens_a_copy_of_a_registry_with_tls() -> None:
 
 # Arguments
 
+PROMOTE = ["transformers-cpu", "--to", "localhost", "--promote", "--from"]
+
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -449,11 +546,29 @@ def test_no_option_of_skopeo_weakens_a_copy_of_a_registry_with_tls() -> None:
             ["transformers-cpu", "--to", "localhost", "--promote", "--from", "a", "--unproved"],
             "not promoted",
         ),
-        (["transformers-cpu", "--to", "localhost", "--promote", "--from", "a"], "no image of a"),
+        (
+            [*PROMOTE, "localhost/a:b"],
+            "needs --trust FILE.pub",
+        ),
+        ([*PROMOTE, "a", "--trust", "/nowhere"], "no image of a"),
+        ([*PROMOTE, "localhost/a:b", "--trust", "/nowhere"], "/nowhere cannot be read"),
         (["transformers-cpu", "--to", "localhost", "--trust", "x"], "--trust is for --promote"),
         (["transformers-cpu", "--to", "localhost", "--key", "/nowhere"], "cannot be read"),
         (["no-image", "--to", "localhost"], "no image 'no-image'"),
-        (["transformers-cpu", "--new-key", "x"], "stands alone"),
+        *(
+            (["--new-key", "/nowhere/key", *others], "stands alone")
+            for others in (
+                ["transformers-cpu"],
+                ["--to", "localhost"],
+                ["--key", "x"],
+                ["--unproved"],
+                ["--promote"],
+                ["--from", "localhost/a:b"],
+                ["--trust", "x"],
+                ["--authfile", "x"],
+                ["--cert-dir", "x"],
+            )
+        ),
     ],
 )
 def test_wrong_usage_is_told_before_anything_runs(
@@ -475,21 +590,21 @@ def test_images_of_docker_are_not_published(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("status", "trusted", "wanting"),
+    ("status", "wanting"),
     [
-        ({"manifest": "passed", "signature": "passed"}, True, []),
-        ({"manifest": "passed", "signature": "unproved"}, False, []),
-        ({"manifest": "passed", "signature": "unproved"}, True, ["signature"]),
-        ({"manifest": "passed", "signature": "failed"}, False, ["signature"]),
-        ({"manifest": "unproved", "signature": "passed"}, False, ["manifest"]),
-        ({"manifest": "passed"}, False, ["signature"]),
+        ({"manifest": "passed", "signature": "passed"}, []),
+        ({"manifest": "passed", "signature": "unproved"}, ["signature"]),
+        ({"manifest": "passed", "signature": "failed"}, ["signature"]),
+        ({"manifest": "unproved", "signature": "passed"}, ["manifest"]),
+        ({"manifest": "passed"}, ["signature"]),
+        ({}, ["manifest", "signature"]),
     ],
 )
-def test_only_who_signed_may_stay_open_in_a_promotion(
-    status: dict[str, str], trusted: bool, wanting: list[str]
+def test_every_check_has_to_pass_before_a_promotion(
+    status: dict[str, str], wanting: list[str]
 ) -> None:
     checks = [
         report.Check(name, is_, 1.0, {}, None if is_ == "passed" else "because")
         for name, is_ in status.items()
     ]
-    assert publish.unchecked(checks, ["manifest", "signature"], trusted=trusted) == wanting
+    assert publish.unchecked(checks, ["manifest", "signature"]) == wanting

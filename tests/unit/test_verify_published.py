@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from images import host, oci, verify_published
-from images.registry import Registry
+from images import host, oci, papers, verify_published
+from images.papers import Paper
+from images.registry import Broken, Registry, Unreachable
 from images.verify_published import CHECKS, LOCK_INSIDE, NEEDS, Published
 from rollout import report
 from rollout.problem import Problem
@@ -78,19 +79,25 @@ def test_what_a_check_needs_comes_before_it() -> None:
         ("manifest", set(CHECKS) - {"manifest"}),
         ("config", {"tags", "provenance", "report", "sbom", "contents"}),
         ("papers", {"provenance", "report", "sbom", "contents"}),
+        ("provenance", {"report", "sbom", "contents"}),
         ("sbom", {"contents"}),
         ("layers", {"contents"}),
-        ("signature", set()),
+        ("signature", {"contents"}),
         ("tags", set()),
     ],
 )
-def test_what_stands_on_a_broken_check_says_nothing_and_the_rest_goes_on(
+def test_what_stands_on_a_broken_check_is_not_run_and_the_table_says_so(
     image: Published, monkeypatch: pytest.MonkeyPatch, broken: str, silent: set[str]
 ) -> None:
     ending(monkeypatch, {broken: Problem("broken")})
-    found = dict(run(image, layers=True))
-    assert set(CHECKS) - set(found) == silent
-    assert [name for name, status in found.items() if status == "failed"] == [broken]
+    checks = verify_published.verify(image, layers=True, show=lambda _: None)
+    assert [check.name for check in checks] == list(CHECKS)
+    assert {check.name for check in checks if check.status == "unproved"} == silent
+    assert {check.reason for check in checks if check.name in silent} <= {
+        f"not run: {broken} failed"
+    }
+    assert [check.name for check in checks if check.status == "failed"] == [broken]
+    assert report.verdict(checks, list(CHECKS)) == "failed"
 
 
 def test_a_check_that_cannot_be_shown_keeps_nobody_from_running(
@@ -110,9 +117,51 @@ def test_every_check_is_shown_as_it_ends(image: Published, monkeypatch: pytest.M
     said: list[str] = []
     verify_published.verify(image, show=said.append)
     assert said[0] == report.header()
-    assert len(said) == 1 + len(CHECKS) - 1
+    assert len(said) == 1 + len(CHECKS) - 1, "all but contents"
     assert re.match(r"manifest +passed +0\.00  of=manifest", said[1])
     assert re.match(r"tags +failed +0\.00\n +it has moved", said[3])
+
+
+@pytest.mark.parametrize("name", list(CHECKS))
+@pytest.mark.parametrize("outage", [Unreachable("no credentials"), Broken("it broke")])
+def test_an_outage_in_any_check_is_no_verdict(
+    image: Published, monkeypatch: pytest.MonkeyPatch, name: str, outage: Unreachable
+) -> None:
+    ending(monkeypatch, {name: outage})
+    said: list[str] = []
+    with pytest.raises(Unreachable) as caught:
+        verify_published.verify(image, layers=True, show=said.append)
+    assert caught.value is outage
+    assert caught.value.code == 3
+    before = list(CHECKS)[: list(CHECKS).index(name)]
+    assert [row.split()[:2] for row in said[1:]] == [[other, "passed"] for other in before]
+
+
+def test_what_a_registry_says_is_shown_in_printable_characters(
+    image: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = "a\x1b[2Jb\nmanifest   passed\u202e"
+    ending(monkeypatch, {"tags": Problem(f"it calls itself {hostile}")})
+    monkeypatch.setitem(CHECKS, "config", lambda _: {"image": hostile, "count": 7})
+    said: list[str] = []
+    checks = {c.name: c for c in verify_published.verify(image, show=said.append)}
+    assert checks["config"].metrics["image"].isprintable()
+    assert checks["config"].metrics["count"] == 7
+    assert checks["tags"].reason
+    assert checks["tags"].reason.isprintable()
+    assert r"a\x1b[2Jb\nmanifest" in checks["tags"].reason, "what it was can be read"
+    assert len(said) == 1 + len(checks)
+    assert all(line.isprintable() for row in said for line in row.split("\n"))
+
+
+def test_a_manifest_that_failed_ends_in_a_verdict_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ending(monkeypatch, {"manifest": Problem("there is no such image")})
+    monkeypatch.setattr(verify_published, "Registry", lambda target, **_: Answering(target))
+    assert verify_published.main([f"{REGISTRY}/verl-rollout:vllm-0.12"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"{REGISTRY}/verl-rollout:vllm-0.12: failed"
 
 
 @pytest.mark.parametrize(
@@ -167,9 +216,10 @@ def test_what_names_no_image_of_a_registry_is_wrong_usage(name: str) -> None:
 
 
 def test_a_key_that_cannot_be_read_is_told_before_the_registry_is_asked(tmp_path: Path) -> None:
-    with pytest.raises(Problem, match="cannot be read") as caught:
+    with pytest.raises(Problem, match=r"cannot be read .*ask the publisher") as caught:
         verify_published.main([f"{REGISTRY}/a:b", "--key", str(tmp_path / "none.pub")])
     assert caught.value.code == 2
+    assert "--new-key" not in caught.value.sentence, "a key of one's own checks nothing"
 
 
 # What a hostile registry may send
@@ -180,7 +230,12 @@ class Sending(Answering):
 
     config = b""
 
-    def blob(self, repository: str, digest: str) -> bytes:  # noqa: ARG002
+    def blob(
+        self,
+        repository: str,  # noqa: ARG002
+        digest: str,  # noqa: ARG002
+        size: int | None = None,  # noqa: ARG002
+    ) -> bytes:
         return self.config
 
 
@@ -213,6 +268,86 @@ def test_a_configuration_with_another_number_of_layers_is_refused() -> None:
         verify_published.check_config(image)
 
 
+def test_papers_that_no_provenance_names_do_not_pass(image: Published) -> None:
+    """Whatever came before: the order of the checks is not all that stands between."""
+    image.labels = {oci.TITLE: "a:b"}
+    image.papers = [Paper("x", kind, kind, b"{}") for kind in (papers.REPORT, papers.SBOM)]
+    for check in (verify_published.check_report, verify_published.check_sbom):
+        with pytest.raises(Problem, match="is not one that the provenance names"):
+            check(image)
+
+
+class Signed(Answering):
+    """A registry with so many signatures of an image, by somebody."""
+
+    count = 0
+
+    def manifest(
+        self,
+        repository: str,  # noqa: ARG002
+        reference: str,  # noqa: ARG002
+    ) -> tuple[bytes, oci.Descriptor] | None:
+        layers = [oci.describe(b"%d" % n, oci.SIMPLE_SIGNING) for n in range(self.count)]
+        data = oci.manifest(oci.describe(b"{}", oci.CONFIG), layers)
+        return data, oci.describe(data, oci.MANIFEST)
+
+
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [
+        (0, "no signature is there"),
+        (1, "1 signature is there"),
+        (2, "2 signatures are there"),
+    ],
+)
+def test_signatures_are_counted_as_people_do(count: int, words: str) -> None:
+    registry = Signed(REGISTRY)
+    registry.count = count
+    with pytest.raises(Problem, match=f"^{words}; --key FILE.pub") as caught:
+        verify_published.check_signature(Published(registry, "a", "b", digest="sha256:0"))
+    assert caught.value.code == 3
+
+
+class Sized(Answering):
+    """A registry that is asked for nothing without the size that was announced."""
+
+    def __init__(self, blobs: list[bytes]) -> None:
+        super().__init__(REGISTRY)
+        self.blobs = {oci.digest(data): data for data in blobs}
+        self.asked: dict[str, int | None] = {}
+
+    def blob(self, repository: str, digest: str, size: int | None = None) -> bytes:  # noqa: ARG002
+        self.asked[digest] = size
+        return self.blobs[digest]
+
+    def download(
+        self,
+        repository: str,  # noqa: ARG002
+        digest: str,
+        path: Path,
+        size: int | None = None,
+    ) -> None:
+        self.asked[digest] = size
+        path.write_bytes(self.blobs[digest])
+
+
+def test_no_layer_is_downloaded_beyond_the_size_that_the_manifest_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(host, "require", lambda *_: None)
+    data = b"12345"
+    registry, layer = Sized([data]), oci.describe(data, oci.LAYER)
+    image = Published(registry, "a", "b", manifest=oci.Manifest(layer, (layer,)))
+    image.diff_ids = ("sha256:0",)
+    monkeypatch.setattr(
+        verify_published, "unpacked", lambda *_: verify_published.Unpacked("sha256:1", 1, b"")
+    )
+    with pytest.raises(Problem, match="unpacks to sha256:1"):
+        verify_published.check_contents(image)
+    assert registry.asked == {layer.digest: len(data)}
+
+
 # A layer
 
 needs_zstd = pytest.mark.skipif(not shutil.which("zstd"), reason="zstd is not installed")
@@ -239,6 +374,41 @@ def test_a_layer_is_read_to_its_last_byte_and_the_lock_found_in_it(
     (tmp_path / "layer").write_bytes(packed)
     found = verify_published.unpacked(tmp_path / "layer", "layer 1")
     assert (found.diff_id, found.size, found.lock) == (oci.digest(data), len(data), b"torch==1")
+
+
+def compressed(path: Path, data: bytes) -> Path:
+    path.write_bytes(
+        subprocess.run(["zstd", "-cq"], input=data, capture_output=True, check=True).stdout
+    )
+    return path
+
+
+@needs_zstd
+@pytest.mark.parametrize("behind", [False, True], ids=["in a file", "behind the tar"])
+def test_a_layer_that_unpacks_to_more_than_any_of_ours_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: bool
+) -> None:
+    much = bytes(20_000_000)
+    data = tar(("x", b"1")) + much if behind else tar(("x", much))
+    path = compressed(tmp_path / "layer", data)
+    assert path.stat().st_size < 10_000, "few bytes, which become many"
+    monkeypatch.setattr(verify_published, "LARGEST_LAYER", len(data))
+    assert verify_published.unpacked(path, "layer 1").size == len(data)
+    monkeypatch.setattr(verify_published, "LARGEST_LAYER", len(data) - 1)
+    with pytest.raises(Problem, match=r"layer 1 unpacks to more than .* not read further"):
+        verify_published.unpacked(path, "layer 1")
+
+
+@needs_zstd
+def test_a_lock_that_is_longer_than_any_of_ours_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = compressed(tmp_path / "layer", tar((LOCK_INSIDE, b"torch==1")))
+    monkeypatch.setattr(verify_published, "LONGEST_LOCK", 8)
+    assert verify_published.unpacked(path, "layer 1").lock == b"torch==1"
+    monkeypatch.setattr(verify_published, "LONGEST_LOCK", 7)
+    with pytest.raises(Problem, match=r"layer 1 holds a .*requirements\.lock of 8 bytes, .* 7 of"):
+        verify_published.unpacked(path, "layer 1")
 
 
 @needs_zstd
