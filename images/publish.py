@@ -12,53 +12,42 @@ the same digest and its papers get the tags of the destination, and nothing is b
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from images import build, builder, catalog, docs, export, host, layers, lock, oci, prove
+from images import (
+    attach,
+    build,
+    builder,
+    catalog,
+    docs,
+    export,
+    failures,
+    host,
+    layers,
+    lock,
+    oci,
+    packing,
+    papers,
+    prove,
+    verify_published,
+)
 from images import registry as registries
 from images.catalog import Image, shown
-from images.oci import Damaged, Descriptor
-from images.registry import Broken, Registry
+from images.failures import Broken
+from images.oci import Descriptor
+from images.packing import Source
+from images.registry import Registry
+from images.verify_published import Published
 from rollout import report
 from rollout.problem import Problem
 from rollout.report import Check
-
-if TYPE_CHECKING:
-    from images.papers import Paper
-    from images.verify_published import Published
-
-_PIECE = 1 << 20
-_RACES = 3  # how often a list that others write too is written again
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer by its name for people and the sha256 of its tar."""
-
-    name: str
-    diff_id: str
-
-
-@dataclass(frozen=True)
-class Source:
-    """An image to publish: the bytes of its configuration, its layers, and a way to their tars.
-
-    ``opened`` gives the tars of the layers asked for (by ``diff_id``), as long as it is entered.
-    """
-
-    config: bytes
-    layers: tuple[Layer, ...]
-    opened: Callable[[Collection[str]], AbstractContextManager[Mapping[str, Path]]]
 
 
 @dataclass(frozen=True)
@@ -131,135 +120,6 @@ def passing(image: Image, diff_ids: Sequence[str]) -> tuple[Path, bytes]:
     )
 
 
-# Layers: compressed once, and known by what they are
-
-
-def store() -> Path:
-    """Where compressed layers are kept, each under the sha256 of its tar."""
-    return host.cache() / "layers" / "compressed"
-
-
-def _record(diff_id: str) -> Path:
-    return store() / f"{diff_id.removeprefix('sha256:')}.json"
-
-
-def packed(diff_id: str) -> Path:
-    """The file of a compressed layer."""
-    return _record(diff_id).with_suffix(".tar.zst")
-
-
-def remembered(diff_id: str) -> Descriptor | None:
-    """What a layer is when compressed, None where this machine has not done that yet.
-
-    The file may be gone all the same: a registry that has it needs no other copy.
-    """
-    try:
-        data = json.loads(_record(diff_id).read_text(encoding="utf-8"))
-        found = oci.parse_descriptor(data)
-    except (OSError, ValueError, AttributeError, TypeError, Problem):
-        return None
-    return found if found.media_type == oci.LAYER else None
-
-
-def kept(diff_id: str, layer: Descriptor) -> Path | None:
-    """The file of a compressed layer, where it is there in full."""
-    file = packed(diff_id)
-    return file if file.is_file() and file.stat().st_size == layer.size else None
-
-
-def _sweep() -> None:
-    """Remove what a killed run has left of a layer."""
-    for file in store().glob(".*"):
-        pid = file.name.rpartition(".")[2]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            file.unlink(missing_ok=True)
-
-
-def compress(diff_id: str, tar: Path) -> Descriptor:
-    """Compress a layer into the store; the same tar gives the same bytes with the same zstd.
-
-    Raises:
-        Problem: the tar is not what its name says, or zstd failed.
-    """
-    host.require("zstd")
-    raw, out, size = hashlib.sha256(), hashlib.sha256(), 0
-    with host.replacing(packed(diff_id)) as temporary, temporary.open("wb") as file:
-        # It reads the tar itself: with a size to go by it takes other parameters than for a pipe.
-        argv = [*layers.zstd_argv(), str(tar)]
-        with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
-            while process.stdout and (piece := process.stdout.read(_PIECE)):
-                file.write(piece)
-                out.update(piece)
-                size += len(piece)
-        if process.returncode:
-            raise Problem(f"zstd exited with {process.returncode}; is there disk space?")
-        with tar.open("rb") as stream:
-            while piece := stream.read(_PIECE):
-                raw.update(piece)
-        if f"sha256:{raw.hexdigest()}" != diff_id:
-            raise Problem(f"a layer is damaged: {tar} is not {diff_id}; build the image anew")
-        file.flush()
-        os.fsync(file.fileno())  # a record of what a power cut has halved would be believed
-    found = Descriptor(oci.LAYER, f"sha256:{out.hexdigest()}", size)
-    host.write(_record(diff_id), json.dumps(found.plain) + "\n")
-    return found
-
-
-def compressed(
-    source: Source, wanted: Collection[str], names: Mapping[str, str]
-) -> dict[str, Descriptor]:
-    """Compress layers of a source, by ``diff_id``."""
-    found = {}
-    if wanted:
-        _sweep()
-        with source.opened(wanted) as tars:
-            for diff_id in wanted:
-                found[diff_id] = compress(diff_id, tars[diff_id])
-                _tell(names[diff_id], found[diff_id], "compressed")
-    return found
-
-
-def _tell(name: str, what: Descriptor, outcome: str) -> None:
-    host.say(f"  {name:<12} {what.digest[:19]}  {what.size:>15,} bytes  {outcome}")
-
-
-# What an image is in buildah's storage
-
-
-def config_argv(name: str) -> list[str]:
-    """The command that prints the configuration of an image to the byte."""
-    return ["skopeo", "inspect", "--config", "--raw", f"containers-storage:{name}"]
-
-
-def source(image: Image, tool: builder.Buildah) -> Source:
-    """The image as buildah holds it.
-
-    Raises:
-        Problem: exit code 3 where it is not built, or from another lock.
-    """
-    built = export.current(image, tool)
-    name = tool.local + image.reference
-    config = subprocess.run(config_argv(name), capture_output=True, check=False)
-    if config.returncode or hashlib.sha256(config.stdout).hexdigest() != built.id:
-        raise Problem(f"skopeo does not read {name} as buildah does; build the image anew", 3)
-    names = build.layer_names(image, lock.read(image))
-
-    @contextmanager
-    def opened(wanted: Collection[str]) -> Iterator[Mapping[str, Path]]:
-        known = layers.read(image)
-        needed = sum(layer.bytes for layer in known.layers) if known else build.DISK_NEEDED
-        build.check_disk(host.scratch(), needed)
-        with tempfile.TemporaryDirectory(prefix="rollout-publish-", dir=host.scratch()) as folder:
-            tars = tool.blobs(name, Path(folder))
-            found = {f"sha256:{path.name}": path for path in tars}
-            for diff_id in set(found) - set(wanted):
-                found.pop(diff_id).unlink()  # buildah writes all of them
-            yield found
-
-    pairs = zip(names, built.diff_ids, strict=True)
-    return Source(config.stdout, tuple(Layer(*pair) for pair in pairs), opened)
-
-
 # To a registry
 
 
@@ -300,17 +160,17 @@ def push(image: Copy, registry: Registry, repository: str) -> None:
     missing = {b.digest: b for b in lacking(registry, repository, blobs)}
     for blob in blobs:
         if blob.digest not in missing:
-            _tell(image.names.get(blob.digest, "config"), blob, "already there")
+            packing.tell(image.names.get(blob.digest, "config"), blob, "already there")
 
     def landed(asked: Registry) -> None:
         still = {b.digest for b in lacking(asked, repository, tuple(missing.values()))}
         for digest in [digest for digest in missing if digest not in still]:
-            _tell(image.names.get(digest, "config"), missing.pop(digest), "uploaded")
+            packing.tell(image.names.get(digest, "config"), missing.pop(digest), "uploaded")
 
     for sibling in image.siblings:
         for digest in list(missing):
             if registry.mount(repository, digest, sibling):
-                _tell(image.names.get(digest, "config"), missing.pop(digest), "mounted")
+                packing.tell(image.names.get(digest, "config"), missing.pop(digest), "mounted")
     digest = image.descriptor.digest
     if missing:
         with image.upload(tuple(missing)) as (origin, plain):
@@ -366,7 +226,7 @@ def upload(
                 raise found from None
             raise
 
-    registries.patiently(once, registry.waits, moved)
+    failures.patiently(once, registry.waits, moved)
 
 
 def complete(image: Copy, registry: Registry, repository: str) -> bool:
@@ -422,208 +282,6 @@ def give(registry: Registry, repository: str, image: Copy, names: Tags) -> list[
     return given
 
 
-# Papers
-
-
-@dataclass(frozen=True)
-class Attached:
-    """A paper in a registry: how it is listed, its manifest, and its bytes."""
-
-    entry: Descriptor
-    manifest: bytes
-    data: bytes
-
-    @property
-    def paper(self) -> Paper:
-        """As it was before it was attached."""
-        from images import papers
-
-        (layer,) = oci.parse(self.manifest).layers
-        kind = self.entry.artifact_type
-        title = layer.annotations.get(oci.TITLE, kind)
-        return papers.Paper(title, kind, layer.media_type, self.data)
-
-
-def attached(
-    registry: Registry,
-    repository: str,
-    digest: str,
-    listed: Sequence[Descriptor] | None = None,
-) -> list[Attached]:
-    """The papers of an image that are there in full; a list may name more than there is.
-
-    Raises:
-        Problem: the registry did not let one be read, which says nothing of the paper.
-    """
-    found = []
-    for entry in registry.referrers(repository, digest) if listed is None else listed:
-        with suppress(Damaged):  # or no paper at all: whoever attached it may mend it
-            got = registry.manifest(repository, entry.digest)
-            if got is None:
-                continue
-            paper = oci.parse(got[0])
-            if paper.subject and paper.subject.digest == digest and len(paper.layers) == 1:
-                (layer,) = paper.layers
-                data = registry.blob(repository, layer.digest, size=layer.size)
-                named = replace(entry, artifact_type=paper.artifact_type)
-                found.append(Attached(named, got[0], data))
-    return found
-
-
-def of_publishing(paper: Paper) -> bool:
-    """Whether a paper is of a form that publishing attaches; others may attach statements too."""
-    from images import papers, verify_published
-
-    if paper.artifact_type != papers.STATEMENT:
-        return True
-    said = verify_published.statement_of(paper, None) or {}
-    try:
-        kind = said["predicate"]["buildDefinition"]["buildType"]
-    except (KeyError, TypeError):
-        return False
-    return said.get("predicateType") == papers.PREDICATE_TYPE and bool(kind == papers.BUILD_TYPE)
-
-
-def ours(there: Sequence[Attached], kinds: Collection[str]) -> list[Attached]:
-    """The papers of these kinds that publishing attaches."""
-    return [p for p in there if p.entry.artifact_type in kinds and of_publishing(p.paper)]
-
-
-def sufficient(
-    there: Sequence[Attached], kinds: Collection[str], digest: str, key: Any = None
-) -> bool:
-    """Whether one paper of each kind is attached, and the provenance signed where there is a key.
-
-    A later commit, or a later run of the proof, makes other papers for the same image. Those that
-    it was published with stay: they are about each other, and still true.
-    """
-    from images import papers, verify_published
-
-    found = [paper.paper for paper in ours(there, kinds)]
-    if sorted(paper.artifact_type for paper in found) != sorted(kinds):
-        return False
-    statements = [paper for paper in found if paper.artifact_type == papers.STATEMENT]
-    named = {(p.media_type, p.sha256) for p in found if p not in statements}
-    for paper in statements:
-        said = verify_published.statement_of(paper, key.public if key else None)
-        try:
-            if not said or verify_published.origin_of(said, digest).byproducts != named:
-                return False
-        except Problem:  # of another image, or less than a provenance of ours
-            return False
-    return True
-
-
-def attach(
-    registry: Registry,
-    repository: str,
-    subject: Descriptor,
-    papers: Sequence[oci.Paper],
-    key: Any = None,
-    *,
-    exactly: bool = False,
-) -> list[str]:
-    """Attach papers to an image, in place of others of ours; returns their names.
-
-    Others that do as well stay (see :func:`sufficient`) and nothing is attached, unless it is
-    ``exactly`` these that have to be there.
-
-    Raises:
-        Problem: the registry refuses, or did not let a paper be read: then nothing was changed.
-    """
-    kinds = {paper.artifact_type for paper in papers}
-    listed = registry.referrers(repository, subject.digest)
-    there = attached(registry, repository, subject.digest, listed)
-    if not exactly and sufficient(there, kinds, subject.digest, key):
-        return []
-    made = [oci.artifact(paper, subject) for paper in papers]
-    manifests = {oci.digest(data): data for data in made}
-    sound = {paper.entry.digest for paper in there}
-    broken = {e.digest for e in listed if e.digest not in sound and e.artifact_type in kinds}
-    others = {paper.entry.digest for paper in ours(there, kinds)} - set(manifests)
-    replaced = broken | others
-    missing = set(manifests) - sound
-    if not missing and not replaced:
-        return []
-    for paper in papers:
-        registry.push_blob(repository, oci.EMPTY_DATA)
-        registry.push_blob(repository, paper.data)
-    refer(registry, repository, subject.digest, list(manifests.values()), replaced)
-    return [paper.name for paper in papers]
-
-
-def refer(
-    registry: Registry,
-    repository: str,
-    subject: str,
-    manifests: Sequence[bytes],
-    replaced: Collection[str] = (),
-) -> None:
-    """Put manifests of papers, and list them where the registry does not do so by itself.
-
-    Those with a digest in ``replaced`` leave the list.
-
-    Raises:
-        Problem: others write the same list, again and again.
-    """
-    entries = [oci.referrer(data) for data in manifests]
-    new = {entry.digest for entry in entries}
-    listed = [
-        registry.push_manifest(repository, oci.digest(data), data, oci.MANIFEST)
-        for data in manifests
-    ]
-    if all(listed):
-        for old in set(replaced) - new:
-            registry.forget(repository, old)
-        return
-    for _ in range(_RACES):
-        there = registry.referrers(repository, subject)
-        stay = [e for e in there if e.digest not in new and e.digest not in replaced]
-        if [*stay, *entries] == there:
-            return
-        data = oci.index([*stay, *entries])
-        registry.push_manifest(repository, oci.fallback_tag(subject), data, oci.INDEX)
-    if not new <= {e.digest for e in registry.referrers(repository, subject)}:
-        raise Problem(f"others write the papers of {subject} in {registry.host} too; run it again")
-
-
-def sign(registry: Registry, repository: str, digest: str, key: Any) -> bool:
-    """Add a signature by this key, where there is none yet; others stay. Whether it was added."""
-    from images import papers
-
-    payload, annotations = papers.signature(digest, registry.name(repository), key)
-    own = oci.describe(payload, oci.SIMPLE_SIGNING, annotations)
-    return bool(add_signatures(registry, repository, digest, [own], lambda _: payload))
-
-
-def signatures(registry: Registry, repository: str, digest: str) -> list[Descriptor]:
-    """The signatures of an image, as cosign lists them."""
-    found = registry.manifest(repository, oci.signature_tag(digest))
-    return list(oci.parse(found[0]).layers) if found else []
-
-
-def add_signatures(
-    registry: Registry,
-    repository: str,
-    digest: str,
-    wanted: Sequence[Descriptor],
-    payload: Callable[[Descriptor], bytes],
-) -> int:
-    """Add signatures to those of an image, which stay; how many were missing."""
-    there = signatures(registry, repository, digest)
-    missing = [entry for entry in wanted if entry not in there]
-    if not missing:
-        return 0
-    for entry in missing:
-        registry.push_blob(repository, payload(entry))
-    all_of_them = [*there, *missing]
-    config = oci.signature_config(all_of_them)
-    registry.push_blob(repository, config)
-    data = oci.manifest(oci.describe(config, oci.CONFIG), all_of_them)
-    registry.push_manifest(repository, oci.signature_tag(digest), data, oci.MANIFEST)
-    return len(missing)
-
-
 # The station
 
 
@@ -632,7 +290,7 @@ def publish(
     registry: Registry,
     repository: str,
     names: Tags,
-    papers: Sequence[oci.Paper],
+    attaching: Sequence[oci.Paper],
     key: Any = None,
 ) -> bool:
     """Bring an image into a registry, in the order that leaves no tag on anything unfinished.
@@ -645,10 +303,10 @@ def publish(
     if not complete(image, registry, repository):
         push(image, registry, repository)
         done = True
-    for name in attach(registry, repository, image.descriptor, papers, key):
+    for name in attach.attach(registry, repository, image.descriptor, attaching, key):
         host.say(f"  {name}  attached")
         done = True
-    if key and sign(registry, repository, digest, key):
+    if key and attach.sign(registry, repository, digest, key):
         host.say(f"  signature  attached, as {oci.signature_tag(digest)}")
         done = True
     for tag in give(registry, repository, image, names):
@@ -664,8 +322,8 @@ def prepared(source: Source, annotations: Mapping[str, str], siblings: Sequence[
     its file.
     """
     names = {layer.diff_id: layer.name for layer in source.layers}
-    found = {diff_id: remembered(diff_id) for diff_id in names}
-    new = compressed(source, [diff_id for diff_id in names if not found[diff_id]], names)
+    found = {diff_id: packing.remembered(diff_id) for diff_id in names}
+    new = packing.compressed(source, [diff_id for diff_id in names if not found[diff_id]], names)
     packs = {diff_id: new.get(diff_id) or found[diff_id] for diff_id in names}
     by_digest = {pack.digest: diff_id for diff_id, pack in packs.items() if pack}
     data = oci.manifest(
@@ -677,15 +335,15 @@ def prepared(source: Source, annotations: Mapping[str, str], siblings: Sequence[
     @contextmanager
     def upload(missing: Collection[str]) -> Iterator[tuple[str, bool]]:
         wanted = {by_digest[name]: name for name in missing if name in by_digest}
-        files = {d: pack for d in packs if (layer := packs[d]) and (pack := kept(d, layer))}
+        files = {d: pack for d in packs if (layer := packs[d]) and (pack := packing.kept(d, layer))}
         gone = [diff_id for diff_id in wanted if diff_id not in files]
-        for diff_id, again in compressed(source, gone, names).items():
+        for diff_id, again in packing.compressed(source, gone, names).items():
             if again.digest != wanted[diff_id]:
                 raise Problem(
                     f"layer {names[diff_id]} was compressed into other bytes than before, by "
                     "another zstd; run this again to publish it so"
                 )
-            files[diff_id] = packed(diff_id)
+            files[diff_id] = packing.packed(diff_id)
         placed = {pack.digest: files[d] for d, pack in packs.items() if pack and d in files}
         with tempfile.TemporaryDirectory(prefix="rollout-layout-", dir=host.scratch()) as folder:
             oci.write_layout(Path(folder) / "layout", data, source.config, placed)
@@ -708,8 +366,6 @@ def publish_image(
     Raises:
         Problem: it has no passing report and is not declared unproved, or the registry refuses.
     """
-    from images import papers
-
     built = export.current(image, tool)
     proof = None if unproved else passing(image, built.diff_ids)[1]
     names = tags(image, unproved=unproved)
@@ -720,7 +376,9 @@ def publish_image(
     siblings = {registry.path(other.repository) for other in catalog.load()}
     annotations = {oci.UNPROVED: "true"} if unproved else {}
     copy = prepared(
-        source(image, tool), annotations, sorted(siblings - {registry.path(image.repository)})
+        packing.source(image, tool),
+        annotations,
+        sorted(siblings - {registry.path(image.repository)}),
     )
     attaching = papers.papers(
         image,
@@ -772,8 +430,6 @@ def promote(
     Raises:
         Problem: it is not there, is another image than this checkout's, unproved, or fails a check.
     """
-    from images import verify_published
-
     given = origin.reference(repository, reference)
     found = origin.manifest(repository, reference)
     if found is None:
@@ -783,7 +439,7 @@ def promote(
     if oci.UNPROVED in oci.parse(data).annotations:
         raise Problem(f"{whole} is not promoted: it was published as unproved")
     host.say(f"{image.reference}: promote {whole}")
-    staged = verify_published.Published(origin, repository, what.digest, trusted)
+    staged = Published(origin, repository, what.digest, trusted)
     checks = verify_published.verify(staged)
     wanting = unchecked(checks, verify_published.names(layers=False))
     if wanting:
@@ -801,7 +457,7 @@ def promote(
     if registry.name(image.repository) != origin.name(repository):
         done = carry(staged, registry, image.repository, copy.descriptor) or done
     if key:
-        done = sign(registry, image.repository, what.digest, key) or done
+        done = attach.sign(registry, image.repository, what.digest, key) or done
     recheck(registry, image.repository, what.digest, trusted)
     for tag in give(registry, image.repository, copy, names):
         host.say(f"  {registry.reference(image.repository, tag)}  points to it")
@@ -821,10 +477,8 @@ def transfer(data: bytes, origin: Registry, repository: str, siblings: tuple[str
     return Copy(data, names, upload, siblings)
 
 
-def verified(source: Published) -> list[Paper]:
+def verified(source: Published) -> list[papers.Paper]:
     """The papers that a verification with a key has passed; statements of others are none."""
-    from images import papers, verify_published
-
     found = []
     for paper in source.papers:
         if paper.artifact_type == papers.STATEMENT:
@@ -841,12 +495,12 @@ def carry(source: Published, registry: Registry, destination: str, subject: Desc
     Papers of ours that the destination has and the source has not are replaced; its signatures
     stay beside those that are added.
     """
-    copied = attach(registry, destination, subject, verified(source), exactly=True)
+    copied = attach.attach(registry, destination, subject, verified(source), exactly=True)
     for name in copied:
         host.say(f"  {name}  copied")
     origin, repository, digest = source.registry, source.repository, subject.digest
-    wanted = signatures(origin, repository, digest)
-    added = add_signatures(
+    wanted = attach.signatures(origin, repository, digest)
+    added = attach.add_signatures(
         *(registry, destination, digest, wanted),
         lambda entry: origin.blob(repository, entry.digest, size=entry.size),
     )
@@ -861,9 +515,7 @@ def recheck(registry: Registry, repository: str, digest: str, trusted: Any) -> N
     Raises:
         Problem: it would not; says why.
     """
-    from images import verify_published
-
-    there = verify_published.Published(registry, repository, digest, trusted)
+    there = Published(registry, repository, digest, trusted)
     checks = verify_published.verify(there, show=lambda _: None)
     wanted = [name for name in verify_published.names(layers=False) if name != "tags"]
     wanting = unchecked(checks, wanted)
@@ -904,8 +556,6 @@ def main(arguments: Sequence[str]) -> int:
 
     ``--new-key FILE`` makes a key and publishes nothing.
     """
-    from images import papers
-
     options = parser()
     given = options.parse_args(list(arguments))
     if given.new_key:

@@ -9,18 +9,14 @@ Every way to fail is one sentence; a broken connection is tried again, with long
 from __future__ import annotations
 
 import base64
-import binascii
 import http.client
-import json
 import os
 import re
 import signal
-import socket
 import ssl
 import string
 import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -28,14 +24,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, cast
 
-from images import host, oci
+from images import credentials, failures, host, oci
+from images.failures import Broken, Odd, Unreachable
 from images.oci import Damaged, Descriptor
 from rollout.problem import Problem
 
-# Seconds before each further attempt, after a connection broke or the registry was out of order.
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
 TIMEOUT = 60  # seconds without a byte
 AGENT = "verl-rollout"
 _PIECE = 1 << 20
@@ -54,31 +49,7 @@ _HOST = re.compile(
 _COMPONENT = re.compile(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _LOOPBACK = re.compile(r"(localhost|127(\.[0-9]+){3}|\[::1\])(:[0-9]+)?")
-_DOCKER_HUB = "docker.io"
 _NO_CONNECTION = (OSError, http.client.HTTPException, UnicodeError)  # the last of odd host names
-T = TypeVar("T")
-
-
-class Unreachable(Problem):
-    """A registry that cannot be asked: no verdict on an image, so the exit code is 3.
-
-    Its host is unknown, the connection broke, TLS failed, or credentials are missing or refused.
-    """
-
-    def __init__(self, sentence: str) -> None:
-        super().__init__(sentence, 3)
-
-
-class Broken(Unreachable):
-    """What another attempt may mend: a broken connection, a registry that is out of order."""
-
-
-class Odd(Problem):
-    """An answer that only who asked can judge; ``status`` is HTTP's."""
-
-    def __init__(self, sentence: str, status: int) -> None:
-        super().__init__(sentence)
-        self.status = status
 
 
 # Names
@@ -145,237 +116,6 @@ def is_tag(text: str) -> bool:
 def _local(name: str) -> bool:
     """Whether a host is this machine, where a registry may do without TLS."""
     return _LOOPBACK.fullmatch(name) is not None
-
-
-# Credentials and certificates: where skopeo looks for them
-
-
-def auth_files(environ: Mapping[str, str], home: Path) -> list[Path]:
-    """The files that ``skopeo login`` and ``docker login`` write, in the order of skopeo."""
-    if environ.get("REGISTRY_AUTH_FILE"):
-        return [Path(environ["REGISTRY_AUTH_FILE"])]
-    runtime = environ.get("XDG_RUNTIME_DIR")
-    first = Path(runtime) if runtime else Path(f"/run/containers/{os.getuid()}")
-    return [
-        first / ("containers/auth.json" if runtime else "auth.json"),
-        Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "containers/auth.json",
-        Path(environ.get("DOCKER_CONFIG") or home / ".docker") / "config.json",
-    ]
-
-
-def _keys(name: str) -> list[str]:
-    """What an entry for ``HOST/PREFIX/REPOSITORY`` may be called, the most specific first."""
-    parts = name.split("/")
-    keys = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
-    old = "index.docker.io" if parts[0] == _DOCKER_HUB else parts[0]
-    return [*keys, f"https://{old}/v1/", f"https://{old}", old]
-
-
-def _helper(program: str, key: str) -> tuple[str, str] | None:
-    """What a credential helper of docker knows of a registry."""
-    argv = [f"docker-credential-{program}", "get"]
-    with suppress(OSError, ValueError, KeyError):
-        done = subprocess.run(argv, input=key, capture_output=True, text=True, check=False)
-        if not done.returncode:
-            data = json.loads(done.stdout)
-            return str(data["Username"]), str(data["Secret"])
-    return None
-
-
-def credentials(name: str, files: Sequence[Path]) -> tuple[str, str] | None:
-    """User and password for ``HOST/PREFIX/REPOSITORY``, from the first file that has them.
-
-    Raises:
-        Problem: exit code 2 for a file that is damaged.
-    """
-    for file in files:
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            entries, helpers = data.get("auths") or {}, data.get("credHelpers") or {}
-            for key in _keys(name):
-                if key in helpers or (key in entries and data.get("credsStore")):
-                    found = _helper(str(helpers.get(key) or data["credsStore"]), key)
-                    if found:
-                        return found
-                if (entries.get(key) or {}).get("auth"):
-                    user, _, password = (
-                        base64.b64decode(entries[key]["auth"]).decode().partition(":")
-                    )
-                    return user, password.rstrip("\0")
-        except OSError:
-            continue
-        except (ValueError, AttributeError, TypeError, RecursionError, binascii.Error):
-            raise Problem(
-                f"{file} is no file of credentials; make it anew with 'skopeo login'", 2
-            ) from None
-    return None
-
-
-def _certificates(name: str, cert_dir: Path | None) -> list[Path]:
-    """Folders with certificates for a registry: the one given, else those of skopeo and docker."""
-    if cert_dir:
-        return [cert_dir]
-    own = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "containers"
-    bases = [own, Path("/etc/containers"), Path("/etc/docker")]
-    return [folder for base in bases if (folder := base / "certs.d" / name).is_dir()]
-
-
-def tls(name: str, cert_dir: Path | None = None) -> ssl.SSLContext:
-    """The host's certificates (SSL_CERT_FILE is honoured) and those for this registry.
-
-    Raises:
-        Problem: exit code 2 for a folder without certificates, or with broken ones.
-    """
-    context = ssl.create_default_context()
-    for folder in _certificates(name, cert_dir):
-        try:
-            for authority in sorted(folder.glob("*.crt")):
-                context.load_verify_locations(authority)
-            for certificate in sorted(folder.glob("*.cert")):
-                context.load_cert_chain(certificate, certificate.with_suffix(".key"))
-        except (OSError, ssl.SSLError) as error:
-            raise Problem(f"the certificates in {folder} cannot be read: {error}", 2) from None
-    if cert_dir and not [*cert_dir.glob("*.crt"), *cert_dir.glob("*.cert")]:
-        raise Problem(f"--cert-dir {cert_dir} holds no certificate (*.crt, *.cert)", 2)
-    return context
-
-
-# From a failure to a sentence
-
-_TLS = "TLS with {host} failed: {why}; name its CA with SSL_CERT_FILE=FILE or --cert-dir DIR"
-_PLAIN = (
-    "{host} does not speak TLS; only a registry on this machine may do without (127.0.0.1, "
-    "localhost, [::1])"
-)
-_UNKNOWN = "there is no host {host}, or no way to ask for its address; is the name right?"
-_FULL = "the disk of the registry {host} is full; free space there and run this again"
-_REFUSED = (
-    "{host} refuses these credentials for {name}; log in with 'skopeo login {host}' as somebody "
-    "who may do this, or name a file with --authfile"
-)
-_LOGIN = (
-    "{host} asks for a login, and none is known for {name}; log in with 'skopeo login {host}', or "
-    "name a file with --authfile"
-)
-# Seen where two publishers upload the same blob in the same moment; a little later all is well.
-_CONFUSED = "{host} does not know yet what it was sent ({why})"
-_BROKEN = "the connection to {host} broke ({why})"
-_FULL_SIGNS = ("no space left", "insufficient storage", "disk quota exceeded", '"err":28')
-
-
-def _says(body: bytes) -> str:
-    """What a registry gives as its reason: the first error of its list, else the first line."""
-    text = body.decode("utf-8", "replace").strip()
-    with suppress(ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        first = json.loads(text)["errors"][0]
-        detail = first.get("detail")
-        return oci.shown(f"{first['message']}" + (f" ({json.dumps(detail)})" if detail else ""))
-    return oci.shown(text.splitlines()[0]) if text else "no reason given"
-
-
-def meaning(status: int, body: bytes, name: str, *, login: bool = True) -> Problem:
-    """One sentence for an HTTP answer that nobody wanted; ``name`` is HOST/PREFIX/REPOSITORY.
-
-    ``login`` says whether there were credentials to send.
-    """
-    registry, _, _ = name.partition("/")
-    said = _says(body)
-    if status == 507 or any(
-        sign in body.decode("utf-8", "replace").lower() for sign in _FULL_SIGNS
-    ):
-        return Problem(_FULL.format(host=registry))
-    if status in (401, 403):
-        known = said.startswith(("no reason given", "authentication required"))
-        reason = "" if known else f" ({said})"
-        return Unreachable(
-            (_REFUSED if login else _LOGIN).format(host=registry, name=name) + reason
-        )
-    if b"MANIFEST_BLOB_UNKNOWN" in body:
-        return Broken(_CONFUSED.format(host=registry, why=said))
-    if status == 429 or status >= 500:
-        return Broken(f"{registry} is out of order: it answers {status}, {said}")
-    if "NAME_INVALID" in body.decode("utf-8", "replace"):
-        return Problem(f"{registry} does not allow the name {name}: {said}", 2)
-    return Odd(f"{registry} refuses {name} with {status}: {said}", status)
-
-
-def unreachable(error: BaseException, registry: str) -> Problem:
-    """One sentence for a connection that was not made, or broke."""
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return Unreachable(_TLS.format(host=registry, why=oci.shown(cause.verify_message)))
-    if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
-        reason = getattr(cause, "reason", None) or str(cause)  # one made by hand has none
-        plain = reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST")
-        return Unreachable((_PLAIN if plain else _TLS).format(host=registry, why=oci.shown(reason)))
-    unknown = isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
-    if unknown or isinstance(cause, UnicodeError):
-        return Unreachable(_UNKNOWN.format(host=registry))
-    why = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(cause)
-    why = oci.shown(why.lower()) or type(cause).__name__
-    return Broken(_BROKEN.format(host=registry, why=why))
-
-
-# What skopeo prints -> what it means; seen with 1.9.3, the words are those of Go and its library.
-_SKOPEO: tuple[tuple[str, str], ...] = (
-    (r"x509: [^\"]*", _TLS),
-    (r"tls: [^\"]*", _TLS),
-    (r"server gave HTTP response to HTTPS client", _PLAIN),
-    (r"no such host", _UNKNOWN),
-    (r"unauthorized|authentication required|requested access to the resource is denied", _REFUSED),
-    (r"(invalid username/password|denied)[^\"]*", _REFUSED),
-)
-_SKOPEO_BROKEN = re.compile(
-    r"connection (refused|reset by peer)|broken pipe|\bEOF\b|i/o timeout|timeout awaiting|"
-    r"server closed idle connection|no route to host|network is unreachable|"
-    r"server misbehaving|HTTP status: (429|5\d\d)[^\"]*|toomanyrequests|"
-    r"blob upload (unknown|invalid)|TLS handshake timeout"
-)
-
-
-def meaning_of_skopeo(output: str, code: int, name: str) -> Problem:
-    """One sentence for a copy that failed; ``name`` is HOST/PREFIX/REPOSITORY."""
-    registry, _, _ = name.partition("/")
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    fatal = [line for line in lines if "level=fatal" in line]
-    text = oci.shown((fatal or lines or [""])[-1].replace('\\"', "'"), 1000)
-    if any(sign in text.lower() for sign in _FULL_SIGNS):
-        return Problem(_FULL.format(host=registry))
-    if broken := _SKOPEO_BROKEN.search(text):
-        return Broken(_BROKEN.format(host=registry, why=broken[0]))
-    if confused := re.search(r"blob unknown to registry|digest invalid", text):
-        return Broken(_CONFUSED.format(host=registry, why=confused[0]))
-    for sign, sentence in _SKOPEO:
-        if found := re.search(sign, text):
-            return Unreachable(sentence.format(host=registry, name=name, why=found[0]))
-    said = re.search(r'msg="(.*)"', text)
-    return Problem(f"skopeo exited with {code}: {said[1] if said else text or 'no output'}")
-
-
-def patiently(
-    attempt: Callable[[], T],
-    waits: Sequence[float] | None = None,
-    moved: Callable[[], bool] = lambda: False,
-) -> T:
-    """Try something again where that may help, after longer and longer waits.
-
-    Patience begins anew where ``moved`` says that a failed attempt has brought something.
-
-    Raises:
-        Unreachable: it failed once more after the last wait.
-        Problem: it failed in a way that no patience mends.
-    """
-    waits, failed = WAITS if waits is None else waits, 0
-    while True:
-        try:
-            return attempt()
-        except Broken as problem:
-            failed = 1 if moved() else failed + 1
-            if failed > len(waits):
-                sentence = f"{problem.sentence}, {failed} times in a row; run this again later"
-                raise Unreachable(sentence) from None
-            host.say(f"{problem.sentence}; again in {waits[failed - 1]:g} s")
-            time.sleep(waits[failed - 1])
 
 
 # HTTP
@@ -489,7 +229,7 @@ class Registry:
     target: str
     authfile: Path | None = None
     cert_dir: Path | None = None
-    waits: Sequence[float] | None = None  # before each further attempt; WAITS where none are given
+    waits: Sequence[float] | None = None  # before each further attempt; else failures.WAITS
     _authorized: dict[tuple[str, bool], str] = field(default_factory=dict, repr=False)
     _openers: list[tuple[str, urllib.request.OpenerDirector]] = field(
         default_factory=list, repr=False
@@ -527,13 +267,13 @@ class Registry:
         if self._openers:
             return self._openers[0]
         handlers: list[urllib.request.BaseHandler] = [
-            urllib.request.HTTPSHandler(context=tls(self.host, self.cert_dir)),
+            urllib.request.HTTPSHandler(context=credentials.tls(self.host, self.cert_dir)),
             _Redirects(self.host),
         ]
         if _local(self.host):
             handlers.append(urllib.request.ProxyHandler({}))  # none is asked about this machine
         opener = urllib.request.build_opener(*handlers)
-        name = "registry-1.docker.io" if self.host == _DOCKER_HUB else self.host
+        name = "registry-1.docker.io" if self.host == credentials.DOCKER_HUB else self.host
         address = f"https://{name}"
         if _local(self.host) and self._is_plain(opener, address):
             address = f"http://{name}"
@@ -547,20 +287,20 @@ class Registry:
         except urllib.error.HTTPError:
             return False
         except urllib.error.URLError as error:
-            problem = unreachable(error, self.host)
-            if isinstance(error.reason, ssl.SSLError) and problem.sentence == _PLAIN.format(
+            problem = failures.unreachable(error, self.host)
+            if isinstance(error.reason, ssl.SSLError) and problem.sentence == failures.PLAIN.format(
                 host=self.host
             ):
                 return True
             raise problem from None
         except _NO_CONNECTION as error:
-            raise unreachable(error, self.host) from None
+            raise failures.unreachable(error, self.host) from None
         return False
 
     @property
     def plain_http(self) -> bool:
         """Whether this registry is spoken to without TLS."""
-        return patiently(self._connect, self.waits)[0].startswith("http:")
+        return failures.patiently(self._connect, self.waits)[0].startswith("http:")
 
     @contextmanager
     def _open(
@@ -587,7 +327,7 @@ class Registry:
             except urllib.error.HTTPError as error:
                 answer = cast(http.client.HTTPResponse, error)  # it reads in the same way
             except _NO_CONNECTION as error:
-                raise unreachable(error, self.host) from None
+                raise failures.unreachable(error, self.host) from None
             with answer:
                 challenge = answer.headers.get("WWW-Authenticate", "")
                 own = _origin(answer.geturl()) == _origin(address)  # not of a storage behind it
@@ -602,17 +342,19 @@ class Registry:
                     *(ConnectionError, TimeoutError, ssl.SSLError),
                     http.client.HTTPException,
                 ) as error:
-                    raise unreachable(error, self.host) from None
+                    raise failures.unreachable(error, self.host) from None
                 return
 
     def _credentials(self, repository: str) -> tuple[str, str] | None:
-        files = [self.authfile] if self.authfile else auth_files(os.environ, Path.home())
-        return credentials(self.name(repository), files)
+        files = (
+            [self.authfile] if self.authfile else credentials.auth_files(os.environ, Path.home())
+        )
+        return credentials.credentials(self.name(repository), files)
 
     def _meaning(self, status: int, body: bytes, repository: str) -> Problem:
         """What an answer that nobody wanted means to who may have logged in, or not."""
         login = status not in (401, 403) or self._credentials(repository) is not None
-        return meaning(status, body, self.name(repository), login=login)
+        return failures.meaning(status, body, self.name(repository), login=login)
 
     def _authorize(self, challenge: str, repository: str) -> str:
         """The header that a registry asks for; empty where there are no credentials for it."""
@@ -638,7 +380,7 @@ class Registry:
                 body = _reason(cast(http.client.HTTPResponse, error))
             raise self._meaning(error.code, body, repository) from None
         except _NO_CONNECTION as error:
-            raise unreachable(error, self.host) from None
+            raise failures.unreachable(error, self.host) from None
         except Damaged:
             data = {}
         token = data.get("token") or data.get("access_token")
@@ -674,7 +416,7 @@ class Registry:
                     body = _reason(answer)
                 return Answer(answer.status, dict(answer.headers.items()), body)
 
-        return patiently(once, self.waits)
+        return failures.patiently(once, self.waits)
 
     def _url(self, repository: str, *parts: str) -> str:
         return "/".join(("/v2", self.path(repository), *parts))
@@ -724,7 +466,7 @@ class Registry:
                     raise self._meaning(answer.status, b"", repository)
                 return _length(answer, self.reference(repository, digest)) or 0
 
-        return patiently(once, self.waits)
+        return failures.patiently(once, self.waits)
 
     def blob(self, repository: str, digest: str, size: int | None = None) -> bytes:
         """A small blob, in memory; ``size`` are the bytes that a manifest announces.
@@ -758,7 +500,9 @@ class Registry:
         what = self.reference(repository, digest)
         with host.replacing(path) as temporary:
             with temporary.open("w+b") as file:
-                patiently(lambda: self._receive(repository, digest, file, size), self.waits)
+                failures.patiently(
+                    lambda: self._receive(repository, digest, file, size), self.waits
+                )
             given = f"sha256:{host.sha256(temporary)}"
             if given != digest:
                 raise Damaged(f"{what}: the registry gives other bytes, their sha256 is {given}")
@@ -785,7 +529,9 @@ class Registry:
                 file.write(piece)
             file.flush()
         if expected is not None and received != expected:
-            raise Broken(_BROKEN.format(host=self.host, why=f"{received} of {expected} bytes came"))
+            raise Broken(
+                failures.BROKEN.format(host=self.host, why=f"{received} of {expected} bytes came")
+            )
 
     def tags(self, repository: str) -> list[str]:
         """All tags of a repository, sorted; none where there is no such repository.
@@ -839,11 +585,13 @@ class Registry:
             headers = {"Content-Type": "application/octet-stream"}
             with self._open("PUT", url, repository, headers, data) as answer:
                 if answer.status == 404:  # the upload is gone: the registry was started anew
-                    raise Broken(_BROKEN.format(host=self.host, why="the upload is unknown"))
+                    raise Broken(
+                        failures.BROKEN.format(host=self.host, why="the upload is unknown")
+                    )
                 if answer.status != 201:
                     raise self._meaning(answer.status, _reason(answer), repository)
 
-        patiently(once, self.waits)
+        failures.patiently(once, self.waits)
         return found
 
     def _begin(self, repository: str, query: str, expected: Sequence[int] = (202,)) -> str:
@@ -871,7 +619,7 @@ class Registry:
             return not location
 
         try:
-            return patiently(once, self.waits)
+            return failures.patiently(once, self.waits)
         except Odd:
             return False
 
@@ -978,4 +726,4 @@ def copy(
             raise
         if code:
             output.seek(0)
-            raise meaning_of_skopeo(output.read(), code, name)
+            raise failures.meaning_of_skopeo(output.read(), code, name)

@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from images import host, lock, oci, papers
+from images.failures import Unreachable
 from images.oci import Descriptor, Manifest
 from images.papers import Envelope, Paper, PublicKey
-from images.registry import Registry, Unreachable, parse_reference
+from images.registry import Registry, parse_reference
 from rollout import report
 from rollout.environment import printable
 from rollout.problem import Problem

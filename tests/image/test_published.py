@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from images import builder, catalog, host, oci, papers, publish, verify_published
+from images import builder, catalog, host, oci, packing, papers, publish, verify_published
 from images.builder import Built
 from images.catalog import Image
 from images.registry import Registry
@@ -56,7 +56,7 @@ def test_what_is_pulled_by_digest_is_the_image_that_was_built_and_verifies(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(publish, "store", lambda: tmp_path / "layers")
+    monkeypatch.setattr(packing, "store", lambda: tmp_path / "layers")
     papers.new_key(tmp_path / "key")
     key = papers.read_key(tmp_path / "key")
     registry = Registry(f"{server.address}/team")

@@ -18,14 +18,18 @@ from typing import Any
 
 import pytest
 
-from images import host, publish, registry
-from images.publish import Layer, Source
+from images import catalog, failures, host, oci, papers, publish
+from images.packing import Layer, Source
+from images.papers import Paper
+from images.publish import Copy, Tags
 from images.registry import Registry
 from rollout.problem import Problem
 
 from .server import Certificate, Server
 
 REPOSITORY = "verl-rollout"
+IMAGE = catalog.find(catalog.DEFAULT, catalog.load())
+NAMES = Tags("toy-1.0-cpu-py311-00000000", "toy-1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,7 +58,7 @@ def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home/.config"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(registry, "WAITS", (0.01, 0.02))
+    monkeypatch.setattr(failures, "WAITS", (0.01, 0.02))
 
 
 @pytest.fixture
@@ -136,13 +140,16 @@ class Toy:
         self.read += sorted(wanted)
         yield {diff_id: self._tars[diff_id] for diff_id in wanted}
 
-    def copy(self, annotations: Mapping[str, str] | None = None) -> publish.Copy:
+    def copy(self, annotations: Mapping[str, str] | None = None) -> Copy:
         """It, compressed and ready for a registry."""
         return publish.prepared(self.source, annotations or {})
 
 
+Make = Callable[..., Toy]
+
+
 @pytest.fixture
-def toy(tmp_path: Path) -> Callable[..., Toy]:
+def toy(tmp_path: Path) -> Make:
     """Makes images: the same seed is the same layer."""
 
     def make(*seeds: str, **options: Any) -> Toy:
@@ -151,13 +158,28 @@ def toy(tmp_path: Path) -> Callable[..., Toy]:
     return make
 
 
+def paper(name: str, kind: str, data: bytes) -> Paper:
+    """A paper whose media type is what it is."""
+    return Paper(name, kind, kind, data)
+
+
+def papers_of(copy: Copy, text: str = "proved") -> list[Paper]:
+    """A report, and a provenance that names it."""
+    proof = paper("report.json", papers.REPORT, json.dumps({"is": text}).encode())
+    said = papers.provenance(IMAGE, copy.descriptor.digest, [proof], "0" * 40, {})
+    return [proof, paper("provenance.json", papers.STATEMENT, said)]
+
+
+def published(copy: Copy, there: Registry, names: Tags = NAMES) -> bool:
+    """Bring it into a registry with its papers; whether there was anything to do."""
+    return publish.publish(copy, there, REPOSITORY, names, papers_of(copy))
+
+
 def whole(there: Registry, repository: str = REPOSITORY) -> set[str]:
     """The tags of a repository; every blob that they lead to is there, or this fails.
 
     It asks the registry as a stranger would: each manifest, and each blob for its size.
     """
-    from images import oci
-
     tags = there.tags(repository)
     for tag in tags:
         found = there.manifest(repository, tag)
@@ -172,3 +194,12 @@ def whole(there: Registry, repository: str = REPOSITORY) -> set[str]:
                 size = there.blob_size(repository, blob.digest)
                 assert size == blob.size, f"tag {tag} leads to {blob.digest} of {size} bytes"
     return set(tags)
+
+
+def damage(server: Server, digest: str, word: bytes = b"sha256") -> None:
+    """Other bytes of the same size, in the storage of a registry: a word in capitals."""
+    value = digest.removeprefix("sha256:")
+    path = server.storage / "docker/registry/v2/blobs/sha256" / value[:2] / value / "data"
+    data = path.read_bytes()
+    assert data != data.replace(word, word.upper())
+    path.write_bytes(data.replace(word, word.upper()))

@@ -17,10 +17,11 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from images import build, host, lock, oci, papers, publish
+from images import attach, build, host, lock, oci, papers, publish
 from images.catalog import Image
+from images.packing import Layer, Source
 from images.papers import Key, Paper
-from images.publish import Copy, Layer, Source, Tags
+from images.publish import Copy, Tags
 from images.registry import Registry
 from images.verify_published import LOCK_INSIDE
 from rollout import report
@@ -153,7 +154,7 @@ class Release:
 
     def paper(self, kind: str) -> Paper:
         """The paper of a kind, as it is attached."""
-        attached = publish.attached(self.registry, REPOSITORY, self.digest)
+        attached = attach.attached(self.registry, REPOSITORY, self.digest)
         (found,) = [paper for paper in attached if paper.entry.artifact_type == kind]
         (described,) = oci.parse(found.manifest).layers
         title = described.annotations[oci.TITLE]

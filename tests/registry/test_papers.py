@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from images import oci, papers, publish
+from images import attach, oci, papers, publish
 from images.catalog import Image
 from images.registry import Registry
 from tests.conftest import Checkout
@@ -163,7 +163,7 @@ def test_skopeo_refuses_an_edited_signature(
 def test_one_of_several_signatures_is_enough_for_skopeo(
     release: Release, here: Registry, pull: Look
 ) -> None:
-    publish.sign(here, REPOSITORY, release.digest, OTHER)
+    attach.sign(here, REPOSITORY, release.digest, OTHER)
     for key in (KEY, OTHER):
         done = pull(release.digest, key)
         assert done.returncode == 0, done.stderr

@@ -21,14 +21,16 @@ from typing import Any
 import pytest
 
 from images import (
+    attach,
     build,
     builder,
-    catalog,
     docs,
+    failures,
     host,
     layers,
     lock,
     oci,
+    packing,
     papers,
     prove,
     publish,
@@ -41,30 +43,22 @@ from images.registry import Registry
 from rollout import report
 from rollout.problem import Problem
 
-from .conftest import REPOSITORY, Toy, whole
+from .conftest import (
+    IMAGE,
+    NAMES,
+    REPOSITORY,
+    Make,
+    Toy,
+    damage,
+    paper,
+    papers_of,
+    published,
+    whole,
+)
 from .server import Server
 
-Make = Callable[..., Toy]
-IMAGE = catalog.find(catalog.DEFAULT, catalog.load())
-NAMES = Tags("toy-1.0-cpu-py311-00000000", "toy-1")
 AGAIN = 5  # seconds for an image that is there already
 KILLS = 10  # of the registry, and as many of the publisher
-
-
-def paper(name: str, kind: str, data: bytes) -> Paper:
-    """A paper whose media type is what it is."""
-    return Paper(name, kind, kind, data)
-
-
-def papers_of(copy: Copy, text: str = "proved") -> list[Paper]:
-    """A report, and a provenance that names it."""
-    proof = paper("report.json", papers.REPORT, json.dumps({"is": text}).encode())
-    said = papers.provenance(IMAGE, copy.descriptor.digest, [proof], "0" * 40, {})
-    return [proof, paper("provenance.json", papers.STATEMENT, said)]
-
-
-def published(copy: Copy, there: Registry, names: Tags = NAMES) -> bool:
-    return publish.publish(copy, there, REPOSITORY, names, papers_of(copy))
 
 
 # What is published
@@ -87,7 +81,7 @@ def test_layers_configuration_and_papers_arrive_to_the_byte(
         here.download(REPOSITORY, described.digest, file)
         tar = subprocess.run(["zstd", "-dcq", "--long=27", file], capture_output=True, check=True)
         assert oci.digest(tar.stdout) == layer.diff_id
-    there = publish.attached(here, REPOSITORY, digest)
+    there = attach.attached(here, REPOSITORY, digest)
     assert [paper.data for paper in there] == [paper.data for paper in papers_of(copy)]
     assert oci.fallback_tag(digest) in whole(here)
 
@@ -170,7 +164,7 @@ def test_publishing_an_unchanged_image_again_reads_and_sends_nothing(
     sent, read = len(server.requests("PUT")), list(image.read)
     # Not even the compressed layers are needed: the registry has them.
     for layer in image.source.layers:
-        publish.packed(layer.diff_id).unlink()
+        packing.packed(layer.diff_id).unlink()
     assert not published(image.copy(), here)
     assert len(server.requests("PUT")) == sent
     assert image.read == read
@@ -218,7 +212,7 @@ def test_a_registry_that_lost_a_layer_gets_it_again(
     with pytest.raises(AssertionError, match=lost):
         whole(here)
     # Its file is gone here too, so it is compressed anew: into the same bytes.
-    publish.packed(image.source.layers[0].diff_id).unlink()
+    packing.packed(image.source.layers[0].diff_id).unlink()
     assert published(image.copy(), here)
     assert NAMES.immutable in whole(here)
 
@@ -314,143 +308,6 @@ def test_two_publishers_of_one_image_do_not_disturb_each_other(toy: Make, here: 
     assert not published(copy, here)
 
 
-# Papers
-
-
-def damage(server: Server, digest: str, word: bytes = b"sha256") -> None:
-    """Other bytes of the same size, in the storage of a registry: a word in capitals."""
-    value = digest.removeprefix("sha256:")
-    path = server.storage / "docker/registry/v2/blobs/sha256" / value[:2] / value / "data"
-    data = path.read_bytes()
-    assert data != data.replace(word, word.upper())
-    path.write_bytes(data.replace(word, word.upper()))
-
-
-def test_papers_of_a_later_proof_do_not_replace_those_of_the_publication(
-    toy: Make, here: Registry
-) -> None:
-    copy = toy("base").copy()
-    published(copy, here)
-    later = papers_of(copy, "proved again")
-    assert not publish.publish(copy, here, REPOSITORY, NAMES, later)
-    there = publish.attached(here, REPOSITORY, copy.descriptor.digest)
-    assert [paper.data for paper in there] == [paper.data for paper in papers_of(copy)]
-
-
-def test_papers_that_were_lost_or_that_contradict_each_other_are_attached_anew(
-    toy: Make, here: Registry
-) -> None:
-    copy = toy("base").copy()
-    published(copy, here)
-    digest, wanted = copy.descriptor.digest, papers_of(copy)
-    tag = oci.fallback_tag(digest)
-    # lost: the list names none
-    here.push_manifest(REPOSITORY, tag, oci.index([]), oci.INDEX)
-    assert publish.attach(here, REPOSITORY, copy.descriptor, wanted) == [p.name for p in wanted]
-    # exchanged: a report that the provenance does not name
-    forged = [paper("report.json", papers.REPORT, b'{"is": "forged"}')]
-    other = oci.artifact(forged[0], copy.descriptor)
-    here.push_blob(REPOSITORY, oci.EMPTY_DATA)
-    here.push_blob(REPOSITORY, forged[0].data)
-    (genuine, _) = here.referrers(REPOSITORY, digest)
-    publish.refer(here, REPOSITORY, digest, [other], {genuine.digest})
-    assert [p.name for p in wanted] == publish.attach(here, REPOSITORY, copy.descriptor, wanted)
-    assert [p.data for p in publish.attached(here, REPOSITORY, digest)] == [p.data for p in wanted]
-
-
-@pytest.mark.parametrize("what", ["manifest", "blob"])
-def test_an_outage_while_a_paper_is_read_delists_none(
-    toy: Make, here: Registry, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    """A registry that does not answer has said nothing of a paper, and gets it right again."""
-    copy = toy("base").copy()
-    published(copy, here)
-    digest = copy.descriptor.digest
-    before = here.referrers(REPOSITORY, digest)
-    asked = getattr(Registry, what)
-    wanted = {e.digest for e in before} | {oci.digest(p.data) for p in papers_of(copy)}
-
-    def out_of_order(self: Registry, repository: str, reference: str, **rest: int) -> object:
-        if reference in wanted:
-            raise registry.Unreachable("it does not answer")
-        return asked(self, repository, reference, **rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Registry, what, out_of_order)
-        later = papers_of(copy, "proved again")
-        for run in (
-            lambda: publish.publish(copy, here, REPOSITORY, NAMES, later),
-            lambda: publish.attach(here, REPOSITORY, copy.descriptor, later, exactly=True),
-        ):
-            with pytest.raises(registry.Unreachable, match="it does not answer") as caught:
-                run()
-            assert caught.value.code == 3
-    assert here.referrers(REPOSITORY, digest) == before
-    assert not published(copy, here)
-
-
-def test_a_paper_that_the_storage_has_damaged_is_replaced(
-    toy: Make, server: Server, here: Registry
-) -> None:
-    copy = toy("base").copy()
-    published(copy, here)
-    digest = copy.descriptor.digest
-    damage(server, here.referrers(REPOSITORY, digest)[0].digest, b"report.json")
-    damage(server, oci.digest(papers_of(copy)[1].data))
-    assert publish.attached(here, REPOSITORY, digest) == []
-    later = papers_of(copy, "proved again")
-    assert publish.publish(copy, here, REPOSITORY, NAMES, later)
-    there = publish.attached(here, REPOSITORY, digest)
-    assert [p.data for p in there] == [p.data for p in later]
-
-
-def test_papers_that_others_attached_stay(toy: Make, here: Registry) -> None:
-    copy = toy("base").copy()
-    publish.push(copy, here, REPOSITORY)
-    theirs = [
-        paper("scan.json", "application/vnd.example.scan+json", b"{}\n"),
-        paper("attested.json", papers.STATEMENT, b'{"predicateType": "theirs"}'),
-    ]
-    manifests = [oci.artifact(one, copy.descriptor) for one in theirs]
-    for one in theirs:
-        here.push_blob(REPOSITORY, one.data)
-    here.push_blob(REPOSITORY, oci.EMPTY_DATA)
-    publish.refer(here, REPOSITORY, copy.descriptor.digest, manifests)
-    published(copy, here)
-    found = publish.attached(here, REPOSITORY, copy.descriptor.digest)
-    assert [p.data for p in found] == [p.data for p in [*theirs, *papers_of(copy)]]
-    assert not published(copy, here)
-
-
-def test_a_key_given_later_signs_what_was_published_without_one(
-    toy: Make, here: Registry, tmp_path: Path
-) -> None:
-    copy = toy("base").copy()
-    digest = copy.descriptor.digest
-    published(copy, here)
-    assert oci.signature_tag(digest) not in here.tags(REPOSITORY)
-    papers.new_key(tmp_path / "key")
-    key = papers.read_key(tmp_path / "key")
-    proof, said = papers_of(copy)
-    sealed = papers.envelope(said.data, key)
-    wanted = [proof, Paper("p.json", papers.STATEMENT, papers.ENVELOPE, sealed)]
-    assert publish.publish(copy, here, REPOSITORY, NAMES, wanted, key)
-    assert not publish.publish(copy, here, REPOSITORY, NAMES, wanted, key)
-    found = publish.attached(here, REPOSITORY, digest)
-    assert [p.data for p in found] == [proof.data, sealed]
-    got = here.manifest(REPOSITORY, oci.signature_tag(digest))
-    assert got
-    (layer,) = oci.parse(got[0]).layers
-    payload = here.blob(REPOSITORY, layer.digest)
-    assert papers.signed_digest(payload, layer.annotations, key.public) == digest
-    assert oci.signature_tag(digest) in whole(here)
-    # A second key adds its own beside it.
-    papers.new_key(tmp_path / "other")
-    assert publish.sign(here, REPOSITORY, digest, papers.read_key(tmp_path / "other"))
-    got = here.manifest(REPOSITORY, oci.signature_tag(digest))
-    assert got and len(oci.parse(got[0]).layers) == 2
-
-
 # Interruptions
 
 
@@ -458,7 +315,7 @@ def sound(copy: Copy, there: Registry, names: Tags) -> None:
     """No tag leads to anything unfinished: not to half an image, nor to one without its papers."""
     if names.immutable in whole(there):
         assert there.resolve(REPOSITORY, names.immutable) == copy.descriptor.digest
-        found = publish.attached(there, REPOSITORY, copy.descriptor.digest)
+        found = attach.attached(there, REPOSITORY, copy.descriptor.digest)
         assert [paper.data for paper in found] == [paper.data for paper in papers_of(copy)]
 
 
@@ -472,7 +329,7 @@ def undisturbed(toy: Make, here: Registry, size: int) -> float:
 def test_a_registry_that_is_killed_at_any_moment_of_a_push_never_shows_half_an_image(
     toy: Make, server: Server, here: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "WAITS", (0.1,) * 50)
+    monkeypatch.setattr(failures, "WAITS", (0.1,) * 50)
     size = 4_000_000
     copies = [toy("base", f"top {n}", size=size).copy() for n in range(KILLS)]
     length = undisturbed(toy, here, size)
@@ -530,15 +387,15 @@ def test_a_compression_that_is_killed_leaves_nothing_that_is_believed(toy: Make)
     fork = multiprocessing.get_context("fork")
     process = fork.Process(target=image.copy)
     process.start()
-    while not list(publish.store().glob(".*")):
+    while not list(packing.store().glob(".*")):
         time.sleep(0.001)
     process.kill()
     process.join()
-    if publish.remembered(layer.diff_id) is None:
-        assert publish.kept(layer.diff_id, oci.Descriptor(oci.LAYER, "", 0)) is None
+    if packing.remembered(layer.diff_id) is None:
+        assert packing.kept(layer.diff_id, oci.Descriptor(oci.LAYER, "", 0)) is None
     copy = image.copy()
-    assert host.sha256(publish.packed(layer.diff_id)) == copy.manifest.layers[0].digest[7:]
-    assert not list(publish.store().glob(".*"))
+    assert host.sha256(packing.packed(layer.diff_id)) == copy.manifest.layers[0].digest[7:]
+    assert not list(packing.store().glob(".*"))
 
 
 # The session: from buildah's storage to a registry, and from one registry to another
@@ -573,7 +430,7 @@ def built(toy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     host.write(prove.report_path(IMAGE), json.dumps(report.document(proof)))
     monkeypatch.setattr(docs, "current", lambda *_: True)
     monkeypatch.setattr(builder, "detect", lambda *_: Store(image))
-    monkeypatch.setattr(publish, "source", lambda *_: image.source)
+    monkeypatch.setattr(packing, "source", lambda *_: image.source)
     monkeypatch.setattr(papers, "checkout_commit", lambda: "0" * 40)
     return image
 
@@ -630,7 +487,7 @@ def test_the_report_that_is_attached_is_the_one_that_was_looked_at(
     built.source = replace(built.source, opened=slow)
     assert publish.main([IMAGE.tag, "--to", here.target]) == 0
     assert built.read, "the report was never exchanged"
-    there = publish.attached(here, IMAGE.repository, digest_of(here, IMAGE.tag))
+    there = attach.attached(here, IMAGE.repository, digest_of(here, IMAGE.tag))
     assert [p.data for p in there if p.entry.artifact_type == papers.REPORT] == [looked_at]
 
 
@@ -667,7 +524,7 @@ def test_promotion_gives_the_same_digest_and_its_papers_the_public_tags(
     assert publish.main(arguments) == 0
     assert digest_of(public, publish.tags(IMAGE).immutable) == digest
     assert digest_of(public, IMAGE.tag) == digest
-    both = [publish.attached(r, IMAGE.repository, digest) for r in (staging, public)]
+    both = [attach.attached(r, IMAGE.repository, digest) for r in (staging, public)]
     assert both[0] == both[1]
     assert len(both[0]) == 3
     assert oci.signature_tag(digest) in whole(public, IMAGE.repository)
@@ -731,8 +588,8 @@ class Staged:
         assert found
         return found[1]
 
-    def papers(self, there: Registry) -> list[publish.Attached]:
-        return publish.attached(there, IMAGE.repository, self.digest)
+    def papers(self, there: Registry) -> list[attach.Attached]:
+        return attach.attached(there, IMAGE.repository, self.digest)
 
     def add(self, there: Registry, *given: Paper) -> None:
         """Attach papers beside those that are there."""
@@ -740,7 +597,7 @@ class Staged:
             for data in (oci.EMPTY_DATA, one.data):
                 there.push_blob(IMAGE.repository, data)
         manifests = [oci.artifact(one, self.subject) for one in given]
-        publish.refer(there, IMAGE.repository, self.digest, manifests)
+        attach.refer(there, IMAGE.repository, self.digest, manifests)
 
     def verifies(self, by: Path) -> bool:
         found = verify_published.Published(
@@ -765,10 +622,10 @@ def test_promotion_adds_its_signatures_to_those_of_the_destination(
 ) -> None:
     papers.new_key(tmp_path / "other")
     other = papers.read_key(tmp_path / "other")
-    assert publish.sign(staged.public, IMAGE.repository, staged.digest, other)
+    assert attach.sign(staged.public, IMAGE.repository, staged.digest, other)
     assert staged.promote() == 0
     assert staged.verifies(staged.key)
-    layers = publish.signatures(staged.public, IMAGE.repository, staged.digest)
+    layers = attach.signatures(staged.public, IMAGE.repository, staged.digest)
     blobs = [staged.public.blob(IMAGE.repository, layer.digest) for layer in layers]
     for signer in (other, papers.read_key(staged.key)):
         signed = [
@@ -842,7 +699,7 @@ def test_an_outage_at_the_destination_gives_no_tag(
 
     with monkeypatch.context() as patch:
         patch.setattr(publish, "carry", then_it_ends)
-        with pytest.raises(registry.Unreachable, match="times in a row") as caught:
+        with pytest.raises(failures.Unreachable, match="times in a row") as caught:
             staged.promote()
     assert caught.value.code == 3
     staged.server.start()

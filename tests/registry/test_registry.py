@@ -16,9 +16,10 @@ from threading import Thread
 
 import pytest
 
-from images import oci, publish, registry
+from images import attach, oci, publish, registry
+from images.failures import Unreachable
 from images.oci import Damaged
-from images.registry import Registry, Unreachable
+from images.registry import Registry
 from rollout.problem import Problem
 
 from .conftest import REPOSITORY, Toy
@@ -76,12 +77,6 @@ def test_an_authority_is_made_known_in_two_ways(
     assert publish.publish(toy("base").copy(), there, REPOSITORY, NAMES, [])
     assert not there.plain_http
     assert there.tags(REPOSITORY) == ["immutable", "moving"]
-
-
-def test_a_folder_without_certificates_is_wrong_usage(tmp_path: Path) -> None:
-    with pytest.raises(Problem, match="holds no certificate") as caught:
-        registry.tls("registry.example.com", tmp_path)
-    assert caught.value.code == 2
 
 
 def test_only_a_registry_on_this_machine_may_do_without_tls(
@@ -357,7 +352,7 @@ def test_a_registry_that_lists_referrers_by_itself_gets_no_second_list(played: P
     played.answers[f"/v2/a/referrers/{subject}"] = [listed]
     path = f"/v2/a/manifests/{oci.digest(data)}"
     played.answers[path] = [(201, {"OCI-Subject": subject}, b"")]
-    publish.refer(Registry(played.address), "a", subject, [data])
+    attach.refer(Registry(played.address), "a", subject, [data])
     assert [p for method, p, _ in played.asked if method == "PUT"] == [path]
 
 

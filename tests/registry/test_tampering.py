@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from images import base, catalog, host, lock, oci, papers, publish, verify_published
+from images import attach, base, catalog, host, lock, oci, papers, publish, verify_published
 from images.catalog import Image
 from images.papers import Paper
 from images.registry import Registry
@@ -421,7 +421,7 @@ def test_a_signature_changed_in_the_storage_is_found(
 
 
 def test_the_signatures_of_others_beside_ours_do_no_harm(release: Release, verify: Verify) -> None:
-    assert publish.sign(release.registry, REPOSITORY, release.digest, OTHER)
+    assert attach.sign(release.registry, REPOSITORY, release.digest, OTHER)
     assert len(signature(release).layers) == 2
     assert verify(release.tags.moving).code == 0
     assert verify(release.tags.moving, key="other").rows("failed") == ["provenance"]
@@ -741,8 +741,8 @@ def test_a_layer_that_is_not_the_one_of_the_configuration_is_found(
     release.copy = dataclasses.replace(release.copy, data=manifest)
     attached = release.papers()
     here.push_manifest(REPOSITORY, release.tags.immutable, manifest, oci.MANIFEST)
-    publish.attach(here, REPOSITORY, release.copy.descriptor, attached, KEY)
-    publish.sign(here, REPOSITORY, release.digest, KEY)
+    attach.attach(here, REPOSITORY, release.copy.descriptor, attached, KEY)
+    attach.sign(here, REPOSITORY, release.digest, KEY)
     assert verify(release.digest).code == 0
     found_by(verify(release.digest, "--layers"), "contents", words)
 
@@ -765,8 +765,8 @@ def test_an_image_that_holds_another_lock_than_it_names_is_found(
     release.copy = dataclasses.replace(release.copy, data=manifest)
     release.diff_ids = labels["rootfs"]["diff_ids"]
     here.push_manifest(REPOSITORY, release.tags.immutable, manifest, oci.MANIFEST)
-    publish.attach(here, REPOSITORY, release.copy.descriptor, release.papers(), KEY)
-    publish.sign(here, REPOSITORY, release.digest, KEY)
+    attach.attach(here, REPOSITORY, release.copy.descriptor, release.papers(), KEY)
+    attach.sign(here, REPOSITORY, release.digest, KEY)
     assert verify(release.digest).code == 0
     found_by(verify(release.digest, "--layers"), "contents", "hold another .*requirements.lock")
 

@@ -1,37 +1,30 @@
-"""What is decided before a registry is asked: names, proofs, layers, and the names of failures."""
+"""What is decided before a registry is asked: names, proofs, and the names of failures."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import socket
 import ssl
-import subprocess
 import urllib.error
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from images import (
     builder,
     catalog,
     docs,
+    failures,
     host,
-    layers,
-    lock,
     oci,
-    papers,
     prove,
     publish,
     registry,
 )
-from images.builder import Built
 from images.catalog import Image
-from images.registry import Broken, Registry
+from images.failures import Broken
+from images.registry import Registry
 from rollout import report
 from rollout.problem import Problem
 
@@ -39,7 +32,6 @@ from ..conftest import Checkout, sha256
 
 DIFF_IDS = (f"sha256:{sha256('a')}", f"sha256:{sha256('b')}")
 NAME = "registry.example.com/team/verl-rollout"
-needs_zstd = pytest.mark.skipif(not shutil.which("zstd"), reason="zstd is not installed")
 
 # Names
 
@@ -202,212 +194,13 @@ def test_a_damaged_report_is_no_proof(image: Image) -> None:
         publish.passing(image, DIFF_IDS)
 
 
-# Papers: what is said counts, not where a word stands
-
-
-def statement(**changes: Any) -> dict[str, Any]:
-    """A provenance of ours, in small: of SUBJECT, with a report and an SBOM."""
-    inputs = [{"name": "checkout", "digest": {"gitCommit": "0"}, "annotations": {"dirty": False}}]
-    named = [
-        {"mediaType": kind, "digest": {"sha256": sha256(kind)}}
-        for kind in (papers.REPORT, papers.SBOM)
-    ]
-    definition = {
-        "buildType": papers.BUILD_TYPE,
-        "externalParameters": {"reference": "a:b"},
-        "resolvedDependencies": inputs,
-    }
-    details = {"builder": {"id": papers.LOCAL_BUILDER}, "byproducts": named}
-    whole = {
-        "_type": papers.STATEMENT_TYPE,
-        "subject": [{"name": "a:b", "digest": {"sha256": sha256("image")}}],
-        "predicateType": papers.PREDICATE_TYPE,
-        "predicate": {"buildDefinition": definition, "runDetails": details},
-    }
-    return whole | changes
-
-
-SUBJECT = oci.Descriptor(oci.MANIFEST, f"sha256:{sha256('image')}", 1)
-KINDS = {papers.REPORT, papers.SBOM, papers.STATEMENT}
-
-
-def attached(kind: str, data: bytes, media_type: str = "") -> publish.Attached:
-    """A paper as a registry has it."""
-    manifest = oci.artifact(papers.Paper("a paper", kind, media_type or kind, data), SUBJECT)
-    return publish.Attached(oci.referrer(manifest), manifest, data)
-
-
-def complete(said: dict[str, Any]) -> list[publish.Attached]:
-    """Papers of each kind, with this statement."""
-    named = [attached(kind, kind.encode()) for kind in (papers.REPORT, papers.SBOM)]
-    return [*named, attached(papers.STATEMENT, json.dumps(said).encode())]
-
-
-def test_papers_that_name_each_other_are_enough_until_a_key_asks_for_a_signature() -> None:
-    there, digest = complete(statement()), SUBJECT.digest
-    assert publish.sufficient(there, KINDS, digest)
-    assert not publish.sufficient(there[1:], KINDS, digest)
-    key, other = (papers.Key(ec.generate_private_key(ec.SECP256R1())) for _ in range(2))
-    assert not publish.sufficient(there, KINDS, digest, key)
-    signed = papers.envelope(there[-1].data, key)
-    there[-1] = attached(papers.STATEMENT, signed, papers.ENVELOPE)
-    assert publish.sufficient(there, KINDS, digest, key)
-    assert publish.sufficient(there, KINDS, digest)
-    assert not publish.sufficient(there, KINDS, digest, other)
-
-
-def test_a_provenance_that_has_the_digests_of_its_papers_elsewhere_is_not_enough() -> None:
-    said = statement()
-    details = said["predicate"]["runDetails"]
-    details["metadata"], details["byproducts"] = details["byproducts"], []
-    assert not publish.sufficient(complete(said), KINDS, SUBJECT.digest)
-
-
-def test_a_provenance_of_another_image_is_not_enough() -> None:
-    assert not publish.sufficient(complete(statement()), KINDS, f"sha256:{sha256('other')}")
-
-
-@pytest.mark.parametrize(
-    "said",
-    [
-        {"predicateType": "theirs", "predicate": {"buildType": papers.BUILD_TYPE}},
-        statement(predicateType=f"theirs, of {papers.BUILD_TYPE}"),
-        statement(predicate={"comment": papers.BUILD_TYPE}),
-        statement(predicate=[papers.BUILD_TYPE]),
-        {"x": papers.BUILD_TYPE},
-    ],
-)
-def test_a_statement_that_only_mentions_ours_is_somebody_elses(said: dict[str, Any]) -> None:
-    theirs = attached(papers.STATEMENT, json.dumps(said).encode())
-    (own,) = publish.ours([theirs, complete(statement())[-1]], KINDS)[-1:]
-    assert publish.ours([theirs], KINDS) == []
-    assert own.data == json.dumps(statement()).encode()
-
-
-# Layers
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No layers of this machine."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def tar(folder: Path, data: bytes) -> tuple[str, Path]:
-    """A layer: its diff_id, and the file."""
-    name = hashlib.sha256(data).hexdigest()
-    (folder / name).write_bytes(data)
-    return f"sha256:{name}", folder / name
-
-
-@needs_zstd
-def test_a_layer_is_compressed_into_what_its_record_says(tmp_path: Path) -> None:
-    diff_id, file = tar(tmp_path, b"".join(b"line %d\n" % n for n in range(100_000)))
-    found = publish.compress(diff_id, file)
-    packed = publish.packed(diff_id)
-    assert found == publish.remembered(diff_id)
-    assert (found.size, found.digest) == (packed.stat().st_size, f"sha256:{host.sha256(packed)}")
-    assert publish.kept(diff_id, found) == packed
-    argv = [*layers.zstd_argv(), str(file)]
-    assert packed.read_bytes() == subprocess.run(argv, capture_output=True, check=True).stdout
-
-
-@needs_zstd
-def test_a_layer_that_is_not_what_its_name_says_is_not_compressed(tmp_path: Path) -> None:
-    diff_id, file = tar(tmp_path, b"whole")
-    file.write_bytes(b"damaged")
-    with pytest.raises(Problem, match="is damaged"):
-        publish.compress(diff_id, file)
-    assert publish.remembered(diff_id) is None
-    assert not list(publish.store().iterdir())
-
-
-@needs_zstd
-def test_a_compressed_layer_that_was_cut_off_is_not_used(tmp_path: Path) -> None:
-    diff_id, file = tar(tmp_path, b"x" * 1000)
-    found = publish.compress(diff_id, file)
-    with publish.packed(diff_id).open("r+b") as packed:
-        packed.truncate(found.size - 1)
-    assert publish.kept(diff_id, found) is None
-    assert publish.remembered(diff_id) == found, "a registry may still have it"
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{}", "[]", "7", '{"mediaType": "x", "digest": "y", "size": 1}']
-)
-def test_a_record_of_another_form_is_made_anew(text: str) -> None:
-    host.write(publish.packed(DIFF_IDS[0]).with_name(f"{DIFF_IDS[0][7:]}.json"), text)
-    assert publish.remembered(DIFF_IDS[0]) is None
-
-
-# Out of buildah's storage
-
-
-class Store(builder.Buildah):
-    """A storage that holds one image of two layers."""
-
-    def __init__(self, image: Image, config: bytes, names: tuple[str, ...]) -> None:
-        self.id, self.names, self.exported = hashlib.sha256(config).hexdigest(), names, 0
-        self.labels = {"rollout.lock.sha256": host.sha256(image.lock)}
-
-    def inspect(self, name: str) -> Built | None:  # noqa: ARG002
-        diff_ids = tuple(f"sha256:{sha256(data)}" for data in self.names)
-        return Built(self.id, {"Labels": self.labels}, diff_ids)
-
-    def blobs(self, name: str, folder: Path) -> list[Path]:  # noqa: ARG002
-        self.exported += 1
-        return [tar(folder, data.encode())[1] for data in self.names]
-
-
-Stored = Callable[[bytes], Store]
-
-
-@pytest.fixture
-def stored(checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stored:
-    """Storages whose configuration skopeo reads as ``config``."""
-    image = checkout.image()
-    names = tuple(f"layer {n}" for n in publish.build.layer_names(image, lock.read(image)))
-
-    def make(config: bytes) -> Store:
-        (tmp_path / "config").write_bytes(b'{"of": "buildah"}')
-        monkeypatch.setattr(publish, "config_argv", lambda _: ["cat", str(tmp_path / "config")])
-        return Store(image, config, names)
-
-    return make
-
-
-def test_the_configuration_is_taken_to_the_byte_or_not_at_all(
-    checkout: Checkout, stored: Stored
-) -> None:
-    image = checkout.image()
-    assert publish.source(image, stored(b'{"of": "buildah"}')).config == b'{"of": "buildah"}'
-    with pytest.raises(Problem, match="does not read") as caught:
-        publish.source(image, stored(b"{}"))
-    assert caught.value.code == 3
-
-
-@needs_zstd
-def test_an_image_is_exported_for_new_layers_alone_and_leaves_nothing(
-    checkout: Checkout, stored: Stored
-) -> None:
-    tool = stored(b'{"of": "buildah"}')
-    source = publish.source(checkout.image(), tool)
-    assert tool.exported == 0
-    first = publish.prepared(source, {})
-    assert tool.exported == 1
-    assert publish.prepared(source, {}).data == first.data
-    assert tool.exported == 1
-    assert [layer.name for layer in source.layers] == list(first.names.values())
-    assert not list(host.scratch().iterdir())
-
-
 # What failures are called
 
 
 def skopeo(message: str) -> Problem:
     """What is made of skopeo's last words."""
     text = f'Copying blob sha256:1\\ntime="2026-01-01T00:00:00Z" level=fatal msg="{message}"\\n'
-    return registry.meaning_of_skopeo(text.encode().decode("unicode_escape"), 1, NAME)
+    return failures.meaning_of_skopeo(text.encode().decode("unicode_escape"), 1, NAME)
 
 
 # As skopeo 1.9.3 printed them.
@@ -480,14 +273,14 @@ def test_what_another_attempt_may_mend_is_tried_again(message: str) -> None:
 def test_each_answer_that_nobody_wanted_has_its_sentence(
     status: int, body: bytes, words: str, again: bool
 ) -> None:
-    problem = registry.meaning(status, body, NAME)
+    problem = failures.meaning(status, body, NAME)
     assert words in problem.sentence
     assert isinstance(problem, Broken) is again
 
 
 def test_each_connection_that_is_not_made_has_its_sentence() -> None:
     def said(error: BaseException) -> Problem:
-        return registry.unreachable(urllib.error.URLError(error), "x:1")  # type: ignore[arg-type]
+        return failures.unreachable(urllib.error.URLError(error), "x:1")  # type: ignore[arg-type]
 
     assert "no host x:1" in said(socket.gaierror(socket.EAI_NONAME, "")).sentence
     assert isinstance(said(socket.gaierror(socket.EAI_AGAIN, "")), Broken)
@@ -500,21 +293,21 @@ def test_patience_grows_ends_and_begins_anew_with_progress(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(registry.time, "sleep", slept.append)
+    monkeypatch.setattr(failures.time, "sleep", slept.append)
 
     def fails() -> None:
         raise Broken("it broke")
 
     with pytest.raises(Problem, match="it broke, 4 times in a row") as caught:
-        registry.patiently(fails, (1, 2, 4))
+        failures.patiently(fails, (1, 2, 4))
     assert not isinstance(caught.value, Broken)
     assert slept == [1, 2, 4]
     slept.clear()
     progress = iter([False, True, False, False, False])
     with pytest.raises(Problem):
-        registry.patiently(fails, (1, 2, 4), lambda: next(progress))
+        failures.patiently(fails, (1, 2, 4), lambda: next(progress))
     assert slept == [1, 1, 2, 4]
-    assert list(registry.WAITS) == sorted(registry.WAITS)
+    assert list(failures.WAITS) == sorted(failures.WAITS)
 
 
 def test_no_option_of_skopeo_weakens_a_copy_of_a_registry_with_tls() -> None:

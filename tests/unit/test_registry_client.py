@@ -1,18 +1,14 @@
-"""What a registry is asked with, and what is made of it: nothing here needs one."""
+"""What a registry is asked with, and where it may send to: nothing here needs one."""
 
 from __future__ import annotations
 
-import http.client
-import itertools
-import json
-import ssl
-import urllib.error
 from pathlib import Path
 
 import pytest
 
 from images import oci, registry
-from images.registry import Broken, Registry, Unreachable
+from images.failures import Unreachable
+from images.registry import Registry
 from rollout.problem import Problem
 
 DIGEST = oci.digest(b"")
@@ -61,73 +57,6 @@ def test_a_file_of_credentials_that_cannot_be_read_is_wrong_usage(
     with pytest.raises(Problem, match=r"--authfile .* cannot be read: [A-Z]") as caught:
         Registry("localhost:5000", authfile=file)
     assert caught.value.code == 2
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"auths": 7}', "[" * 200_000], ids=itertools.count())
-def test_a_damaged_file_of_credentials_is_one_sentence(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "auth.json"
-    file.write_text(text)
-    with pytest.raises(Problem, match="no file of credentials") as caught:
-        registry.credentials("localhost:5000/a", [file])
-    assert caught.value.code == 2
-
-
-def test_a_place_without_credentials_is_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "auth.json").write_text(json.dumps({"auths": {"localhost": {"auth": "YTpi"}}}))
-    files = [tmp_path / "folder", tmp_path / "nowhere", tmp_path / "auth.json"]
-    assert registry.credentials("localhost/a", files) == ("a", "b")
-
-
-@pytest.mark.parametrize("status", [401, 403])
-def test_who_is_not_logged_in_is_told_to_log_in(status: int) -> None:
-    problem = registry.meaning(status, b"", "localhost:5000/a", login=False)
-    assert problem.sentence.startswith(
-        "localhost:5000 asks for a login, and none is known for localhost:5000/a; log in with"
-    )
-    assert "refuses these credentials" in registry.meaning(status, b"", "localhost/a").sentence
-
-
-# What is no verdict on an image
-
-
-def test_what_cannot_be_asked_has_an_exit_code_of_its_own() -> None:
-    found = [
-        registry.unreachable(ssl.SSLError(1, "alert"), "x:1"),
-        registry.unreachable(ConnectionRefusedError(111, ""), "x:1"),
-        registry.unreachable(UnicodeError("label too long"), "x:1"),
-        registry.meaning(401, b"", "x:1/a"),
-        registry.meaning(403, b"", "x:1/a"),
-        registry.meaning(503, b"", "x:1/a"),
-        *(
-            registry.meaning_of_skopeo(f'level=fatal msg="{text}"', 1, "x:1/a")
-            for text in ("x509: unknown", "no such host", "unauthorized", "EOF")
-        ),
-    ]
-    assert [problem.code for problem in found] == [3] * len(found)
-    assert all(isinstance(problem, Unreachable) for problem in found)
-    assert not isinstance(registry.meaning(400, b"", "x:1/a"), Unreachable)
-
-
-def test_patience_ends_in_what_is_no_verdict() -> None:
-    def fails() -> None:
-        raise Broken("it broke")
-
-    with pytest.raises(Unreachable, match="it broke, 2 times in a row") as caught:
-        registry.patiently(fails, (0,))
-    assert caught.value.code == 3
-
-
-def test_no_failure_writes_to_the_terminal() -> None:
-    reset = "\x1b[2J\nlevel=fatal\x9b"
-    for problem in (
-        registry.unreachable(http.client.BadStatusLine(reset), "x:1"),
-        registry.unreachable(urllib.error.URLError(reset), "x:1"),
-        registry.meaning_of_skopeo(reset, 1, "x:1/a"),
-        registry.meaning_of_skopeo(f'level=fatal msg="x509: {reset[:4]}"', 1, "x:1/a"),
-        registry.meaning(503, reset.encode(), "x:1/a"),
-    ):
-        assert problem.sentence.isprintable()
 
 
 # Where a registry may send to

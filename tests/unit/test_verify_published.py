@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from images import host, oci, papers, verify_published
+from images.failures import Broken, Unreachable
 from images.papers import Paper
-from images.registry import Broken, Registry, Unreachable
+from images.registry import Registry
 from images.verify_published import CHECKS, LOCK_INSIDE, NEEDS, Published
 from rollout import report
 from rollout.problem import Problem

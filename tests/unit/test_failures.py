@@ -1,0 +1,60 @@
+"""What is made of a failure: one sentence, and whether another attempt may help."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import urllib.error
+
+import pytest
+
+from images import failures
+from images.failures import Broken, Unreachable
+
+
+def test_what_cannot_be_asked_has_an_exit_code_of_its_own() -> None:
+    found = [
+        failures.unreachable(ssl.SSLError(1, "alert"), "x:1"),
+        failures.unreachable(ConnectionRefusedError(111, ""), "x:1"),
+        failures.unreachable(UnicodeError("label too long"), "x:1"),
+        failures.meaning(401, b"", "x:1/a"),
+        failures.meaning(403, b"", "x:1/a"),
+        failures.meaning(503, b"", "x:1/a"),
+        *(
+            failures.meaning_of_skopeo(f'level=fatal msg="{text}"', 1, "x:1/a")
+            for text in ("x509: unknown", "no such host", "unauthorized", "EOF")
+        ),
+    ]
+    assert [problem.code for problem in found] == [3] * len(found)
+    assert all(isinstance(problem, Unreachable) for problem in found)
+    assert not isinstance(failures.meaning(400, b"", "x:1/a"), Unreachable)
+
+
+def test_patience_ends_in_what_is_no_verdict() -> None:
+    def fails() -> None:
+        raise Broken("it broke")
+
+    with pytest.raises(Unreachable, match="it broke, 2 times in a row") as caught:
+        failures.patiently(fails, (0,))
+    assert caught.value.code == 3
+
+
+def test_no_failure_writes_to_the_terminal() -> None:
+    reset = "\x1b[2J\nlevel=fatal\x9b"
+    for problem in (
+        failures.unreachable(http.client.BadStatusLine(reset), "x:1"),
+        failures.unreachable(urllib.error.URLError(reset), "x:1"),
+        failures.meaning_of_skopeo(reset, 1, "x:1/a"),
+        failures.meaning_of_skopeo(f'level=fatal msg="x509: {reset[:4]}"', 1, "x:1/a"),
+        failures.meaning(503, reset.encode(), "x:1/a"),
+    ):
+        assert problem.sentence.isprintable()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_who_is_not_logged_in_is_told_to_log_in(status: int) -> None:
+    problem = failures.meaning(status, b"", "localhost:5000/a", login=False)
+    assert problem.sentence.startswith(
+        "localhost:5000 asks for a login, and none is known for localhost:5000/a; log in with"
+    )
+    assert "refuses these credentials" in failures.meaning(status, b"", "localhost/a").sentence
