@@ -205,7 +205,12 @@ def test_a_signal_ends_everything_inside(
         "except KeyboardInterrupt: sys.exit(10)\n"
     )
     process = subprocess.Popen(
-        launched.argv("python3", "-c", script), stdout=subprocess.PIPE, env=launched.env, text=True
+        launched.argv("python3", "-c", script),
+        stdout=subprocess.PIPE,
+        env=launched.env,
+        text=True,
+        # A shell starts what runs in its background with Ctrl-C ignored: so may be these tests.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
