@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 from images import oci
 from images.oci import Damaged, Descriptor
-from images.papers import BUILD_TYPE, PREDICATE_TYPE, STATEMENT, Paper, signature
+from images.papers import BUILD_TYPE, PREDICATE_TYPE, STATEMENT, Key, Paper, signature
 from images.registry import Registry
 from images.verify_published import origin_of, statement_of
 from rollout.problem import Problem
@@ -86,7 +85,7 @@ def ours(there: Sequence[Attached], kinds: Collection[str]) -> list[Attached]:
 
 
 def sufficient(
-    there: Sequence[Attached], kinds: Collection[str], digest: str, key: Any = None
+    there: Sequence[Attached], kinds: Collection[str], digest: str, key: Key | None = None
 ) -> bool:
     """Whether one paper of each kind is attached, and the provenance signed where there is a key.
 
@@ -113,7 +112,7 @@ def attach(
     repository: str,
     subject: Descriptor,
     papers: Sequence[oci.Paper],
-    key: Any = None,
+    key: Key | None = None,
     *,
     exactly: bool = False,
 ) -> list[str]:
@@ -184,7 +183,7 @@ def refer(
 # Signatures
 
 
-def sign(registry: Registry, repository: str, digest: str, key: Any) -> bool:
+def sign(registry: Registry, repository: str, digest: str, key: Key) -> bool:
     """Add a signature by this key, where there is none yet; others stay. Whether it was added."""
     payload, annotations = signature(digest, registry.name(repository), key)
     own = oci.describe(payload, oci.SIMPLE_SIGNING, annotations)

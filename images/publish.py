@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from images import (
     attach,
@@ -291,7 +290,7 @@ def publish(
     repository: str,
     names: Tags,
     attaching: Sequence[oci.Paper],
-    key: Any = None,
+    key: papers.Key | None = None,
 ) -> bool:
     """Bring an image into a registry, in the order that leaves no tag on anything unfinished.
 
@@ -358,7 +357,7 @@ def publish_image(
     tool: builder.Buildah,
     registry: Registry,
     *,
-    key: Any = None,
+    key: papers.Key | None = None,
     unproved: bool = False,
 ) -> None:
     """Publish an image of buildah's storage.
@@ -419,8 +418,8 @@ def promote(
     reference: str,
     registry: Registry,
     *,
-    trusted: Any,
-    key: Any = None,
+    trusted: papers.PublicKey,
+    key: papers.Key | None = None,
 ) -> None:
     """Give an image of a registry, by its digest, the tags of another or of the same one.
 
@@ -509,7 +508,7 @@ def carry(source: Published, registry: Registry, destination: str, subject: Desc
     return bool(copied or added)
 
 
-def recheck(registry: Registry, repository: str, digest: str, trusted: Any) -> None:
+def recheck(registry: Registry, repository: str, digest: str, trusted: papers.PublicKey) -> None:
     """See that an image will verify where it is about to get its tags.
 
     Raises:
