@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -149,16 +149,24 @@ def zstd_argv(level: int = LEVEL) -> list[str]:
     return ["zstd", "--quiet", "--stdout", f"-{level}", "--long=27", "-T0"]
 
 
-def compressed(blob: Path) -> int:
-    """The bytes of a layer as a registry holds it."""
+def zstd(blob: Path) -> Iterator[bytes]:
+    """A layer as a registry holds it, piece by piece; the same tar gives the same bytes.
+
+    Raises:
+        Problem: zstd failed.
+    """
     host.require("zstd")
-    size = 0
+    # It reads the tar itself: with a size to go by it takes other parameters than for a pipe.
     with subprocess.Popen([*zstd_argv(), str(blob)], stdout=subprocess.PIPE) as process:
         while process.stdout and (piece := process.stdout.read(1 << 20)):
-            size += len(piece)
+            yield piece
     if process.returncode:
         raise Problem(f"zstd exited with {process.returncode}; is there disk space?")
-    return size
+
+
+def compressed(blob: Path) -> int:
+    """The bytes of a layer as a registry holds it."""
+    return sum(map(len, zstd(blob)))
 
 
 # What a record says of an image that was built

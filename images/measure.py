@@ -30,7 +30,7 @@ SITE = "/opt/rollout"
 
 def path(image: Image) -> Path:
     """Where the numbers of an image are kept."""
-    return prove.kept(image).with_suffix(".measured.json")
+    return prove.beside(image, "measured")
 
 
 def seconds(action: Callable[[], object]) -> float:

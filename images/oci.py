@@ -341,25 +341,3 @@ def write_layout(folder: Path, data: bytes, config: bytes, files: Mapping[str, P
         _place(path, blobs / name.removeprefix("sha256:"))
     (folder / "oci-layout").write_bytes(encode({"imageLayoutVersion": "1.0.0"}))
     (folder / "index.json").write_bytes(index([describe(data, MANIFEST)]))
-
-
-def read_layout(folder: Path) -> tuple[bytes, Descriptor]:
-    """The manifest of the one image of a layout.
-
-    Raises:
-        Problem: exit code 2 where there is none, or another number of them.
-        Damaged: its bytes are not those of its name.
-    """
-    try:
-        entries = parse_index((folder / "index.json").read_bytes())
-        if len(entries) != 1:
-            raise Problem(f"{folder} has {len(entries)} images; an OCI layout of one is needed", 2)
-        path = folder / "blobs" / "sha256" / entries[0].digest.removeprefix("sha256:")
-        data = path.read_bytes()
-    except OSError as error:
-        raise Problem(
-            f"{folder} is no OCI layout: {error.strerror} ({error.filename})", 2
-        ) from None
-    if digest(data) != entries[0].digest:
-        raise Damaged(f"{path} is damaged: its sha256 is not its name; write the layout anew")
-    return data, entries[0]

@@ -22,8 +22,6 @@ from images.catalog import Image
 from images.oci import Descriptor
 from rollout.problem import Problem
 
-_PIECE = 1 << 20
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -132,22 +130,13 @@ def compress(diff_id: str, tar: Path) -> Descriptor:
     Raises:
         Problem: the tar is not what its name says, or zstd failed.
     """
-    host.require("zstd")
-    raw, out, size = hashlib.sha256(), hashlib.sha256(), 0
+    out, size = hashlib.sha256(), 0
     with host.replacing(packed(diff_id)) as temporary, temporary.open("wb") as file:
-        # It reads the tar itself: with a size to go by it takes other parameters than for a pipe.
-        argv = [*layers.zstd_argv(), str(tar)]
-        with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
-            while process.stdout and (piece := process.stdout.read(_PIECE)):
-                file.write(piece)
-                out.update(piece)
-                size += len(piece)
-        if process.returncode:
-            raise Problem(f"zstd exited with {process.returncode}; is there disk space?")
-        with tar.open("rb") as stream:
-            while piece := stream.read(_PIECE):
-                raw.update(piece)
-        if f"sha256:{raw.hexdigest()}" != diff_id:
+        for piece in layers.zstd(tar):
+            file.write(piece)
+            out.update(piece)
+            size += len(piece)
+        if f"sha256:{host.sha256(tar)}" != diff_id:
             raise Problem(f"a layer is damaged: {tar} is not {diff_id}; build the image anew")
         file.flush()
         os.fsync(file.fileno())  # a record of what a power cut has halved would be believed

@@ -44,7 +44,6 @@ REPORT = "application/vnd.verl-rollout.report.v1+json"
 SBOM = "application/vnd.cyclonedx+json"
 STATEMENT = "application/vnd.in-toto+json"
 ENVELOPE = "application/vnd.dsse.envelope.v1+json"
-SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
 # The annotation under which cosign keeps a signature beside what it signs.
 SIGNATURE = "dev.cosignproject.cosign/signature"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"

@@ -35,7 +35,7 @@ def kept(image: Image) -> Path:
 
 
 def beside(image: Image, what: str) -> Path:
-    """Where something measured with the kept report is kept: ``calibration``, ``warm``."""
+    """Where something measured is kept beside the report: ``calibration``, ``warm`` and others."""
     return kept(image).with_suffix(f".{what}.json")
 
 

@@ -348,7 +348,7 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
 
 def path(image: Image) -> Path:
     """Where the runs that reproduced an image are kept."""
-    return prove.kept(image).with_suffix(".reproduced.json")
+    return prove.beside(image, "reproduced")
 
 
 def remember(image: Image, record: layers.Record, run: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ from images.publish import Copy, Tags
 from images.registry import Registry
 from rollout import report
 from rollout.problem import Problem
+from tests import layout
 
 from .conftest import (
     IMAGE,
@@ -93,7 +94,7 @@ def test_skopeo_pulls_what_was_published(toy: Make, here: Registry, tmp_path: Pa
     name = f"docker://{here.reference(REPOSITORY, copy.descriptor.digest)}"
     argv = registry.copy_argv(name, f"oci:{tmp_path / 'pulled'}", plain=(True, False))
     registry.copy(argv, here.name(REPOSITORY))
-    data, found = oci.read_layout(tmp_path / "pulled")
+    data, found = layout.read(tmp_path / "pulled")
     assert data == copy.data
     assert found.digest == copy.descriptor.digest
 
