@@ -26,6 +26,7 @@ DEFAULT = "verl-rollout:transformers-cpu"
 BACKENDS = ("vllm", "sglang", "tensorrt-llm", "transformers")
 PYTHONS = ("3.11",)  # what the base image (Debian 12) has
 LEVELS = ("R1", "R2", "R3", "R4")  # what two builds agree in: images/reproduce.py
+REUSES = ("turns", "prompts")  # what a prefix cache keeps of a request that has ended
 TRANSPORTS = ("shared-memory", "cuda-ipc", "cuda-ipc-flattened", "nccl", "disk")
 
 
@@ -38,6 +39,7 @@ class Smoke:
     fp8: bool = False  # a second start with weights in 8 bits, refitted from bfloat16
     server: bool = False  # the engine's own server, over HTTP
     tensor_parallel: int = 0  # GPUs to divide a model among, where so many are visible
+    reuse: str = "turns"  # what its prefix cache keeps of a request that has ended
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -48,6 +50,7 @@ class Smoke:
             "fp8": self.fp8,
             "server": self.server,
             **({"tensor_parallel": self.tensor_parallel} if self.tensor_parallel else {}),
+            **({"reuse": self.reuse} if self.reuse != "turns" else {}),
         }
 
 
@@ -120,6 +123,7 @@ _SMOKE_KEYS: dict[str, tuple[type, bool]] = {
     "fp8": (bool, False),
     "server": (bool, False),
     "tensor-parallel": (int, False),
+    "reuse": (str, False),
 }
 _SIZE_KEYS: dict[str, tuple[type, bool]] = {
     "compressed": (str, True),
@@ -225,6 +229,7 @@ def parse(path: Path) -> Image:
             tensor_parallel=_chosen(
                 [table["smoke"].get("tensor-parallel", 0)], (0, 2), path, "smoke.tensor-parallel"
             )[0],
+            reuse=_chosen([table["smoke"].get("reuse", "turns")], REUSES, path, "smoke.reuse")[0],
         ),
         size=Size(
             _bytes(table["size"], path, "compressed"), _bytes(table["size"], path, "largest-layer")

@@ -120,6 +120,7 @@ FEATURES = (
         # An engine may have computed the last token of an answer too, which nothing asks of it.
         lambda found, _: (
             f"{min(found['reused_tokens'], found['of_tokens'])} of {found['of_tokens']} tokens"
+            + (", prompts alone" if found.get("reuse") == "prompts" else "")
         ),
     ),
     Feature("partial rollout, continued", "partial-rollout", every, continued),

@@ -71,6 +71,7 @@ class Trial:
     serve: Callable[[], Engine] | None = None  # the engine's own server
     fault: str | None = None
     device: str = "cpu"
+    reuse: str = "turns"  # what a prefix cache keeps of a request: all of it, or "prompts" alone
     calm: float = 1.0  # the probe's factor for its lm_head in fp8; see CALM in smoke.py
     _digests: dict[int, dict[str, str]] = field(default_factory=dict)
 
@@ -285,8 +286,9 @@ def multi_turn(trial: Trial) -> Metrics:
 
     Each turn the engine must take from its prefix cache what both sides said before, to the token
     (or to the block, where its cache shares whole ones), and the oracle must agree with its answer.
-    Control: from an empty cache nothing may count as taken, and another tool's answer must give
-    another turn.
+    A release known to forget its answers must take exactly the prompts: no more, or it is known
+    wrongly. Control: from an empty cache nothing may count as taken, and another tool's answer
+    must give another turn.
     """
     engine, block = trial.engine, trial.engine.cache_block
     metrics: Metrics = {"turns": TURNS}
@@ -300,15 +302,18 @@ def multi_turn(trial: Trial) -> Metrics:
         completion = engine.generate([conversation], TOKENS)[0]
         # The last token was chosen and never computed: it begins what is new.
         known = max(said - 1, 0) // block * block
+        least, most = (known, said) if trial.reuse == "turns" else (asked // block * block, asked)
         if turn == 0 and completion.cached:
             raise Failed("control: an empty prefix cache counts tokens as taken from it", metrics)
         if turn:
             reused.append(completion.cached)
             expected.append(known)
             metrics["reused_tokens"], metrics["of_tokens"] = sum(reused), sum(expected)
-            if not known <= completion.cached <= said:
-                what = f"{completion.cached} of {known} tokens"
-                raise Failed(f"turn {turn + 1}: {what} said before came from the cache", metrics)
+            metrics["reuse"] = trial.reuse
+            if not least <= completion.cached <= most:
+                which = "said" if trial.reuse == "turns" else "asked"
+                what = f"{completion.cached} of {least} tokens {which} before"
+                raise Failed(f"turn {turn + 1}: {what} came from the cache", metrics)
         values += completion.logprobs
         judged += trial.oracle.logprobs(conversation, completion.tokens)
         asked = len(conversation)

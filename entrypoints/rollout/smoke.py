@@ -173,6 +173,7 @@ def _trial(facts: dict[str, Any], options: Options, folder: Path, *, dummy: bool
         transports=transports(facts["smoke"]["refit"], gpus),
         serve=serve,
         fault=options.inject,
+        reuse=facts["smoke"].get("reuse", "turns"),
         device=device,
         calm=CALM if options.model is None else 1.0,
     )

@@ -156,16 +156,17 @@ PLAIN = {"sleep_levels": [1], "refit": ["disk"], "fp8": False, "server": False}
         (", fp8 = true", {"fp8": True}),
         (", server = true", {"server": True}),
         (", tensor-parallel = 2", {"tensor_parallel": 2}),
-        (", fp8 = false, server = false, tensor-parallel = 0", {}),
+        (', reuse = "prompts"', {"reuse": "prompts"}),
+        (', fp8 = false, server = false, tensor-parallel = 0, reuse = "turns"', {}),
         (
             ", fp8 = true, server = true, tensor-parallel = 2",
             {"fp8": True, "server": True, "tensor_parallel": 2},
         ),
     ],
-    ids=["none", "fp8", "server", "tensor-parallel", "none, said", "all"],
+    ids=["none", "fp8", "server", "tensor-parallel", "reuse", "none, said", "all"],
 )
 def test_a_check_that_not_every_engine_has_is_made_where_a_file_asks_for_it(
-    checkout: Checkout, more: str, facts: dict[str, bool | int]
+    checkout: Checkout, more: str, facts: dict[str, bool | int | str]
 ) -> None:
     table = f'{{ sleep-levels = [1], refit = ["disk"]{more} }}'
     found = catalog.parse(checkout.file({"smoke": table})).smoke.facts
@@ -264,6 +265,11 @@ def test_a_value_of_the_wrong_type_is_named(
             "smoke",
             '{ sleep-levels = [1], refit = ["disk"], tensor-parallel = 3 }',
             "key 'smoke.tensor-parallel' has 3; known are 0, 2",
+        ),
+        (
+            "smoke",
+            '{ sleep-levels = [1], refit = ["disk"], reuse = "answers" }',
+            "key 'smoke.reuse' has 'answers'; known are turns, prompts",
         ),
         ("reproducible", '"R5"', "key 'reproducible' has 'R5'; known are R1, R2, R3, R4"),
         ("reproducible", '"r4"', "key 'reproducible' has 'r4'; known are R1, R2, R3, R4"),

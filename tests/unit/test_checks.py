@@ -80,6 +80,7 @@ class Toy:
         self.resets = 99  # likewise
         self.miscounts = 0  # cached tokens
         self.cold = False  # nothing is taken from the cache
+        self.forgets = False  # of a request only the prompt is cached
         self.strays = False  # says another token where something comes from the cache
         self.late = 3  # tokens more than it was to be interrupted after
         self.loses = 0  # the kept tokens behind so many
@@ -121,7 +122,7 @@ class Toy:
             token = likeliest(body, context) + stray
             values.append(logprob(body, self.weights[HEAD], context, token) + self.noise)
             context.append(token)
-        self.computed.append((tuple(context[:-1]), body))
+        self.computed.append((tuple(context[: asked if self.forgets else -1]), body))
         count = taken + self.miscounts if taken else 0
         return Completion(tuple(context[asked:]), tuple(values), count)
 
@@ -489,6 +490,22 @@ def test_a_conversation_takes_from_the_cache_all_that_was_said() -> None:
 def test_a_cache_of_whole_blocks_gives_whole_blocks() -> None:
     metrics = checks.multi_turn(trial(started(cache_block=16)))
     assert metrics["reused_tokens"] == metrics["of_tokens"] == 32 + 80
+
+
+def test_a_release_known_to_forget_its_answers_takes_exactly_the_prompts() -> None:
+    metrics = checks.multi_turn(trial(started(forgets=True), reuse="prompts"))
+    assert metrics["reuse"] == "prompts"
+    assert metrics["reused_tokens"] == 30 + (30 + 16 + 24)
+    assert metrics["of_tokens"] == (30 + 16 - 1) + (30 + 16 + 24 + 16 - 1)
+
+
+def test_what_a_release_forgets_must_be_known_and_true() -> None:
+    reason = failure(checks.multi_turn, trial(started(forgets=True)))
+    assert reason == "turn 2: 30 of 45 tokens said before came from the cache"
+    reason = failure(checks.multi_turn, trial(started(), reuse="prompts"))
+    assert reason == "turn 2: 45 of 30 tokens asked before came from the cache"
+    reason = failure(checks.multi_turn, trial(started(cold=True), reuse="prompts"))
+    assert reason == "turn 2: 0 of 30 tokens asked before came from the cache"
 
 
 @pytest.mark.parametrize("miscounts", [0, 1])

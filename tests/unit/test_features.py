@@ -109,6 +109,13 @@ def test_a_cell_is_what_the_report_shows_with_its_telling_number() -> None:
     }
 
 
+def test_a_release_that_forgets_its_answers_is_shown_as_such() -> None:
+    data = report("multi-turn")
+    data["checks"][0]["metrics"] |= {"reused_tokens": 120, "reuse": "prompts"}
+    found = column(EVERYTHING, of(data))["prefix reuse over turns with a tool call"]
+    assert found == "120 of 150 tokens, prompts alone"
+
+
 def test_without_a_report_what_is_promised_is_not_shown_and_the_rest_is_not_claimed() -> None:
     found = column(EVERYTHING, None)
     unclaimed = {name for name, cell in found.items() if cell == NOT_CLAIMED}

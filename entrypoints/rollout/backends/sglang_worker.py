@@ -266,7 +266,9 @@ class Driver:
             names, dtypes, shapes = (list(column) for column in zip(*tensors, strict=True))
             _succeeded(update(names, dtypes, shapes, group_name=group, flush_cache=False))
             return
-        for name, dtype, shape in tensors:  # 0.4.6 takes them one by one
+        # 0.4.6 takes them one by one, and empties the cache after each: see from_disk.
+        self.flush()
+        for name, dtype, shape in tensors:
             _succeeded(update(name, dtype, shape))
 
     def check(self, action: str) -> tuple[bool, str]:
