@@ -72,6 +72,14 @@ def reproduced(image: Image) -> str:
     return f"[{lowest}]({path.relative_to(ROOT)})" + (f" on {count} machines" if count > 1 else "")
 
 
+def pull(image: Image) -> str:
+    """What a node without any of its layers fetches, as recorded for today's inputs."""
+    record = layers.read(image)
+    if record is None or record.inputs != build.inputs(image):
+        return "not recorded yet"
+    return sizes.megabytes(sum(layer.compressed for layer in record.layers))
+
+
 def row(image: Image, versions: Mapping[str, str]) -> str:
     """The table row of an image."""
     cells = [
@@ -81,6 +89,7 @@ def row(image: Image, versions: Mapping[str, str]) -> str:
         lock.cuda(versions) or "none (CPU)",
         image.python,
         str(image.resolved_as_of),
+        pull(image),
         reproduced(image),
         standing(image),
     ]
@@ -89,7 +98,10 @@ def row(image: Image, versions: Mapping[str, str]) -> str:
 
 def table(images: Sequence[Image]) -> str:
     """The table of all images."""
-    head = ("image", "engine", "torch", "CUDA", "Python", "resolved as of", "same bytes", "proof")
+    head = (
+        *("image", "engine", "torch", "CUDA", "Python", "resolved as of"),
+        *("to pull", "same bytes", "proof"),
+    )
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for image in images:
         lines.append(row(image, {e.name: e.version for e in lock.read(image)}))
@@ -182,7 +194,7 @@ def start_rows(data: Mapping[str, Any], found: Mapping[str, Metrics]) -> list[Ro
         (
             "… and the first answer, with what is compiled for it",
             f"{seconds['start']:.1f} s",
-            "",
+            added(found["start"]),
         ),
         (
             "the whole smoke test: engine starts, and the rest",
@@ -192,18 +204,22 @@ def start_rows(data: Mapping[str, Any], found: Mapping[str, Metrics]) -> list[Ro
     ]
 
 
+def added(start: Metrics) -> str:
+    """What a start leaves in the cache for those after it."""
+    return f"files added to the cache: {start['cache_files_added']}"
+
+
 def warm_rows(data: Mapping[str, Any], again: Mapping[str, Any]) -> list[Row]:
     """A second start, which compiles nothing where the cache of the first serves."""
     first, second = (
         next(check for check in one["checks"] if check["name"] == "start") for one in (data, again)
     )
     metrics = second["metrics"]
-    files = [check["metrics"]["cache_files_added"] for check in (first, second)]
     return [
         (
             "start again, with the cache that the first one filled",
             f"{metrics['start_seconds']:.1f} s",
-            f"files added to the cache: {files[1]}, by the first {files[0]}",
+            added(metrics),
         ),
         (
             "… and the first answer",
@@ -319,9 +335,11 @@ def gpu_numbers(images: Sequence[Image]) -> str:
         rows = gpu_rows(data, second)
         sources = [f"[its report]({found.where})"]
         size = measure.path(image)
+        measured = {}
         if size.exists():
             sources.append(f"[sizes measured at the build]({size.relative_to(ROOT)})")
-            rows += size_rows(image, json.loads(size.read_text(encoding="utf-8")))
+            measured = json.loads(size.read_text(encoding="utf-8"))
+        rows += size_rows(image, measured)
         if second:
             sources.append(f"[a second start]({prove.beside(image, 'warm').relative_to(ROOT)})")
         calibrated = prove.beside(image, "calibration")

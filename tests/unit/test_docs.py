@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,16 +105,28 @@ def test_a_proof_of_another_lock_or_other_layers_is_stale(image: Image, age: Any
 def test_a_row_says_what_the_lock_says(image: Image) -> None:
     assert docs.row(image, VERSIONS | {"torch": "2.9.0+cu128"}) == (
         "| `verl-rollout:vllm-0.12` | vllm 0.12.0 | 2.9.0 | 12.8 | 3.11 | 2025-12-20 | "
-        f"not shown yet | {PROVED} |"
+        f"{docs.pull(image)} | not shown yet | {PROVED} |"
     )
     assert "| none (CPU) |" in docs.row(image, {"vllm": "0.12.0", "torch": "2.9.0+cpu"})
+
+
+def test_to_pull_is_the_sum_of_the_layers_recorded_for_todays_inputs(image: Image) -> None:
+    found = layers.read(image)
+    assert found is not None
+    sized = [replace(layer, compressed=750_000_000) for layer in found.layers]
+    layers.write(image, replace(found, layers=tuple(sized)))
+    assert docs.pull(image) == "1.50 GB"
+    layers.write(image, replace(found, inputs="others"))
+    assert docs.pull(image) == "not recorded yet"
+    layers.path(image).unlink()
+    assert docs.pull(image) == "not recorded yet"
 
 
 def test_the_table_has_a_row_for_each_image(checkout: Checkout, image: Image) -> None:
     lines = docs.table([image, checkout.image(tag="other")]).splitlines()
     assert len(lines) == 4
     assert "`verl-rollout:other`" in lines[3]
-    assert {line.count("|") for line in lines} == {9}
+    assert {line.count("|") for line in lines} == {10}
 
 
 # the README around it
@@ -167,7 +180,7 @@ def test_a_fault_found_on_a_gpu_links_to_the_report_of_that_run(image: Image) ->
 
 CHECKS: dict[str, dict[str, float]] = {
     "files": {},
-    "start": {"start_seconds": 40.0},
+    "start": {"start_seconds": 40.0, "cache_files_added": 71},
     "refit": {"gb_per_s": 70.0, "copy_gb_per_s": 1900.0},
     "generation": {"divergence": 1.0116, "control_divergence": 215.6},
     "sleep-1": {
@@ -203,6 +216,8 @@ def test_the_numbers_of_a_gpu_are_those_of_its_report() -> None:
         "70 GB/s",
         "a copy on the device: 1900 GB/s",
     )
+    first = rows["… and the first answer, with what is compiled for it"]
+    assert first == ("10.0 s", "files added to the cache: 71")
     assert [v for what, (v, _) in rows.items() if "fp8" in what] == ["1.0269"]
 
 
@@ -216,7 +231,7 @@ def test_a_second_start_stands_beside_the_first() -> None:
     rows = docs.gpu_rows(first, second)
     assert rows[2] == (
         *("start again, with the cache that the first one filled", "20.0 s"),
-        "files added to the cache: 2, by the first 300",
+        "files added to the cache: 2",
     )
     assert rows[3] == ("… and the first answer", "30.0 s", "compiled only once: 30.0 s")
     assert [*rows[:2], *rows[4:]] == docs.gpu_rows(first)

@@ -26,7 +26,7 @@ LITTLE = Smoke(sleep_levels=(2,), refit=("cuda-ipc",))
 
 CHECKS: dict[str, dict[str, Any]] = {
     "files": {},
-    "start": {"start_seconds": 20.0},
+    "start": {"start_seconds": 20.0, "cache_files_added": 58},
     "refit": {
         "tensors": 35,
         "gb_per_s": 80.0,
