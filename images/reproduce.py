@@ -255,12 +255,20 @@ def look(image: Image, outcome: Outcome, folder: Path) -> list[list[Entry]]:
         return [contents.load(blob)[0] for blob in found]
 
 
+def mounted(work: Path, mounts: str) -> list[str]:
+    """What is mounted below a folder, the innermost first; ``mounts`` is /proc/self/mounts."""
+    # The kernel writes a space in a path as \\040, and umount would not find that.
+    places = [line.split(" ")[1].replace("\\040", " ") for line in mounts.splitlines()]
+    return [place for place in reversed(places) if Path(place).is_relative_to(work)]
+
+
 def discard(work: Path) -> None:
-    """Remove everything; the storage's own mount on its folder first, or it would be busy."""
-    for own in work.glob("*-own"):
-        subprocess.run(
-            ["umount", str(own / "graphroot" / "overlay")], check=False, capture_output=True
-        )
+    """Remove everything; what is mounted there first, or it would be busy.
+
+    The storage has a mount on its own folder, and a build that failed leaves its container's.
+    """
+    for place in mounted(work, Path("/proc/self/mounts").read_text(encoding="utf-8")):
+        subprocess.run(["umount", place], check=False, capture_output=True)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -393,10 +401,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def room(image: Image) -> int:
-    """The bytes that two builds take: files, layers and packages of each at once."""
+    """The bytes that two builds take: files, layers and packages of each at once.
+
+    While buildah commits a layer, a copy of it lies beside the others: 48 GiB were too few for
+    two builds of sglang-0.5.12 with its layer of 5 GB, where four and a half images are 46.
+    """
     recorded = layers.read(image)
-    whole = sum(layer.bytes for layer in recorded.layers) if recorded else image.size.compressed * 3
-    return 9 * whole // 2 + build.DISK_NEEDED
+    sizes = [layer.bytes for layer in recorded.layers] if recorded else [image.size.compressed * 3]
+    return 9 * sum(sizes) // 2 + max(sizes) + build.DISK_NEEDED
 
 
 if __name__ == "__main__":

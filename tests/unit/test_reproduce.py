@@ -744,6 +744,30 @@ def test_the_room_that_builds_need_grows_with_the_image(checkout: Checkout) -> N
         assert reproduce.room(image) > 2 * size + build.DISK_NEEDED
 
 
+def test_a_large_layer_needs_room_for_a_copy_of_it(checkout: Checkout) -> None:
+    image = checkout.image()
+    half = replace(recorded_layer("torch", "sha256:a"), bytes=10**9)
+    rooms = []
+    for sizes in ([10**9, 10**9], [2 * 10**9]):
+        found = tuple(replace(half, bytes=size) for size in sizes)
+        layers.write(image, replace(record(image), layers=found))
+        rooms.append(reproduce.room(image))
+    assert rooms[1] - rooms[0] == 10**9
+
+
+def test_mounts_of_a_failed_build_are_taken_off_from_the_innermost() -> None:
+    mounts = (
+        "/dev/vda / ext4 rw 0 0\n"
+        "/dev/vda /w/reproduce-1-x/second-own/graphroot/overlay ext4 rw 0 0\n"
+        "overlay /w/reproduce-1-x/second-own/graphroot/overlay/c0\\040ffee/merged overlay rw 0 0\n"
+        "overlay /w/reproduce-1-xy/merged overlay rw 0 0\n"
+    )
+    assert reproduce.mounted(Path("/w/reproduce-1-x"), mounts) == [
+        "/w/reproduce-1-x/second-own/graphroot/overlay/c0 ffee/merged",
+        "/w/reproduce-1-x/second-own/graphroot/overlay",
+    ]
+
+
 def test_what_builds_left_is_removed_and_what_is_no_mount_does_no_harm(work: Path) -> None:
     put(work, "first-own/graphroot/overlay/x", "second-own/tmp/y", "one/README.md")
     reproduce.discard(work)
