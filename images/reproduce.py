@@ -404,7 +404,7 @@ def room(image: Image) -> int:
     """The bytes that two builds take: files, layers and packages of each at once.
 
     While buildah commits a layer, a copy of it lies beside the others: 48 GiB were too few for
-    two builds of sglang-0.5.12 with its layer of 5 GB, where four and a half images are 46.
+    two builds of an SGLang image with a layer of 5 GB, where four and a half images are 46.
     """
     recorded = layers.read(image)
     sizes = [layer.bytes for layer in recorded.layers] if recorded else [image.size.compressed * 3]
