@@ -257,7 +257,7 @@ def look(image: Image, outcome: Outcome, folder: Path) -> list[list[Entry]]:
 
 def mounted(work: Path, mounts: str) -> list[str]:
     """What is mounted below a folder, the innermost first; ``mounts`` is /proc/self/mounts."""
-    # The kernel writes a space in a path as \\040, and umount would not find that.
+    # The kernel writes a space in a path as \040, and umount would not find that.
     places = [line.split(" ")[1].replace("\\040", " ") for line in mounts.splitlines()]
     return [place for place in reversed(places) if Path(place).is_relative_to(work)]
 
