@@ -130,6 +130,20 @@ def read(path: Path = LOCK) -> Lock:
     return parse(text, shown(path))
 
 
+def python(minor: str, path: Path = LOCK) -> str:
+    """The whole version of a Python (``3.11``) as the base has it: ``3.11.2``.
+
+    Raises:
+        Problem: the lock has no such Python.
+    """
+    name = f"python{minor}"
+    for deb in read(path).debs:
+        if deb.name == name:
+            # Debian's own revision and epoch say nothing to anybody who asks Python.
+            return deb.version.rpartition(":")[2].partition("-")[0].partition("+")[0]
+    raise Problem(f"{shown(path)} has no {name}; ask for it in {shown(PACKAGES)}", 2)
+
+
 def identity(path: Path = LOCK) -> str:
     """Twelve hex digits for what the base image holds: they change with the lock and the recipe."""
     # The recipe counts too: else a tar cached before a change here would be taken for the new one.

@@ -49,6 +49,10 @@ _NVIDIA = re.compile(
 )
 # What compiles at run time; the plain runtime wheel is its part where torch's has a suffix.
 _TOOLCHAIN = re.compile(r"nvidia-(cuda-(nvcc|cccl|crt)|nvvm)(-cu\d+)?")
+# NVIDIA's hooks in container engines give a container the GPU, and of the driver what computes,
+# where its image asks for them. docker's --gpus asks by itself; pyxis, enroot and a runtime that is
+# the default of a cluster do not, and the image would see no GPU there (enroot 205).
+GPU = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
 # One moment for every file of every image. A moment of its own for each would give two images with
 # the same torch two different torch layers.
 TIMESTAMP = base.EPOCH
@@ -115,8 +119,17 @@ def immutable_tag(image: Image, locked: Sequence[Locked], lock_sha256: str) -> s
     return f"{image.backend}-{version}-{platform}-{python}-{lock_sha256[:8]}"
 
 
+def variables(image: Image, locked: Sequence[Locked]) -> dict[str, str]:
+    """Variables of an image: the catalog's, and with CUDA those that ask for the GPU."""
+    cuda = lock.cuda({entry.name: entry.version for entry in locked})
+    return {**(GPU if cuda else {}), **image.env}
+
+
 def labels(image: Image, locked: Sequence[Locked], lock_sha256: str, bottom: str) -> dict[str, str]:
-    """Labels of an image: the standard keys, and the catalog row under ``rollout.``."""
+    """Labels of an image: the standard keys, and the catalog row under ``rollout.``.
+
+    Ray compares its own version and all three numbers of Python's, so both are there in full.
+    """
     versions = {entry.name: entry.version for entry in locked}
     engine = versions[image.engine]
     return {
@@ -132,7 +145,8 @@ def labels(image: Image, locked: Sequence[Locked], lock_sha256: str, bottom: str
         "rollout.engine.version": engine,
         "rollout.framework": image.framework,
         "rollout.lock.sha256": lock_sha256,
-        "rollout.python": image.python,
+        "rollout.python": base.python(image.python),
+        "rollout.ray": versions.get("ray", "none"),
         "rollout.resolved-as-of": image.resolved_as_of.isoformat(),
         "rollout.torch": versions["torch"],
     }
@@ -232,7 +246,8 @@ def recipe_text(image: Image, locked: Sequence[Locked]) -> str:
     """
     stamped = labels(image, locked, host.sha256(image.lock), base_name())
     empty = set(LAYERS) - set(layer_names(image, locked))
-    return dockerfile(without(image.dockerfile.read_text("utf-8"), empty), image.env, stamped)
+    text = without(image.dockerfile.read_text("utf-8"), empty)
+    return dockerfile(text, variables(image, locked), stamped)
 
 
 def inputs(image: Image) -> str:

@@ -9,7 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from images import build, catalog, features, host, layers, lock, measure, prove, reproduce, sizes
+from images import (
+    base,
+    build,
+    catalog,
+    features,
+    host,
+    layers,
+    lock,
+    measure,
+    prove,
+    reproduce,
+    sizes,
+)
 from images.catalog import ROOT, TRANSPORTS, Image, shown
 from rollout import report, smoke, verify
 from rollout.checks import FREED, GROWTH
@@ -87,7 +99,8 @@ def row(image: Image, versions: Mapping[str, str]) -> str:
         f"{image.backend} {versions[image.engine]}",
         versions["torch"].split("+")[0],
         lock.cuda(versions) or "none (CPU)",
-        image.python,
+        base.python(image.python),
+        versions.get("ray", "none"),
         str(image.resolved_as_of),
         pull(image),
         reproduced(image),
@@ -99,7 +112,7 @@ def row(image: Image, versions: Mapping[str, str]) -> str:
 def table(images: Sequence[Image]) -> str:
     """The table of all images."""
     head = (
-        *("image", "engine", "torch", "CUDA", "Python", "resolved as of"),
+        *("image", "engine", "torch", "CUDA", "Python", "Ray", "resolved as of"),
         *("to pull", "same bytes", "proof"),
     )
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]

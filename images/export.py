@@ -40,9 +40,6 @@ FORMATS = {
     "rootfs": ("rootfs.tar.zst", "zstd"),
     "sqsh": ("sqsh", "mksquashfs"),
 }
-# enroot's hook looks at these to decide whether a container gets the driver; docker's --gpus sets
-# them by itself.
-_GPU = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
 
 
 def stem(image: Image) -> str:
@@ -115,10 +112,6 @@ else
     exec {shlex.join([*entry, *default] or ["/bin/sh"])}
 fi
 """
-    variables = environment(config, diff_ids)
-    names = {line.split("=")[0] for line in variables.splitlines()}
-    if labels.get("rollout.cuda", "none") != "none":
-        variables += "".join(f"{k}={v}\n" for k, v in _GPU.items() if k not in names)
     volumes = sorted(config.get("Volumes") or {})
     mounts = [
         f"${{ENROOT_ROOTFS}}{v} {v} none x-create=dir,bind,rw,nosuid,nodev\n" for v in volumes
@@ -126,7 +119,8 @@ fi
     return {
         "etc/rc": "".join(comments) + rc,
         "etc/rc.local": "# Sourced by /etc/rc when the container starts.\n",
-        "etc/environment": variables,
+        # Among them those at which enroot's hook gives a container the driver.
+        "etc/environment": environment(config, diff_ids),
         "etc/fstab": "".join(mounts),
     }
 

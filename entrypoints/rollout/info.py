@@ -52,10 +52,11 @@ def image(root: Path) -> dict[str, Any]:
 
 
 def facts(root: Path) -> dict[str, Any]:
-    """Reference, engine, torch, CUDA, Python, lock and dates of the image at root.
+    """Reference, engine, torch, CUDA, Python, Ray, lock and dates of the image at root.
 
-    A version is None where that distribution is not installed, ``cuda`` is None where torch was
-    built for the CPU. Problem (code 2) if image.json or the lock cannot be read.
+    Python and Ray in full: a Ray cluster turns a node away whose versions differ. A version is
+    None where that distribution is not installed, ``cuda`` is None where torch was built for the
+    CPU. Problem (code 2) if image.json or the lock cannot be read.
     """
     data = image(root)
     engine = data.get("engine")
@@ -72,6 +73,7 @@ def facts(root: Path) -> dict[str, Any]:
         "torch": versions.get("torch"),
         "cuda": _cuda(root),
         "python": _python(root) or data.get("python"),
+        "ray": versions.get("ray"),
         "lock_sha256": lock_sha256(root),
         "resolved_as_of": data.get("resolved_as_of"),
     }
@@ -96,6 +98,7 @@ def text(found: Mapping[str, Any]) -> str:
         "torch": found["torch"] or "(not installed)",
         "CUDA": found["cuda"] or "none (CPU build)",
         "Python": found["python"],
+        "Ray": found["ray"] or "none",
         "lock sha256": found["lock_sha256"],
         "resolved as of": found["resolved_as_of"],
     }

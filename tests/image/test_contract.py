@@ -25,6 +25,7 @@ def test_labels_say_what_is_inside(image: catalog.Image, built: builder.Built) -
     assert labels["rollout.lock.sha256"] == host.sha256(image.lock)
     assert labels["rollout.engine.version"] == locked[image.engine]
     assert labels["rollout.torch"] == locked["torch"]
+    assert labels["rollout.ray"] == locked.get("ray", "none")
     assert labels["org.opencontainers.image.version"].endswith(host.sha256(image.lock)[:8])
 
 
@@ -32,6 +33,14 @@ def test_the_user_is_not_root_and_a_bare_run_says_what_the_image_is(built: build
     assert built.config["User"] == "1000:0"
     assert built.config["Entrypoint"] == ["rollout"]
     assert built.config["Cmd"] == ["info"]
+
+
+def test_what_asks_for_the_gpu_is_there_where_there_is_cuda(
+    image: catalog.Image, built: builder.Built
+) -> None:
+    env = dict(pair.split("=", 1) for pair in built.config["Env"])
+    asked = {name: value for name, value in env.items() if name.startswith("NVIDIA_")}
+    assert asked == (build.GPU if "cuda" in image.expect else {})
 
 
 def test_every_cache_lies_below_the_one_root(built: builder.Built) -> None:
@@ -47,13 +56,15 @@ def test_the_layers_come_from_slow_to_fast_changing(built: builder.Built) -> Non
 
 
 def test_info_agrees_with_the_lock(
-    image: catalog.Image, container: Callable[[], Container]
+    image: catalog.Image, built: builder.Built, container: Callable[[], Container]
 ) -> None:
     facts = json.loads(container().run("rollout", "info", "--json").stdout)
     locked = {entry.name: entry.version for entry in lock.read(image)}
     assert facts["reference"] == image.reference
     assert facts["engine"] == {"name": image.backend, "version": locked[image.engine]}
     assert facts["torch"] == locked["torch"]
+    assert facts["ray"] == locked.get("ray")
+    assert facts["python"] == built.config["Labels"]["rollout.python"]
     assert facts["lock_sha256"] == host.sha256(image.lock)
 
 

@@ -49,6 +49,21 @@ def test_a_lock_reads_back_as_it_was_written() -> None:
     assert base.parse(base.render(LOCK)) == LOCK
 
 
+@pytest.mark.parametrize(
+    ("debian_has", "whole"),
+    [("3.11.2-6+deb12u9", "3.11.2"), ("1:3.11.14-1", "3.11.14"), ("3.11.2+dfsg-1", "3.11.2")],
+)
+def test_the_whole_version_of_python_is_the_one_that_it_says_of_itself(
+    tmp_path: Path, debian_has: str, whole: str
+) -> None:
+    python = debian.Deb("python3.11", debian_has, "0" * 64, "pool/main/p/python3.11.deb")
+    path = tmp_path / "base.lock"
+    path.write_text(base.render(base.Lock(("python3.11",), LOCK.as_of, (python,))))
+    assert base.python("3.11", path) == whole
+    with pytest.raises(Problem, match=r"has no python3\.12"):
+        base.python("3.12", path)
+
+
 def test_the_header_names_the_command_that_remakes_it() -> None:
     assert "nox -s lock -- base" in base.render(LOCK).partition("\ng++=")[0]
 

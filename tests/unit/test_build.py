@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from images import budget, build, builder, catalog, host, lock
+from images import base, budget, build, builder, catalog, host, lock
 from images.catalog import Image
 from images.contents import Summary
 from images.layers import Layer, Measured, Record
@@ -171,7 +171,8 @@ def test_labels_are_the_row_of_the_catalog(checkout: Checkout) -> None:
         "rollout.engine.version": "0.12.0",
         "rollout.framework": "verl",
         "rollout.lock.sha256": SHA,
-        "rollout.python": "3.11",
+        "rollout.python": base.python("3.11"),
+        "rollout.ray": "2.52.1",
         "rollout.resolved-as-of": "2025-12-20",
         "rollout.torch": "2.9.0",
     }
@@ -183,11 +184,27 @@ def test_labels_are_the_row_of_the_catalog(checkout: Checkout) -> None:
 
 def test_an_image_without_cuda_says_so(checkout: Checkout) -> None:
     versions = {"torch": "2.9.0+cpu", "vllm": "0.12.0"}
-    assert build.labels(checkout.image(), locked(versions), SHA, "")["rollout.cuda"] == "none"
+    found = build.labels(checkout.image(), locked(versions), SHA, "")
+    assert (found["rollout.cuda"], found["rollout.ray"]) == ("none", "none")
     assert build.facts(checkout.image(), locked(versions))["cuda"] is None
 
 
 # the Dockerfile's end
+
+
+@pytest.mark.parametrize("image", catalog.load(), ids=lambda image: image.reference)
+def test_an_image_with_cuda_asks_every_container_engine_for_the_gpu(image: Image) -> None:
+    text = build.recipe_text(image, lock.read(image))
+    asked = 'NVIDIA_DRIVER_CAPABILITIES="compute,utility"' in text
+    assert asked == ('NVIDIA_VISIBLE_DEVICES="all"' in text) == ("cuda" in image.expect)
+
+
+def test_a_catalog_file_may_ask_for_another_part_of_the_driver(checkout: Checkout) -> None:
+    mine = checkout.image({"env": '{ NVIDIA_DRIVER_CAPABILITIES = "all" }'})
+    assert build.variables(mine, locked()) == {
+        "NVIDIA_VISIBLE_DEVICES": "all",
+        "NVIDIA_DRIVER_CAPABILITIES": "all",
+    }
 
 
 def test_variables_and_labels_are_one_instruction_each_behind_the_dockerfile() -> None:
@@ -417,8 +434,9 @@ def test_the_dockerfile_that_is_built_has_the_variables_and_labels(
     image = checkout.image()
     text = build.recipe_text(image, lock.read(image))
     stamped = build.labels(image, lock.read(image), host.sha256(image.lock), "base:1")
-    assert text == build.dockerfile(image.dockerfile.read_text(), image.env, stamped)
-    assert 'ENV VLLM_WORKER_MULTIPROC_METHOD="spawn"' in text
+    set_to = build.variables(image, lock.read(image))
+    assert text == build.dockerfile(image.dockerfile.read_text(), set_to, stamped)
+    assert '    VLLM_WORKER_MULTIPROC_METHOD="spawn"' in text
     assert 'rollout.base="base:1"' in text
 
 

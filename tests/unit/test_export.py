@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from images import builder, catalog, export, layers
+from images import build, builder, catalog, export, layers
 from images.build import TIMESTAMP
 from rollout.problem import Problem
 
@@ -145,10 +145,11 @@ def test_enroot_finds_its_settings_where_it_looks() -> None:
     assert volume == "${ENROOT_ROOTFS}/data /data none x-create=dir,bind,rw,nosuid,nodev\n"
 
 
-@pytest.mark.parametrize(("cuda", "asks"), [("12.8", True), ("none", False)])
-def test_only_a_cuda_image_asks_enroot_for_the_driver(cuda: str, asks: bool) -> None:
-    files = export.enroot_files({**CONFIG, "Labels": {"rollout.cuda": cuda}}, LAYERS)
-    assert ("NVIDIA_VISIBLE_DEVICES=all" in files["etc/environment"]) is asks
+def test_an_image_asks_enroot_for_the_driver_as_it_asks_every_other_engine() -> None:
+    asking = [f"{name}={value}" for name, value in build.GPU.items()]
+    files = export.enroot_files({**CONFIG, "Env": [*CONFIG["Env"], *asking]}, LAYERS)
+    assert set(asking) < set(files["etc/environment"].splitlines())
+    assert "NVIDIA" not in export.enroot_files(CONFIG, LAYERS)["etc/environment"]
 
 
 @pytest.mark.parametrize(("given", "seen"), [([], "info"), (["a b", "c"], "a b|c")])
@@ -310,6 +311,19 @@ def test_variables_of_a_job_pass_and_those_of_the_host_do_not(run: Run) -> None:
     assert {"VLLM_USE_V2=1\n2", "CUDA_VISIBLE_DEVICES=3", "HF_HUB_OFFLINE=1"} <= set(at)
     assert at["HF_HOME=/of/the/host"] < at["HF_HOME=/var/cache/rollout/hf"], "the image's is last"
     assert not [pair for pair in at if pair.startswith(("LD_", "PYTHON", "OTHER", "NCCL", "HOME"))]
+
+
+@pytest.mark.parametrize("gpus", ["all", "none"])
+def test_what_asks_a_container_engine_for_the_gpu_is_not_what_the_launcher_does(
+    run: Run, unpacked: Path, gpus: str
+) -> None:
+    """The job's own list of GPUs stands, and nobody is told "all" where there is none."""
+    with (unpacked / "environment").open("a") as file:
+        file.writelines(f"{name}={value}\n" for name, value in build.GPU.items())
+    found = words(run("--print", "--gpus", gpus))
+    assert not [word for word in found if word.startswith("NVIDIA_")]
+    found = words(run("--print", "--gpus", gpus, NVIDIA_VISIBLE_DEVICES="2,3"))
+    assert [word for word in found if word.startswith("NVIDIA_")] == ["NVIDIA_VISIBLE_DEVICES=2,3"]
 
 
 def test_the_cache_is_named_after_the_folder_and_not_made_by_a_question(

@@ -38,7 +38,7 @@ hip: Optional[str] = None
 @pytest.fixture
 def prefix(tmp_path: Path) -> Path:
     site = tmp_path / "lib/python3.11/site-packages"
-    for name in ("torch-2.9.0", "vLLM.engine-0.12.0", "torch_geometric-1.0"):
+    for name in ("torch-2.9.0", "vLLM.engine-0.12.0", "torch_geometric-1.0", "ray-2.53.0"):
         (site / f"{name}.dist-info").mkdir(parents=True)
     (site / "torch").mkdir()
     (site / "torch/__init__.py").write_text("raise SystemExit('torch was imported')\n")
@@ -59,6 +59,7 @@ def test_the_facts_are_those_of_the_files(prefix: Path) -> None:
         "torch": "2.9.0",
         "cuda": "12.8",
         "python": "3.11.2",
+        "ray": "2.53.0",
         "lock_sha256": hashlib.sha256(LOCK).hexdigest(),
         "resolved_as_of": "2025-12-20",
     }
@@ -84,12 +85,15 @@ def test_what_is_not_installed_is_said(prefix: Path) -> None:
     assert facts["torch"] is None
     assert facts["engine"] == {"name": "vllm", "version": None}
     assert "vllm (not installed)" in info.text(facts)
+    assert facts["ray"] is None
+    assert any(line.split() == ["Ray", "none"] for line in info.text(facts).splitlines())
 
 
 def test_the_table_has_every_fact(prefix: Path) -> None:
     text = info.text(info.facts(prefix))
     for fact in ("verl-rollout:vllm-0.12", "vllm 0.12.0", "2.9.0", "12.8", "3.11.2", "2025-12-20"):
         assert fact in text
+    assert any(line.split() == ["Ray", "2.53.0"] for line in text.splitlines())
     assert hashlib.sha256(LOCK).hexdigest() in text
 
 
