@@ -31,13 +31,18 @@ from rollout.problem import Problem
 
 BUILD = ROOT / "build"
 ENTRYPOINTS = ROOT / "entrypoints" / "rollout"
-# The script of every build step and what it reads, in the context under these names.
+# The script of every step that installs and what it reads, in the context under these names; and
+# the script of the last step, which decides no other layer.
 SCRIPTS = [ROOT / "images" / "base" / name for name in ("install", "prune", "prune.toml")]
+LAST = ROOT / "images" / "base" / "entrypoints"
 BASE_DOCKERFILE = ROOT / "images" / "base" / "Dockerfile"
 BASE = "verl-rollout-base"
 # Layers in the order of the Dockerfiles, from slow to fast changing: images with the same torch
 # share the first ones to the byte.
-LAYERS = ("mathlibs", "nvidia", "torch", "toolchain", "dependencies", "sources", "engine")
+LAYERS = (
+    *("mathlibs", "nvidia", "torch", "toolchain", "dependencies", "sources", "engine"),
+    "framework",
+)
 TORCH = ("torch", "torchvision", "torchaudio", "triton")
 # What torch pins of CUDA, in two layers: in one it would be the largest by far, and a broken pull
 # begins a layer anew.
@@ -61,22 +66,27 @@ DISK_NEEDED = 4 << 30
 
 
 def layer_of(
-    name: str, engine: str, names: Collection[str] = (), sources: Collection[str] = ()
+    entry: Locked, engine: str, names: Collection[str] = (), sources: Collection[str] = ()
 ) -> str:
     """The layer that a distribution belongs to, among the names of its lock."""
+    # What trains, and all that it brings: none of it may change a layer of the engine.
+    if entry.above:
+        return "framework"
     # Above the layer that has what they are built with.
-    if name in sources:
+    if entry.name in sources:
         return "sources"
-    if name == engine:
+    if entry.name == engine:
         return "engine"
-    if name in TORCH:
+    if entry.name in TORCH:
         return "torch"
-    if _MATHLIBS.fullmatch(name):
+    if _MATHLIBS.fullmatch(entry.name):
         return "mathlibs"
-    second = name == "nvidia-cuda-runtime" and any(n.startswith(f"{name}-cu") for n in names)
-    if second or _TOOLCHAIN.fullmatch(name):
+    second = entry.name == "nvidia-cuda-runtime" and any(
+        name.startswith(f"{entry.name}-cu") for name in names
+    )
+    if second or _TOOLCHAIN.fullmatch(entry.name):
         return "toolchain"
-    return "nvidia" if _NVIDIA.fullmatch(name) else "dependencies"
+    return "nvidia" if _NVIDIA.fullmatch(entry.name) else "dependencies"
 
 
 def layers(locked: Sequence[Locked], engine: str, sources: Collection[str] = ()) -> dict[str, str]:
@@ -84,10 +94,18 @@ def layers(locked: Sequence[Locked], engine: str, sources: Collection[str] = ())
     texts: dict[str, str] = {}
     names = {entry.name for entry in locked}
     for layer in LAYERS:
-        entries = [e for e in locked if layer_of(e.name, engine, names, sources) == layer]
+        entries = [e for e in locked if layer_of(e, engine, names, sources) == layer]
         if entries:
             texts[layer] = "".join(e.text for e in sorted(entries, key=lambda e: e.name))
     return texts
+
+
+def framework(image: Image) -> dict[str, str] | None:
+    """The framework as image.json has it; None in an image that has none."""
+    if image.framework is None:
+        return None
+    found = image.framework
+    return {"name": found.name, "distribution": found.name, "version": found.version}
 
 
 def facts(image: Image, locked: Sequence[Locked]) -> dict[str, object]:
@@ -96,7 +114,7 @@ def facts(image: Image, locked: Sequence[Locked]) -> dict[str, object]:
     return {
         "reference": image.reference,
         "backend": image.backend,
-        "framework": image.framework,
+        "framework": framework(image),
         "python": image.python,
         "resolved_as_of": image.resolved_as_of.isoformat(),
         "engine": {"name": image.backend, "distribution": image.engine},
@@ -132,10 +150,12 @@ def labels(image: Image, locked: Sequence[Locked], lock_sha256: str, bottom: str
     """
     versions = {entry.name: entry.version for entry in locked}
     engine = versions[image.engine]
+    trained = f"{image.framework.name} {image.framework.version}" if image.framework else "none"
+    purpose = f"for rollout and training with {trained}" if image.framework else "for rollout"
     return {
         "org.opencontainers.image.title": image.reference,
         "org.opencontainers.image.description": (
-            f"{image.backend} {engine} for {image.framework} rollout, with its own GPU proof"
+            f"{image.backend} {engine} {purpose}, with its own proof"
         ),
         "org.opencontainers.image.version": immutable_tag(image, locked, lock_sha256),
         "org.opencontainers.image.licenses": "Apache-2.0 AND LicenseRef-contents",
@@ -143,7 +163,8 @@ def labels(image: Image, locked: Sequence[Locked], lock_sha256: str, bottom: str
         "rollout.base": bottom,
         "rollout.cuda": lock.cuda(versions) or "none",
         "rollout.engine.version": engine,
-        "rollout.framework": image.framework,
+        "rollout.framework": image.framework.name if image.framework else "none",
+        "rollout.framework.version": image.framework.version if image.framework else "none",
         "rollout.lock.sha256": lock_sha256,
         "rollout.python": base.python(image.python),
         "rollout.ray": versions.get("ray", "none"),
@@ -230,12 +251,12 @@ def arguments(texts: Mapping[str, str], bottom: str, files: Mapping[str, bytes])
     scripts = [script.read_bytes() for script in SCRIPTS]
     values = {name.upper(): digest(*scripts, text) for name, text in texts.items()}
     parts = [part for name, data in sorted(files.items()) for part in (name, data)]
-    return {"BASE": bottom, **values, "ENTRYPOINTS": digest(*scripts, *parts)}
+    return {"BASE": bottom, **values, "ENTRYPOINTS": digest(LAST.read_bytes(), *parts)}
 
 
 def layer_names(image: Image, locked: Sequence[Locked]) -> list[str]:
     """What the layers of an image are called, from the lowest up."""
-    texts = layers(locked, image.engine, image.source_distributions)
+    texts = layers(locked, image.engine, image.sources)
     return ["base", *texts, "entrypoints"]
 
 
@@ -253,7 +274,7 @@ def recipe_text(image: Image, locked: Sequence[Locked]) -> str:
 def inputs(image: Image) -> str:
     """sha256 of everything that decides an image, its variables and labels too; needs no build."""
     locked = lock.read(image)
-    texts = layers(locked, image.engine, image.source_distributions)
+    texts = layers(locked, image.engine, image.sources)
     values = arguments(texts, base_name(), payload(image, locked))
     return digest(json.dumps(values, sort_keys=True), recipe_text(image, locked))
 
@@ -317,17 +338,23 @@ def prepare(
     texts: Mapping[str, str],
     files: Mapping[str, bytes],
     wheels: Sequence[Path],
+    sources: Collection[str] = (),
 ) -> None:
-    """Lay out a build context."""
+    """Lay out a build context. ``sources`` are built, so they stand in a list of their own."""
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("tools", "layers", "wheels", "payload"):
         (folder / name).mkdir(parents=True)
     (folder / "Dockerfile").write_text(dockerfile, encoding="utf-8")
-    for script in SCRIPTS:
+    for script in (*SCRIPTS, LAST):
         _place(script, folder / script.name)
     _place(Path(host.uv()), folder / "tools" / "uv")
     for name, text in texts.items():
-        (folder / "layers" / f"{name}.txt").write_text(text, encoding="utf-8")
+        entries = lock.parse(text, folder)
+        for kind, built in (("wheels", False), ("sources", True)):
+            lines = [entry.text for entry in entries if (entry.name in sources) is built]
+            if lines:
+                path = folder / "layers" / f"{name}.{kind}.txt"
+                path.write_text("".join(lines), encoding="utf-8")
     for name, data in files.items():
         path = folder / "payload" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -442,7 +469,7 @@ def build(
         raise Problem(f"the locks are for x86-64, this machine is {platform.machine()}", 3)
     check_disk(tool.storage())
     name = tool.local + (tag or image.reference)
-    texts = layers(locked, image.engine, image.source_distributions)
+    texts = layers(locked, image.engine, image.sources)
     files = payload(image, locked)
     settings = host.uv_environment(os.environ)
     wheels = own_wheels(locked, settings.get("UV_FIND_LINKS", ""))
@@ -452,7 +479,7 @@ def build(
     with _alone():
         bottom = base_image(tool, cache=cache)
         folder = BUILD / "contexts" / image.repository / image.tag
-        prepare(folder, recipe_text(image, locked), texts, files, wheels)
+        prepare(folder, recipe_text(image, locked), texts, files, wheels, image.sources)
         values = arguments(texts, bottom, files)
         settings |= clock(os.environ)
         if CLOCK in os.environ:

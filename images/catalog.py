@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CATALOG = ROOT / "images" / "catalog"
 DEFAULT = "verl-rollout:transformers-cpu"
 BACKENDS = ("vllm", "sglang", "tensorrt-llm", "transformers")
+FRAMEWORKS = ("verl",)  # whose adapter is in entrypoints/rollout/frameworks
 PYTHONS = ("3.11",)  # what the base image (Debian 12) has
 LEVELS = ("R1", "R2", "R3", "R4")  # what two builds agree in: images/reproduce.py
 REUSES = ("turns", "prompts")  # what a prefix cache keeps of a request that has ended
@@ -38,6 +39,7 @@ class Smoke:
     refit: tuple[str, ...]
     fp8: bool = False  # a second start with weights in 8 bits, refitted from bfloat16
     server: bool = False  # the engine's own server, over HTTP
+    training: bool = False  # the framework's own trainer makes steps with this engine
     tensor_parallel: int = 0  # GPUs to divide a model among, where so many are visible
     reuse: str = "turns"  # what its prefix cache keeps of a request that has ended
 
@@ -49,9 +51,30 @@ class Smoke:
             "refit": list(self.refit),
             "fp8": self.fp8,
             "server": self.server,
+            **({"training": True} if self.training else {}),
             **({"tensor_parallel": self.tensor_parallel} if self.tensor_parallel else {}),
             **({"reuse": self.reuse} if self.reuse != "turns" else {}),
         }
+
+
+@dataclass(frozen=True)
+class Framework:
+    """The training framework whose runs start in an image.
+
+    It is resolved on a day of its own, because a release that fits an engine often comes later, and
+    with every pin of the engine held.
+    """
+
+    name: str
+    version: str  # of the release that the proof runs
+    resolved_as_of: datetime.date
+    requirements: tuple[str, ...]
+    # What the framework asks for and this image holds otherwise: a requirement, with its reason.
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    # What it asks for and this image does not have, by its normal name, with the reason.
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    # Distributions of its own that exist as source alone, by their normal names.
+    source_distributions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +92,7 @@ class Image:
     repository: str
     tag: str
     backend: str
-    framework: str
+    framework: Framework | None
     python: str
     resolved_as_of: datetime.date
     requirements: tuple[str, ...]
@@ -94,6 +117,12 @@ class Image:
         return self.backend
 
     @property
+    def sources(self) -> frozenset[str]:
+        """All distributions of this image that exist as source alone."""
+        framework = self.framework.source_distributions if self.framework else {}
+        return frozenset(self.source_distributions) | frozenset(framework)
+
+    @property
     def lock(self) -> Path:
         return ROOT / "lockfiles" / self.repository / f"{self.tag}.lock"
 
@@ -105,7 +134,7 @@ class Image:
 # Key -> (type in TOML, required). Tables are checked by the functions below.
 _KEYS: dict[str, tuple[type, bool]] = {
     "backend": (str, True),
-    "framework": (str, True),
+    "framework": (dict, False),
     "python": (str, True),
     "resolved-as-of": (datetime.date, True),
     "requirements": (list, True),
@@ -122,8 +151,18 @@ _SMOKE_KEYS: dict[str, tuple[type, bool]] = {
     "refit": (list, True),
     "fp8": (bool, False),
     "server": (bool, False),
+    "training": (bool, False),
     "tensor-parallel": (int, False),
     "reuse": (str, False),
+}
+_FRAMEWORK_KEYS: dict[str, tuple[type, bool]] = {
+    "name": (str, True),
+    "version": (str, True),
+    "resolved-as-of": (datetime.date, True),
+    "requirements": (list, False),
+    "overrides": (dict, False),
+    "left-out": (dict, False),
+    "source-distributions": (dict, False),
 }
 _SIZE_KEYS: dict[str, tuple[type, bool]] = {
     "compressed": (str, True),
@@ -205,17 +244,12 @@ def parse(path: Path) -> Image:
     _check_keys(table["smoke"], _SMOKE_KEYS, path, "smoke.")
     _check_keys(table["size"], _SIZE_KEYS, path, "size.")
     backend = _chosen([table["backend"]], BACKENDS, path, "backend")[0]
-    for line in table["requirements"]:
-        try:
-            Requirement(line)
-        except (InvalidRequirement, TypeError):
-            message = f"{shown(path)}: key 'requirements' has {line!r}, not a requirement (PEP 508)"
-            raise Problem(message, 2) from None
+    names = {r.name for r in _requirements(table["requirements"], path, "requirements")}
     image = Image(
         repository=path.parent.name,
         tag=path.stem,
         backend=backend,
-        framework=table["framework"],
+        framework=_framework(table["framework"], path) if "framework" in table else None,
         python=_chosen([table["python"]], PYTHONS, path, "python")[0],
         resolved_as_of=table["resolved-as-of"],
         requirements=tuple(table["requirements"]),
@@ -226,6 +260,7 @@ def parse(path: Path) -> Image:
             _chosen(table["smoke"]["refit"], TRANSPORTS, path, "smoke.refit"),
             fp8=table["smoke"].get("fp8", False),
             server=table["smoke"].get("server", False),
+            training=table["smoke"].get("training", False),
             tensor_parallel=_chosen(
                 [table["smoke"].get("tensor-parallel", 0)], (0, 2), path, "smoke.tensor-parallel"
             )[0],
@@ -239,21 +274,66 @@ def parse(path: Path) -> Image:
         optional_libraries=_strings(
             table.get("optional-libraries", {}), path, "optional-libraries"
         ),
-        source_distributions={
-            canonicalize_name(name): reason
-            for name, reason in _strings(
-                table.get("source-distributions", {}), path, "source-distributions"
-            ).items()
-        },
+        source_distributions=_named(table, path, "source-distributions"),
     )
     for name in image.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise Problem(f"{shown(path)}: key 'env.{name}' is no name of a variable", 2)
-    names = {canonicalize_name(Requirement(line).name) for line in image.requirements}
+    if image.smoke.training and not image.framework:
+        message = f"{shown(path)}: key 'smoke.training' needs the table [framework]; add one"
+        raise Problem(message, 2)
     if canonicalize_name(image.engine) not in names:
         message = f"{shown(path)}: key 'requirements' does not ask for the engine {image.engine!r}"
         raise Problem(message, 2)
     return image
+
+
+def _requirements(lines: Sequence[Any], path: Path, key: str) -> list[Requirement]:
+    """Requirements as PEP 508 has them, their names normal."""
+    found = []
+    for line in lines:
+        try:
+            requirement = Requirement(line)
+        except (InvalidRequirement, TypeError):
+            message = f"{shown(path)}: key {key!r} has {line!r}, not a requirement (PEP 508)"
+            raise Problem(message, 2) from None
+        requirement.name = canonicalize_name(requirement.name)
+        found.append(requirement)
+    return found
+
+
+def _named(table: Mapping[str, Any], path: Path, key: str, prefix: str = "") -> dict[str, str]:
+    """A table of distributions, by their normal names, each with a reason."""
+    reasons = _strings(table.get(key, {}), path, prefix + key)
+    return {canonicalize_name(name): reason for name, reason in reasons.items()}
+
+
+def _framework(table: Mapping[str, Any], path: Path) -> Framework:
+    """The table [framework].
+
+    Raises:
+        Problem: exit code 2, naming the file and the key.
+    """
+    _check_keys(table, _FRAMEWORK_KEYS, path, "framework.")
+    name = _chosen([table["name"]], FRAMEWORKS, path, "framework.name")[0]
+    # Where the index has no wheel of the framework, the file names what it depends on instead.
+    lines = table.get("requirements", [f"{name}=={table['version']}"])
+    asked = _requirements(lines, path, "framework.requirements")
+    own = [requirement for requirement in asked if requirement.name == canonicalize_name(name)]
+    if own and str(own[0].specifier) != f"=={table['version']}":
+        what = f"key 'framework.requirements' asks for {own[0]}, 'framework.version' says"
+        raise Problem(f"{shown(path)}: {what} {table['version']}; make them agree", 2)
+    overrides = _strings(table.get("overrides", {}), path, "framework.overrides")
+    _requirements(list(overrides), path, "framework.overrides")
+    return Framework(
+        name=name,
+        version=table["version"],
+        resolved_as_of=table["resolved-as-of"],
+        requirements=tuple(lines),
+        overrides=overrides,
+        left_out=_named(table, path, "left-out", "framework."),
+        source_distributions=_named(table, path, "source-distributions", "framework."),
+    )
 
 
 def load(catalog: Path = CATALOG) -> list[Image]:

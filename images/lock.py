@@ -8,6 +8,7 @@ decides what is genuine. That file is a wheel, but for what ``[source-distributi
 from __future__ import annotations
 
 import argparse
+import datetime
 import difflib
 import os
 import re
@@ -36,13 +37,20 @@ _PINNED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==(\S+)")
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})(?: \\)?$")
 
 
+# The first line of the second part of a lock, a comment to installers: what stands above the engine.
+ABOVE = "# Above the engine: "
+# What every image has above its engine, beside the framework: users add packages with it.
+TOOLS = ("pip",)
+
+
 @dataclass(frozen=True)
 class Locked:
-    """One distribution of a lock."""
+    """One distribution of a lock; ``above`` the engine are the framework and what it needs."""
 
     name: str
     version: str
     sha256: str
+    above: bool = False
 
     @property
     def text(self) -> str:
@@ -58,15 +66,17 @@ def parse(text: str, path: Path) -> list[Locked]:
     """
     found: list[Locked] = []
     name = version = ""
+    above = False
     for number, line in enumerate(text.splitlines(), 1):
         bare = line.strip()
+        above = above or bare.startswith(ABOVE)
         if not bare or bare.startswith("#"):
             continue
         pinned, hashed = _PINNED.match(bare), _HASH.search(bare)
         if pinned and not name:
             name, version = pinned[1], pinned[2]
         elif hashed and name:
-            found.append(Locked(canonicalize_name(name), version, hashed[1]))
+            found.append(Locked(canonicalize_name(name), version, hashed[1], above))
             name = ""
         else:
             where = f"{shown(path)}, line {number}"
@@ -100,9 +110,13 @@ def claims_broken(image: Image, versions: Mapping[str, str]) -> list[str]:
         locked = cuda(versions) if key == "cuda" else versions.get(canonicalize_name(key))
         if locked != claim:
             broken.append(f"key 'expect.{key}' says {claim}, the lock has {locked or 'none'}")
-    for name in image.source_distributions:
+    for name in sorted(image.sources):
         if name not in versions:
             broken.append(f"key 'source-distributions.{name}' is not in the lock; remove it")
+    if image.framework:
+        for name in image.framework.left_out:
+            if name in versions:
+                broken.append(f"key 'framework.left-out.{name}' is in the lock; remove the key")
     return broken
 
 
@@ -155,22 +169,72 @@ def torch_arguments(requirements: Sequence[str], environ: Mapping[str, str]) -> 
     return limit + (["--torch-backend", backend] if backend else [])
 
 
+@dataclass(frozen=True)
+class Question:
+    """What uv is asked to resolve.
+
+    ``pins`` are versions that must not move. ``overrides`` stand in the place of what anything asks
+    of these distributions. Of ``sources`` the source distribution is taken, of all others a wheel.
+    """
+
+    python: str
+    resolved_as_of: datetime.date
+    requirements: tuple[str, ...]
+    sources: tuple[str, ...] = ()
+    pins: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+
+
+def engine_question(image: Image) -> Question:
+    """The engine and what it needs, as of its own day."""
+    return Question(
+        image.python,
+        image.resolved_as_of,
+        image.requirements,
+        tuple(image.source_distributions),
+    )
+
+
+def above_question(image: Image, engine: Sequence[Locked]) -> Question:
+    """The framework and the tools beside an engine, none of whose pins may move."""
+    pins = tuple(f"{entry.name}=={entry.version}" for entry in engine)
+    framework = image.framework
+    if framework is None:
+        wanted = (*image.requirements, *TOOLS)
+        day, sources = image.resolved_as_of, tuple(image.source_distributions)
+        return Question(image.python, day, wanted, sources, pins)
+    # A marker that holds nowhere: uv then takes neither the distribution nor what it alone needs.
+    nowhere = tuple(f"{name} ; sys_platform == 'nowhere'" for name in framework.left_out)
+    return Question(
+        image.python,
+        framework.resolved_as_of,
+        (*image.requirements, *framework.requirements, *TOOLS),
+        tuple(sorted(image.sources)),
+        pins,
+        (*framework.overrides, *nowhere),
+    )
+
+
 def compile_argv(
-    uv: str, image: Image, source: Path, output: Path, extra: Sequence[str]
+    uv: str, question: Question, folder: Path, output: Path, extra: Sequence[str]
 ) -> list[str]:
-    """The resolution of one image, as a command line."""
+    """One resolution as a command line; :func:`_ask` writes the files it names in ``folder``."""
+    pins = ["--constraints", str(folder / "pins.txt")] if question.pins else []
+    overrides = ["--overrides", str(folder / "overrides.txt")] if question.overrides else []
     return [
         *(uv, "pip", "compile", "--quiet", "--no-header", "--no-config"),
-        *("--python-version", image.python, "--python-platform", PLATFORM),
-        *("--exclude-newer", image.resolved_as_of.isoformat()),
+        *("--python-version", question.python, "--python-platform", PLATFORM),
+        *("--exclude-newer", question.resolved_as_of.isoformat()),
         # A source distribution runs code of its own to build: only what the catalog file names may.
         # The image builds it. Here uv reads the metadata that lies in it, and builds only where
         # that is not all there: in isolation, with tools that no lock has.
         *("--only-binary", ":all:"),
-        *(word for name in image.source_distributions for word in ("--no-binary", name)),
+        *(word for name in question.sources for word in ("--no-binary", name)),
+        *pins,
+        *overrides,
         *("--generate-hashes", "--output-file", str(output)),
         *extra,
-        str(source),
+        str(folder / "requirements.in"),
     ]
 
 
@@ -239,30 +303,68 @@ def header(command: str, facts: str) -> str:
 def resolve(image: Image) -> str:
     """The text of the lock of an image, as the index has it today.
 
+    First the engine, then what stands above it with every pin of the engine held: so the same
+    engine has the same first part, and its layers the same bytes, whatever trains beside it.
+
     Raises:
         Problem: nothing satisfies the requirements, or the index cannot be reached.
     """
+    below = _ask(image, engine_question(image))
+    engine = parse(below, image.lock)
+    question = above_question(image, engine)
+    whole = _ask(image, question)
+    lost = {entry.name for entry in engine} - {entry.name for entry in parse(whole, image.lock)}
+    if lost:
+        names = ", ".join(sorted(lost))
+        what = f"the framework's overrides take {names} from the engine"
+        raise Problem(f"{shown(image.path)}: {what}; change [framework]", 2)
+    added = _blocks(whole).items() - _blocks(below).items()
+    names_below = {entry.name for entry in engine}
+    more = "".join(text for name, text in sorted(added) if name not in names_below)
+    facts = f"Python {image.python}, {PLATFORM}, resolved as of {image.resolved_as_of}"
+    title = f"{ABOVE}resolved as of {question.resolved_as_of}, no pin of the engine moved.\n"
+    return header(f"nox -s lock -- {image.reference}", facts) + below + title + more
+
+
+def _blocks(text: str) -> dict[str, str]:
+    """The text of each distribution of a lock, comments below it included, by its normal name."""
+    blocks: dict[str, str] = {}
+    name = ""
+    for line in text.splitlines(keepends=True):
+        pinned = _PINNED.match(line)
+        name = canonicalize_name(pinned[1]) if pinned else name
+        blocks[name] = blocks.get(name, "") + line
+    return blocks
+
+
+def _ask(image: Image, question: Question) -> str:
+    """What uv answers: pins with the hash of the one file that the platform takes, no header."""
     environ = host.uv_environment(os.environ)
     extra = torch_arguments(image.requirements, environ)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "requirements.in"
-        source.write_text("\n".join(image.requirements) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, lines in (
+            ("requirements.in", question.requirements),
+            ("pins.txt", question.pins),
+            ("overrides.txt", question.overrides),
+        ):
+            (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         texts = []
         # Twice from one cache: pylock.toml names the files that fit the platform, and the
         # requirements form says which distribution wanted which.
-        for name in ("pylock.toml", "requirements.txt"):
-            output = Path(folder) / name
-            argv = compile_argv(host.uv(), image, source, output, extra)
+        for file in ("pylock.toml", "requirements.txt"):
+            argv = compile_argv(host.uv(), question, folder, folder / file, extra)
             done = host.run(argv, quiet=True, env={**os.environ, **environ}, check=False)
             if done.returncode:
                 raise Problem(f"{image.reference} cannot be resolved: {_reason(done.stderr)}")
-            texts.append(output.read_text(encoding="utf-8"))
+            texts.append((folder / file).read_text(encoding="utf-8"))
     packages = tomllib.loads(texts[0])["packages"]
     chosen = {locked_file(package, image.python)["hashes"]["sha256"] for package in packages}
-    facts = f"Python {image.python}, {PLATFORM}, resolved as of {image.resolved_as_of}"
-    # uv's "via" comments name the temporary input file.
+    # uv's "via" comments name the temporary input files.
     body = re.sub(r"-r \S*requirements\.in", shown(image.path), texts[1])
-    return header(f"nox -s lock -- {image.reference}", facts) + keep_hashes(body, chosen)
+    body = re.sub(r" *# +-c \S*pins\.txt\n", "", body)
+    body = re.sub(r"--override \S*overrides\.txt", f"{shown(image.path)}, [framework]", body)
+    return keep_hashes(body, chosen)
 
 
 def _reason(stderr: str) -> str:

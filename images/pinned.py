@@ -43,13 +43,14 @@ def dockerfile(text: str) -> list[str]:
             found.append(f"{name} {value}: a file that no lock has")
         if name == "RUN":
             words = [w for w in shlex.split(value) if not w.startswith("--mount=")]
+            last = words == ["sh", "/mnt/context/entrypoints"]
             called = words[:2] == ["sh", "/mnt/context/install"] and len(words) == 3
-            if not called or not words[2].isalpha():
-                found.append(f"RUN {shlex.join(words)}: not a call of the install script")
+            if not last and not (called and words[2].isalpha()):
+                found.append(f"RUN {shlex.join(words)}: not a call of a build script")
             elif re.search(r"--mount=\S*\bfrom=", value):
                 what = "a mount from an image that was not made from our locks"
-                found.append(f"RUN … {words[2]}: {what}")
-            elif words[2] == "entrypoints" and re.search(r"type=(cache|secret)", value):
+                found.append(f"RUN … {words[-1]}: {what}")
+            elif last and re.search(r"type=(cache|secret)", value):
                 found.append("RUN … entrypoints: it needs no package, so it gets no way to one")
     return found
 
@@ -94,8 +95,8 @@ def problems(image: Image) -> list[str]:
     ]
     bottom = build.BASE_DOCKERFILE
     found += [f"{shown(bottom)}: {p}" for p in dockerfile(bottom.read_text("utf-8"))]
-    install = build.SCRIPTS[0]
-    found += [f"{shown(install)}: {p}" for p in script(install.read_text("utf-8"))]
+    for step in (build.SCRIPTS[0], build.LAST):
+        found += [f"{shown(step)}: {p}" for p in script(step.read_text("utf-8"))]
     found += locked(image.lock.read_text("utf-8"), image.lock)
     try:
         base.read()  # a line without a sha256 is none

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 KEYS = {
     "backend": '"vllm"',
-    "framework": '"verl"',
+    "framework": '{ name = "verl", version = "0.7.1", resolved-as-of = 2026-03-20 }',
     "python": '"3.11"',
     "resolved-as-of": "2025-12-20",
     "requirements": '["vllm==0.12.0", "ray[default]>=2.41"]',
@@ -33,6 +33,8 @@ VERSIONS = {
     "triton": "3.5.0",
     "vllm": "0.12.0",
 }
+# What stands above the engine: the second part of a lock.
+ABOVE = {"verl": "0.7.1", "antlr4-python3-runtime": "4.9.3", "pip": "26.0"}
 
 
 def sha256(text: str) -> str:
@@ -65,15 +67,20 @@ class Checkout:
         tag: str = "vllm-0.12",
         repository: str = "verl-rollout",
         versions: Mapping[str, str] = VERSIONS,
+        above: Mapping[str, str] | None = None,
     ) -> Image:
-        """An image with its lock and its Dockerfile."""
+        """An image with its lock and its Dockerfile; ``above`` stands above its engine."""
         from images import catalog, lock
 
         found = catalog.parse(self.file(changes, tag, repository))
-        entries = [lock.Locked(n, v, sha256(n + v)) for n, v in sorted(versions.items())]
+        texts = [
+            "".join(lock.Locked(n, v, sha256(n + v)).text for n, v in sorted(part.items()))
+            for part in (versions, above or {})
+        ]
         found.lock.parent.mkdir(parents=True, exist_ok=True)
         head = lock.header(f"nox -s lock -- {found.reference}", "of a test")
-        found.lock.write_text(head + "".join(entry.text for entry in entries))
+        title = f"{lock.ABOVE}of a test\n" if above else ""
+        found.lock.write_text(head + texts[0] + title + texts[1])
         found.dockerfile.parent.mkdir(parents=True, exist_ok=True)
         found.dockerfile.write_text("ARG BASE\nFROM ${BASE}\n")
         return found

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from images.layers import Layer, Measured, Record
 from images.lock import Locked
 from rollout.problem import Problem
 
-from ..conftest import VERSIONS, Checkout, sha256
+from ..conftest import ABOVE, VERSIONS, Checkout, sha256
 
 TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 SHA = sha256("lock")
@@ -33,8 +33,9 @@ WHOLE = VERSIONS | {
 SOURCES = {"source-distributions": '{ flashinfer-python = "no wheel" }'}
 
 
-def locked(versions: Mapping[str, str] = VERSIONS) -> list[Locked]:
-    return [Locked(name, version, sha256(name)) for name, version in versions.items()]
+def locked(versions: Mapping[str, str] = VERSIONS, above: Mapping[str, str] = {}) -> list[Locked]:
+    below = [Locked(name, version, sha256(name)) for name, version in versions.items()]
+    return below + [Locked(n, v, sha256(n), above=True) for n, v in above.items()]
 
 
 # layers
@@ -73,35 +74,49 @@ def locked(versions: Mapping[str, str] = VERSIONS) -> list[Locked]:
     ],
 )
 def test_a_distribution_lies_where_what_changes_as_often_lies(name: str, layer: str) -> None:
-    assert build.layer_of(name, "vllm") == layer
+    assert layer_of(name, "vllm") == layer
+
+
+def layer_of(
+    name: str, engine: str, names: Collection[str] = (), sources: Collection[str] = ()
+) -> str:
+    """The layer of a distribution of the engine's part of a lock."""
+    return build.layer_of(lock.Locked(name, "1", SHA), engine, names, sources)
+
+
+def test_what_trains_lies_above_the_engine_whatever_it_is_called() -> None:
+    for name in ("verl", "nvidia-nccl-cu12", "torch", "vllm"):
+        entry = lock.Locked(name, "1", SHA, above=True)
+        assert build.layer_of(entry, "vllm", [name], [name]) == "framework"
+    assert build.LAYERS[-1] == "framework"
 
 
 def test_a_second_cuda_runtime_is_the_toolchains() -> None:
     plain, suffixed = "nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12"
     both = [plain, suffixed, "torch"]
-    assert build.layer_of(plain, "vllm", both) == "toolchain"
-    assert build.layer_of(suffixed, "vllm", both) == "nvidia"
-    assert build.layer_of(plain, "vllm", [plain, "nvidia-cudnn-cu13", "torch"]) == "nvidia"
+    assert layer_of(plain, "vllm", both) == "toolchain"
+    assert layer_of(suffixed, "vllm", both) == "nvidia"
+    assert layer_of(plain, "vllm", [plain, "nvidia-cudnn-cu13", "torch"]) == "nvidia"
 
 
 def test_a_source_distribution_lies_above_what_it_is_built_with() -> None:
     names = ["ray", "setuptools", "triton"]
-    assert [build.layer_of(name, "vllm", names, ["ray"]) for name in names] == [
+    assert [layer_of(name, "vllm", names, ["ray"]) for name in names] == [
         *("sources", "dependencies", "torch")
     ]
     assert build.LAYERS.index("sources") > build.LAYERS.index("dependencies")
 
 
 def test_an_engine_by_any_name_is_the_engine() -> None:
-    assert build.layer_of("nvidia-engine", "nvidia-engine") == "engine"
+    assert layer_of("nvidia-engine", "nvidia-engine") == "engine"
 
 
 @pytest.mark.parametrize("image", catalog.load(), ids=lambda image: image.reference)
 def test_layers_hold_every_distribution_of_a_lock_once(image: Image) -> None:
     entries = lock.read(image)
-    texts = build.layers(entries, image.engine, image.source_distributions)
-    found = Counter(e for text in texts.values() for e in lock.parse(text, image.lock))
-    assert found == Counter(entries)
+    texts = build.layers(entries, image.engine, image.sources)
+    found = Counter(e.text for text in texts.values() for e in lock.parse(text, image.lock))
+    assert found == Counter(entry.text for entry in entries)
     assert list(texts) == [layer for layer in build.LAYERS if layer in texts]
     assert [e.name for e in lock.parse(texts["engine"], image.lock)] == [image.engine]
 
@@ -115,11 +130,30 @@ def test_a_layer_that_would_be_empty_is_none() -> None:
     assert list(build.layers(locked(versions), "vllm")) == ["torch", "engine"]
 
 
+def test_a_framework_changes_no_layer_of_the_engine() -> None:
+    alone, beside = (build.layers(locked(above=above), "vllm") for above in ({}, ABOVE))
+    assert beside.pop("framework")
+    assert alone == beside
+
+
+def test_what_has_to_be_built_stands_in_a_list_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "context"
+    texts = build.layers(locked(above=ABOVE), "vllm", ["antlr4-python3-runtime"])
+    build.prepare(folder, "", texts, {}, [], ["antlr4-python3-runtime"])
+    lists = {path.name: path.read_text() for path in (folder / "layers").iterdir()}
+    assert "antlr4-python3-runtime==4.9.3" in lists["framework.sources.txt"]
+    assert "antlr4" not in lists["framework.wheels.txt"]
+    assert {"verl==0.7.1", "pip==26.0"} <= set(
+        re.findall(r"\S+==\S+", lists["framework.wheels.txt"])
+    )
+    assert "torch.sources.txt" not in lists
+
+
 def test_every_layer_of_an_image_has_a_name_in_the_order_of_the_dockerfiles(
     checkout: Checkout,
 ) -> None:
     image = checkout.image(SOURCES, versions=WHOLE)
-    assert build.layer_names(image, locked(WHOLE)) == ["base", *build.LAYERS, "entrypoints"]
+    assert build.layer_names(image, locked(WHOLE, ABOVE)) == ["base", *build.LAYERS, "entrypoints"]
     few = {"torch": "2.9.0+cpu", "vllm": "0.12.0"}
     assert build.layer_names(image, locked(few)) == ["base", "torch", "engine", "entrypoints"]
 
@@ -127,7 +161,7 @@ def test_every_layer_of_an_image_has_a_name_in_the_order_of_the_dockerfiles(
 @pytest.mark.parametrize("image", catalog.load(), ids=lambda image: image.reference)
 def test_a_dockerfile_makes_a_layer_for_each_name(image: Image) -> None:
     recipe = build.recipe_text(image, lock.read(image))
-    steps = re.findall(r"(?m)install (\w+)$", recipe)
+    steps = re.findall(r"(?m)sh /mnt/context/(?:install )?(\w+)$", recipe)
     assert build.layer_names(image, lock.read(image)) == ["base", *steps]
     arguments = re.findall(r"(?m)^ARG (\w+)$", recipe)
     assert arguments == ["BASE", *(step.upper() for step in steps)]
@@ -170,6 +204,7 @@ def test_labels_are_the_row_of_the_catalog(checkout: Checkout) -> None:
         "rollout.cuda": "12.8",
         "rollout.engine.version": "0.12.0",
         "rollout.framework": "verl",
+        "rollout.framework.version": "0.7.1",
         "rollout.lock.sha256": SHA,
         "rollout.python": base.python("3.11"),
         "rollout.ray": "2.52.1",
@@ -299,12 +334,15 @@ def own(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Path:
         script.write_text("#!/bin/sh\n")
     monkeypatch.setattr(build, "ENTRYPOINTS", checkout.root / "entrypoints")
     monkeypatch.setattr(build, "SCRIPTS", scripts)
+    last = checkout.root / "entrypoints.sh"
+    last.write_text("#!/bin/sh\n")
+    monkeypatch.setattr(build, "LAST", last)
     return checkout.root
 
 
 def arguments(image: Image) -> dict[str, str]:
     entries = lock.read(image)
-    texts = build.layers(entries, image.engine, image.source_distributions)
+    texts = build.layers(entries, image.engine, image.sources)
     return build.arguments(texts, "base:1", build.payload(image, entries))
 
 
@@ -314,7 +352,7 @@ def changed(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
 
 
 def test_there_is_an_argument_for_each_layer_and_the_base(checkout: Checkout) -> None:
-    values = arguments(checkout.image(SOURCES, versions=WHOLE))
+    values = arguments(checkout.image(SOURCES, versions=WHOLE, above=ABOVE))
     assert list(values) == ["BASE", *(layer.upper() for layer in build.LAYERS), "ENTRYPOINTS"]
     assert values["BASE"] == "base:1"
 
@@ -325,7 +363,13 @@ def test_a_byte_of_what_a_step_runs_changes_every_layer(
 ) -> None:
     before = arguments(checkout.image())
     (own / name).write_text("#!/bin/sh \n")
-    assert changed(before, arguments(checkout.image())) == set(before) - {"BASE"}
+    assert changed(before, arguments(checkout.image())) == set(before) - {"BASE", "ENTRYPOINTS"}
+
+
+def test_a_byte_of_the_last_step_changes_that_layer_alone(checkout: Checkout, own: Path) -> None:
+    before = arguments(checkout.image())
+    (own / "entrypoints.sh").write_text("#!/bin/sh \n")
+    assert changed(before, arguments(checkout.image())) == {"ENTRYPOINTS"}
 
 
 def test_a_byte_of_an_entrypoint_changes_that_layer_alone(checkout: Checkout, own: Path) -> None:
@@ -643,8 +687,10 @@ def test_a_build_mounts_the_hosts_settings_and_keeps_them_out_of_the_context(ima
     for path, data in seen["context"].items():
         assert b"xyzzy-password" not in data, path
         assert b"the company's root" not in data, path
-    assert "layers/nvidia.txt" in seen["files"]
-    assert {"install", "prune", "prune.toml"} <= {path.name for path in seen["context"]}
+    assert "layers/nvidia.wheels.txt" in seen["files"]
+    assert {"install", "prune", "prune.toml", "entrypoints"} <= {
+        path.name for path in seen["context"]
+    }
     assert seen["recipe"].name == "localhost/verl-rollout:vllm-0.12"
     assert seen["recipe"].timestamp == build.TIMESTAMP
     assert seen["recipe"].arguments["BASE"] == "localhost/base:1"

@@ -30,7 +30,10 @@ def refused(path: Path) -> str:
 def test_a_file_is_read_into_an_image(checkout: Checkout) -> None:
     image = catalog.parse(checkout.file())
     assert (image.reference, image.engine) == ("verl-rollout:vllm-0.12", "vllm")
-    assert (image.framework, image.python) == ("verl", "3.11")
+    assert image.framework == catalog.Framework(
+        "verl", "0.7.1", datetime.date(2026, 3, 20), ("verl==0.7.1",)
+    )
+    assert image.python == "3.11"
     assert image.resolved_as_of == datetime.date(2025, 12, 20)
     assert image.requirements == ("vllm==0.12.0", "ray[default]>=2.41")
     assert image.expect == {"torch": "2.9.0", "cuda": "12.8"}
@@ -77,7 +80,7 @@ def test_an_unknown_key_is_named_with_its_file(
     assert refused(checkout.file(changes)) == sentence
 
 
-@pytest.mark.parametrize("key", sorted(set(KEYS) - {"env"}))
+@pytest.mark.parametrize("key", sorted(set(KEYS) - {"env", "framework"}))
 def test_a_missing_key_is_named_with_its_file(checkout: Checkout, key: str) -> None:
     assert refused(checkout.file({key: None})) == f"key '{key}' is missing; add it"
 
@@ -156,6 +159,7 @@ PLAIN = {"sleep_levels": [1], "refit": ["disk"], "fp8": False, "server": False}
         (", fp8 = true", {"fp8": True}),
         (", server = true", {"server": True}),
         (", tensor-parallel = 2", {"tensor_parallel": 2}),
+        (", training = true", {"training": True}),
         (', reuse = "prompts"', {"reuse": "prompts"}),
         (', fp8 = false, server = false, tensor-parallel = 0, reuse = "turns"', {}),
         (
@@ -163,7 +167,7 @@ PLAIN = {"sleep_levels": [1], "refit": ["disk"], "fp8": False, "server": False}
             {"fp8": True, "server": True, "tensor_parallel": 2},
         ),
     ],
-    ids=["none", "fp8", "server", "tensor-parallel", "reuse", "none, said", "all"],
+    ids=["none", "fp8", "server", "tensor-parallel", "training", "reuse", "none, said", "all"],
 )
 def test_a_check_that_not_every_engine_has_is_made_where_a_file_asks_for_it(
     checkout: Checkout, more: str, facts: dict[str, bool | int | str]
@@ -434,3 +438,77 @@ def test_a_missing_reason_is_found() -> None:
     text = 'requirements = [\n "a",  # because\n "b", "c",  # both\n "d #",\n]\n[env]\nE = "#"\n'
     assert unexplained(text) == ['"b"', '"c"', '"d #"', "E ="]
     assert unexplained('requirements = [\n # why\n "a",\n]\n[env]\nE = "1"  # why\n') == []
+
+
+# the framework
+
+VERL = {"name": '"verl"', "version": '"0.7.1"', "resolved-as-of": "2026-03-20"}
+
+
+def table(**changes: str | None) -> str:
+    """An inline table [framework]; a change to None leaves the key out."""
+    keys = VERL | {name.replace("_", "-"): value for name, value in changes.items()}
+    return "{ " + ", ".join(f"{k} = {v}" for k, v in keys.items() if v is not None) + " }"
+
+
+def test_an_image_may_have_no_framework(checkout: Checkout) -> None:
+    assert catalog.parse(checkout.file({"framework": None})).framework is None
+
+
+def test_a_framework_comes_with_its_reasons(checkout: Checkout) -> None:
+    given = table(
+        overrides='{ "transformers==5.6.0" = "the engine pins it" }',
+        left_out='{ Tensor_Board = "nothing imports it" }',
+        source_distributions='{ PyLatexEnc = "no wheel" }',
+    )
+    image = catalog.parse(checkout.file({"framework": given}))
+    assert image.framework is not None
+    assert image.framework.overrides == {"transformers==5.6.0": "the engine pins it"}
+    assert image.framework.left_out == {"tensor-board": "nothing imports it"}
+    assert image.framework.source_distributions == {"pylatexenc": "no wheel"}
+    assert image.sources == {"pylatexenc"}
+    assert image.source_distributions == {}, "a layer of the engine would be built of it"
+
+
+def test_a_framework_without_a_wheel_is_asked_for_by_what_it_needs(checkout: Checkout) -> None:
+    given = table(requirements='["codetiming", "peft>=0.12"]')
+    image = catalog.parse(checkout.file({"framework": given}))
+    assert image.framework is not None
+    assert image.framework.requirements == ("codetiming", "peft>=0.12")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (table(name='"vrel"'), "key 'framework.name' has 'vrel'; known are verl"),
+        (table(version=None), "key 'framework.version' is missing; add it"),
+        (table(versio='"1"'), "unknown key 'framework.versio'; did you mean 'framework.version'?"),
+        (
+            table(requirements='["verl==0.7.0"]'),
+            "key 'framework.requirements' asks for verl==0.7.0, 'framework.version' says 0.7.1; "
+            "make them agree",
+        ),
+        (
+            table(requirements='["= 1"]'),
+            "key 'framework.requirements' has '= 1', not a requirement (PEP 508)",
+        ),
+        (
+            table(overrides='{ "not a name" = "why" }'),
+            "key 'framework.overrides' has 'not a name', not a requirement (PEP 508)",
+        ),
+        (
+            table(left_out="{ tensorboard = 1 }"),
+            "key 'framework.left-out.tensorboard' must be a string",
+        ),
+    ],
+)
+def test_a_framework_that_is_said_wrongly_is_refused(
+    checkout: Checkout, given: str, sentence: str
+) -> None:
+    assert refused(checkout.file({"framework": given})) == sentence
+
+
+def test_no_training_is_promised_without_a_framework(checkout: Checkout) -> None:
+    smoke = '{ sleep-levels = [1], refit = ["cuda-ipc"], training = true }'
+    sentence = refused(checkout.file({"framework": None, "smoke": smoke}))
+    assert sentence == "key 'smoke.training' needs the table [framework]; add one"

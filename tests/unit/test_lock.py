@@ -192,12 +192,13 @@ def test_a_missing_lock_is_answered_with_its_command(checkout: Checkout) -> None
 
 
 def test_a_resolution_is_bound_to_a_day_and_to_no_index(checkout: Checkout) -> None:
-    argv = lock.compile_argv("uv", checkout.image(), Path("in"), Path("out"), ["--extra"])
+    question = lock.engine_question(checkout.image())
+    argv = lock.compile_argv("uv", question, Path("in"), Path("out"), ["--extra"])
     assert argv[argv.index("--exclude-newer") + 1] == "2025-12-20"
     assert argv[argv.index("--python-version") + 1] == "3.11"
     assert argv[argv.index("--only-binary") + 1] == ":all:"
     assert argv[argv.index("--output-file") + 1] == "out"
-    assert argv[-2:] == ["--extra", "in"]
+    assert argv[-2:] == ["--extra", "in/requirements.in"]
     assert {"--generate-hashes", "--no-config"} <= set(argv)
     assert not [a for a in argv if "index" in a or "find-links" in a or "://" in a]
 
@@ -210,7 +211,7 @@ def named(argv: Sequence[str], option: str) -> list[str]:
 def test_nothing_is_built_but_what_the_catalog_file_names(checkout: Checkout) -> None:
     def argv(sources: str | None) -> list[str]:
         image = checkout.image({"source-distributions": sources})
-        return lock.compile_argv("uv", image, Path("in"), Path("out"), [])
+        return lock.compile_argv("uv", lock.engine_question(image), Path("in"), Path("out"), [])
 
     for sources, built in (
         (None, []),
@@ -307,10 +308,88 @@ def test_a_resolved_lock_names_command_catalog_file_and_one_hash(
         "vllm==0.12.0 \\",
         f"    --hash=sha256:{B}",
         "    # via images/catalog/verl-rollout/vllm-0.12.toml",
+        "# Above the engine: resolved as of 2026-03-20, no pin of the engine moved.",
     ]
     # Both forms come of one resolution: the command lines differ in the output alone.
-    assert len(calls) == 2
-    assert [a for a, b in zip(*calls, strict=True) if a != b] == [calls[0][-2]]
+    assert len(calls) == 4
+    for pair in (calls[:2], calls[2:]):
+        assert [a for a, b in zip(*pair, strict=True) if a != b] == [pair[0][-2]]
+
+
+def asked(argv: Sequence[str]) -> dict[str, list[str]]:
+    """The files that a resolution reads, by name, as their lines."""
+    folder = Path(argv[-1]).parent
+    return {path.name: path.read_text().splitlines() for path in folder.iterdir()}
+
+
+def test_the_framework_is_resolved_with_every_pin_of_the_engine_held(
+    checkout: Checkout, uv: Callable[[Run], list[list[str]]]
+) -> None:
+    """And what it adds stands in a part of its own, which the parser tells from the engine's."""
+    seen = []
+
+    def answer(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        seen.append((list(argv), asked(argv)))
+        done = resolves(argv)
+        output = Path(argv[argv.index("--output-file") + 1])
+        if "--constraints" in argv:  # the second resolution
+            file = wheel("verl-0.7.1-py3-none-any.whl", C)
+            form = f'[[packages]]\nname = "verl"\nwheels = [{file}]\n'
+            if output.suffix == ".txt":
+                form = f"verl==0.7.1 \\\n    --hash=sha256:{C}\n    # via -r {argv[-1]}\n"
+            output.write_text(output.read_text() + form)
+        return done
+
+    uv(answer)
+    framework = (
+        '{ name = "verl", version = "0.7.1", resolved-as-of = 2026-03-20, '
+        'overrides = { "transformers==5.6.0" = "why" }, left-out = { tensorboard = "why" }, '
+        'source-distributions = { pylatexenc = "why" } }'
+    )
+    image = checkout.image({"framework": framework, "source-distributions": '{ ray = "why" }'})
+    entries = lock.parse(lock.resolve(image), image.lock)
+    assert [(entry.name, entry.above) for entry in entries] == [("vllm", False), ("verl", True)]
+    (engine, files), (above, more) = seen[0], seen[2]
+    assert engine[engine.index("--exclude-newer") + 1] == "2025-12-20"
+    assert files["requirements.in"] == list(image.requirements)
+    assert not {"--constraints", "--overrides"} & set(engine)
+    assert above[above.index("--exclude-newer") + 1] == "2026-03-20"
+    assert more["requirements.in"] == [*image.requirements, "verl==0.7.1", "pip"]
+    assert more["pins.txt"] == ["vllm==0.12.0"]
+    assert more["overrides.txt"] == [
+        "transformers==5.6.0",
+        "tensorboard ; sys_platform == 'nowhere'",
+    ]
+    assert named(above, "--no-binary") == ["pylatexenc", "ray"]
+    assert named(engine, "--no-binary") == ["ray"]
+
+
+def test_a_framework_may_take_nothing_from_the_engine(
+    checkout: Checkout, uv: Callable[[Run], list[list[str]]]
+) -> None:
+    def answer(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        done = resolves(argv)
+        if "--constraints" in argv:
+            output = Path(argv[argv.index("--output-file") + 1])
+            output.write_text("packages = []\n" if output.suffix == ".toml" else "")
+        return done
+
+    uv(answer)
+    with pytest.raises(
+        Problem, match="the framework's overrides take vllm from the engine"
+    ) as caught:
+        lock.resolve(checkout.image())
+    assert caught.value.code == 2
+
+
+def test_what_a_framework_leaves_out_is_not_in_its_lock(checkout: Checkout) -> None:
+    framework = (
+        '{ name = "verl", version = "0.7.1", resolved-as-of = 2026-03-20, '
+        'left-out = { ray = "why" } }'
+    )
+    image = checkout.image({"framework": framework})
+    with pytest.raises(Problem, match=r"'framework\.left-out\.ray' is in the lock; remove the key"):
+        lock.read(image)
 
 
 def test_a_source_distribution_is_locked_by_its_own_hash(

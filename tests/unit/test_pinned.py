@@ -64,7 +64,7 @@ USER 0:0
 ARG TORCH
 RUN {MOUNTS.replace(" ", " " + chr(92) + chr(10) + "    ")} \\
     sh /mnt/context/install torch
-RUN --mount=type=bind,target=/mnt/context sh /mnt/context/install entrypoints
+RUN --mount=type=bind,target=/mnt/context sh /mnt/context/entrypoints
 ENV A=curl
 USER 1000:0
 """
@@ -132,14 +132,14 @@ def test_a_step_that_is_no_call_of_the_install_script_is_found(mounts: str, comm
     found = pinned.dockerfile(f"{DOCKERFILE}RUN {mounts}{command}\n")
     assert len(found) == 1
     assert found[0].startswith("RUN ")
-    assert found[0].endswith(": not a call of the install script")
+    assert found[0].endswith(": not a call of a build script")
 
 
 @pytest.mark.parametrize(
     "mount", ["type=cache,target=/mnt/cache", "type=secret,id=host", "target=/x,type=cache"]
 )
 def test_a_way_to_a_package_in_the_step_of_our_own_files_is_found(mount: str) -> None:
-    step = "sh /mnt/context/install entrypoints"
+    step = "sh /mnt/context/entrypoints"
     text = DOCKERFILE.replace(step, f"--mount={mount} {step}")
     assert pinned.dockerfile(text) == [
         "RUN … entrypoints: it needs no package, so it gets no way to one"
