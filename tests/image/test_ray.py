@@ -1,7 +1,7 @@
 """Ray nodes of these images form one cluster: two of one image, two of two images.
 
 They are real nodes, each in a process tree of its own, and talk over this machine's loopback. The
-default image has no Ray; an image that is not built here is skipped with the command that builds it.
+default image has no Ray; one that is not built here is skipped with the command that builds it.
 """
 
 from __future__ import annotations
