@@ -11,12 +11,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rollout.backends import KV_CACHE, WEIGHTS, Completion, Engine, EngineError
+from rollout.backends import KV_CACHE, WEIGHTS, Completion, Engine, EngineError, Served
 from rollout.oracle import BOUND_FP8, Oracle
 from rollout.oracle import divergence as mean_divergence
 from rollout.transport import as_bytes
@@ -36,6 +36,8 @@ TOOL = 24  # tokens of a tool's answer between two turns
 # one by one. Twice a token's noise, for each answer has its own: at most 0.09 in thousands of
 # tokens on an H200. What is lost or wrong parts by whole units.
 TIE = 0.2
+PAUSE = 1.0  # seconds at least that a paused server is given to answer what it must not
+CHECKPOINT = "disk"  # the transport of a trainer that shares nothing with the server but files
 IMBALANCE = 0.3  # of a GPU's free memory, taken from the second before the engine starts on both
 FREED = 0.90  # of what the engine held, at least, while it sleeps
 GROWTH = 0.02  # of what the engine held, at most, over all cycles
@@ -68,7 +70,7 @@ class Trial:
     bound: float
     sleep_levels: Sequence[int]
     transports: Sequence[str] = ()  # of a refit; the first one serves all other checks
-    serve: Callable[[], Engine] | None = None  # the engine's own server
+    serve: Callable[[], Served] | None = None  # the engine's own server
     fault: str | None = None
     device: str = "cpu"
     reuse: str = "turns"  # what a prefix cache keeps of a request: all of it, or "prompts" alone
@@ -553,22 +555,30 @@ def fp8(trial: Trial) -> Metrics:
 def server(trial: Trial) -> Metrics:
     """The engine's own HTTP server: weights change between requests and in the middle of rollouts.
 
+    Where it can be paused, they change in a pause too, as trainers elsewhere do it. What it tells a
+    trainer of itself has to be how it was started.
     Control: before its first weights, and after its second for the first, the oracle must disagree.
     """
     if trial.serve is None:
         raise Failed("this backend has no server to drive", {})
     trial.engine.stop()
     level, bound, metrics = max(trial.sleep_levels), trial.bound, Metrics()
-    own, trial.engine = trial.engine, trial.serve()
-    engine = trial.engine
+    own, engine = trial.engine, trial.serve()
+    trial.engine = engine
     try:
         metrics["start_seconds"] = timed(lambda: engine.start(trial.model, dummy=True, level=level))
+        started, told = {"model": str(trial.model), "gpus": 1}, engine.about()
+        wrong = {name: told[name] for name in told if told[name] != started.get(name)}
+        if wrong or "model" not in told:
+            raise Failed(f"the server tells a trainer {wrong or told} of itself", metrics)
         metrics["control_divergence"] = trial.divergence(trial.alone(), trial.oracle)
         if metrics["control_divergence"] <= bound:
             raise Failed("control: the server had the weights before they were sent", metrics)
         moved = trial.refit(trial.weights)
         first = trial.fresh()
         metrics["divergence"] = trial.divergence(first, trial.oracle)
+        if engine.pauses:
+            paused(trial, engine, metrics)
         # Requests are on their way when the trainer has new weights: what they have is kept, and
         # they go on with those.
         kept = engine.interrupt(trial.prompts, ROLLOUT, INTERRUPTED)
@@ -602,10 +612,46 @@ def server(trial: Trial) -> Metrics:
         engine.wake((KV_CACHE,))
         if trial.fresh() != first:
             raise Failed("after sleeping and a refit the server's output is another", metrics)
+        metrics["endpoints"] = engine.endpoints()
     finally:
         engine.stop()
         trial.engine = own
     return metrics
+
+
+def paused(trial: Trial, engine: Served, metrics: Metrics) -> None:
+    """Pause in the middle of rollouts, other weights, go on: what waited is answered by those.
+
+    The weights go through a checkpoint where the server takes one, as from another machine, and in
+    the end they are the first ones again. Control: paused it must not answer what it otherwise
+    answers in a fifth of the time, and the first weights must not explain what it answers then.
+    """
+    usual = timed(trial.together)
+    kept = engine.halt(trial.prompts, ROLLOUT, INTERRUPTED)
+    metrics["paused_tokens"] = [len(part.tokens) for part in kept]
+    if not half_way(kept):
+        raise Failed("control: the pause did not stop the rollouts half-way", metrics)
+    pool = ThreadPoolExecutor(1)
+    try:
+        waiting = pool.submit(trial.together)
+        done, _ = wait([waiting], max(PAUSE, 5 * usual))
+        if done:
+            waiting.result()
+            raise Failed("the server says that it is paused, and answers", metrics)
+        transport = CHECKPOINT if CHECKPOINT in engine.transports else ""
+        seconds = timed(lambda: trial.refit(trial.others, transport))
+        metrics["paused_refit_seconds"] = seconds
+        engine.resume()
+        found = waiting.result()
+    finally:
+        pool.shutdown(wait=False)  # one that waits for ever ends with the server
+    metrics["paused_stranger_divergence"] = trial.divergence(found, trial.oracle)
+    if metrics["paused_stranger_divergence"] <= trial.bound:
+        raise Failed("control: the first weights explain what was answered after a pause", metrics)
+    metrics["paused_divergence"] = trial.divergence(found, trial.other_oracle)
+    if metrics["paused_divergence"] > trial.bound:
+        raise Failed("after a pause the server's output is not that of the weights sent", metrics)
+    trial.refit(trial.weights)
 
 
 def tensor_parallel(trial: Trial) -> Metrics:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from rollout.backends import Completion, Engine
+from rollout.backends import Completion, Engine, Served
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +106,27 @@ class Faulty:
     @property
     def _keeps_nothing(self) -> bool:
         return self._fault == "wake-restores-nothing"
+
+    @property
+    def pauses(self) -> bool:
+        """As the server within says, once it has started; asked of a server alone."""
+        return self._server.pauses
+
+    @property
+    def _server(self) -> Served:
+        return cast("Served", self._engine)
+
+    def about(self) -> dict[str, Any]:
+        return self._server.about()
+
+    def halt(self, prompts: Sequence[Sequence[int]], tokens: int, after: int) -> list[Completion]:
+        return self._server.halt(prompts, tokens, after)
+
+    def resume(self) -> None:
+        self._server.resume()
+
+    def endpoints(self) -> list[str]:
+        return self._server.endpoints()
 
     def start(
         self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType, SimpleNamespace
@@ -94,6 +95,14 @@ class Toy:
         self.says: list[bool] = []  # its own checker, whatever is there
         self.room: Callable[[], bool] = lambda: True  # on all GPUs alike
         self.broken = ""  # why it does not start on two
+        # As a server, where it is one:
+        self.pauses = False
+        self.held_back = threading.Event()  # set while it answers
+        self.held_back.set()
+        self.says_of_itself: dict[str, Any] = {"model": "/m", "gpus": 1}
+        self.restless = False  # paused, it answers
+        self.mute = False  # paused, it answers with an error
+        self.dull = False  # what waited is answered as if nothing had come meanwhile
 
     def start(
         self, _: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
@@ -110,7 +119,31 @@ class Toy:
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
         assert self.weights is not None and not self.asleep
+        if not self.held_back.is_set():
+            if self.mute:
+                raise EngineError("the server answered /generate with 503")
+            before = dict(self.weights)
+            if not self.restless:
+                assert self.held_back.wait(10)
+            if self.dull:
+                self.weights = before
         return [self.answer(list(prompt), tokens) for prompt in prompts]
+
+    def about(self) -> dict[str, Any]:
+        return self.says_of_itself
+
+    def halt(self, prompts: Sequence[Sequence[int]], tokens: int, after: int) -> list[Completion]:
+        found = self.interrupt(prompts, tokens, after)
+        self.calls[-1] = "halt"
+        self.held_back.clear()
+        return found
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+        self.held_back.set()
+
+    def endpoints(self) -> list[str]:
+        return ["/a", "/b"]
 
     def answer(self, context: list[int], tokens: int) -> Completion:
         assert self.weights is not None
@@ -203,6 +236,7 @@ class Toy:
 
     def stop(self) -> None:
         self.calls.append("stop")
+        self.held_back.set()
         self.weights = None
         self.computed.clear()
 
@@ -801,6 +835,92 @@ def test_weights_change_in_the_middle_of_the_rollouts_of_a_server(trained: list[
     assert metrics["divergence"] == metrics["other_divergence"] == 1.0
     assert min(metrics["control_divergence"], metrics["stranger_divergence"]) > 1.043
     assert (metrics["freed_bytes"], trained) == (100, [90])
+    assert metrics["endpoints"] == ["/a", "/b"]
+    assert not [name for name in metrics if name.startswith("paused")]
+
+
+@pytest.fixture
+def pausing(monkeypatch: pytest.MonkeyPatch, trained: list[int]) -> Callable[..., Toy]:
+    """Makes servers that can be paused, wrong in some way; nobody waits long for nothing."""
+    del trained
+    monkeypatch.setattr(checks, "PAUSE", 0.05)
+
+    def make(**wrong: Any) -> Toy:
+        web = Toy()
+        web.pauses = True
+        vars(web).update(wrong)
+        return web
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("transports", "way"),
+    [(("paper", "disk"), "refit disk"), (("paper",), "refit")],
+    ids=["by a checkpoint where it takes one", "as ever"],
+)
+def test_weights_change_in_a_pause_of_a_server_that_has_one(
+    pausing: Callable[..., Toy], transports: tuple[str, ...], way: str
+) -> None:
+    web = pausing(transports=transports)
+    metrics = checks.server(trial(started(), serve=lambda: web))
+    assert [call for call in web.calls if call != "reset"][1:8] == [
+        *("refit", "halt", way, "resume", "refit"),
+        *("interrupt", "refit"),
+    ]
+    assert metrics["paused_tokens"] == [19, 20, 19, 20, 19]
+    assert metrics["paused_divergence"] == 1.0
+    assert metrics["paused_stranger_divergence"] > 1.043
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"restless": True}, "the server says that it is paused, and answers"),
+        ({"late": 112}, "control: the pause did not stop the rollouts half-way"),
+        ({"takes": 1}, "control: the first weights explain what was answered after a pause"),
+        ({"dull": True}, "control: the first weights explain what was answered after a pause"),
+        ({"takes": 0}, "after a pause the server's output is not that of the weights sent"),
+        ({"noise": 0.1}, "after a pause the server's output is not that of the weights sent"),
+    ],
+    ids=[
+        *("it goes on", "it stops nothing", "no weights come", "old weights answer"),
+        *("no weights came ever", "too coarse"),
+    ],
+)
+def test_a_server_whose_pause_is_none_is_not_passed(
+    pausing: Callable[..., Toy], wrong: dict[str, Any], reason: str
+) -> None:
+    web = pausing(**wrong)
+    assert failure(checks.server, trial(started(), serve=lambda: web)) == reason
+    assert web.calls[-1] == "stop"
+
+
+def test_a_server_that_refuses_in_a_pause_has_an_error_and_not_a_wrong_pause(
+    pausing: Callable[..., Toy],
+) -> None:
+    web = pausing(mute=True)
+    with pytest.raises(EngineError, match="answered /generate with 503"):
+        checks.server(trial(started(), serve=lambda: web))
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"model": "/other", "gpus": 1}, "{'model': '/other'}"),
+        ({"model": "/m", "gpus": 2}, "{'gpus': 2}"),
+        ({"gpus": 1}, "{'gpus': 1}"),
+        ({"model": "/m", "tp": 4}, "{'tp': 4}"),
+    ],
+)
+def test_a_server_that_tells_a_trainer_something_else_of_itself_is_not_passed(
+    pausing: Callable[..., Toy], told: dict[str, Any], said: str
+) -> None:
+    web = pausing(says_of_itself=told)
+    reason = failure(checks.server, trial(started(), serve=lambda: web))
+    assert reason == f"the server tells a trainer {said} of itself"
+    web = pausing(says_of_itself={"model": "/m"})
+    checks.server(trial(started(), serve=lambda: web))
 
 
 @pytest.mark.usefixtures("trained")

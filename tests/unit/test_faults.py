@@ -242,6 +242,38 @@ def test_a_deaf_server_is_deaf_and_the_engine_beside_it_is_not(
     assert Faulty(Recorder(), "deaf-server", served=True).refit([("a", TENSOR)]) == 20
 
 
+def test_a_server_with_a_fault_is_asked_what_a_server_is_asked() -> None:
+    class Web(Recorder):
+        pauses = False
+
+        def start(self, *args: object, **given: object) -> None:
+            del args, given
+            self.pauses = True  # known once it has started
+
+        def about(self) -> dict[str, Any]:
+            return {"model": "/m"}
+
+        def halt(self, *given: object) -> list[Completion]:
+            self.calls.append(f"halt {given}")
+            return []
+
+        def resume(self) -> None:
+            self.calls.append("resume")
+
+        def endpoints(self) -> list[str]:
+            return ["/a"]
+
+    web = Web()
+    faulty = Faulty(web, "deaf-server", served=True)
+    assert not faulty.pauses
+    faulty.start(Path("/m"), dummy=True)
+    assert faulty.pauses
+    assert (faulty.about(), faulty.endpoints()) == ({"model": "/m"}, ["/a"])
+    faulty.halt([(1,)], 9, 4)
+    faulty.resume()
+    assert web.calls[-2:] == ["halt ([(1,)], 9, 4)", "resume"]
+
+
 def test_a_lost_token_is_one_of_the_middle_with_its_log_probability() -> None:
     one, two = Faulty(Recorder(), "lost-token").interrupt([[1], [2]], 9, 4)
     assert one == two == Completion((100, 101, 103, 104), (-50.0, -50.5, -51.5, -52.0))

@@ -123,6 +123,7 @@ class There(Server):
     def __init__(self, port: int, log: Path = Path("/nonexistent")) -> None:
         self.port = port
         self.log = log
+        self.answered = set()
         self.status: int | None = None
         self._process: Any = SimpleNamespace(poll=lambda: self.status)
 
@@ -200,6 +201,33 @@ def test_a_server_that_says_nothing_is_an_error(
             server.call("/a", {})
     finally:
         hangs.set()
+
+
+def test_a_server_knows_which_paths_it_has_answered(site: Site, server: There) -> None:
+    site.routes |= {"/a": lambda _: (200, ""), "/b": lambda _: (400, ""), "/e": lambda _: iter([1])}
+    server.call("/a?level=2", {})
+    list(server.events("/e", {}))
+    with pytest.raises(EngineError):
+        server.call("/b", {})
+    assert server.answered == {"/a", "/e"}
+
+
+@pytest.mark.parametrize(
+    ("status", "there"), [(200, True), (405, True), (422, True), (500, True), (404, False)]
+)
+def test_a_path_is_there_unless_the_server_knows_none_of_that_name(
+    site: Site, server: There, status: int, there: bool
+) -> None:
+    site.routes["/pause"] = lambda _: (status, {"detail": "Method Not Allowed"})
+    assert server.offers("/pause") is there
+    assert site.calls == [("/pause", None)], "nothing is posted, so nothing happens"
+    assert server.answered == set()
+
+
+def test_a_server_that_is_gone_offers_nothing_and_says_so(site: Site, server: There) -> None:
+    site.close()
+    with pytest.raises(EngineError, match=r"^the server did not answer /pause: .*refused"):
+        server.offers("/pause")
 
 
 def test_events_come_as_they_are_sent(site: Site, server: There) -> None:

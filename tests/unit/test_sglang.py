@@ -921,7 +921,36 @@ class Scheduler:
             "/release_memory_occupation": self.release,
             "/resume_memory_occupation": self.resume,
             "/update_weights_from_tensor": lambda _: self.updates,
+            "/update_weights_from_disk": self.load,
+            "/get_server_info": lambda _: (200, self.info),
         }
+        self.info: dict[str, Any] = {"model_path": "/model", "tp_size": 2, "load_format": "dummy"}
+        self.loaded: list[tuple[dict[str, Any], list[str]]] = []
+        self.paused = False
+        if not old:
+            site.routes |= {
+                "/server_info": lambda _: (200, self.info | {"pp_size": 2}),
+                "/pause_generation": self.pause,
+                "/continue_generation": self.go_on,
+            }
+
+    def load(self, body: Any) -> Any:
+        if self.busy >= 0:
+            self.dead = "it was not idle"
+        self.loaded.append((body, sorted(path.name for path in Path(body["model_path"]).iterdir())))
+        return self.updates
+
+    def pause(self, body: Any) -> Any:
+        if body is None:
+            return 405, {"detail": "Method Not Allowed"}
+        self.paused = True
+        for event in self.aborted.values():
+            event.set()
+        return 200, {"message": "Generation paused successfully.", "status": "ok"}
+
+    def go_on(self, _: Any) -> Any:
+        self.paused = False
+        return 200, {"message": "Generation continued successfully.", "status": "ok"}
 
     def output(self, prompt: list[int], count: int) -> dict[str, Any]:
         chosen = [[-0.5 * place, sum(prompt) + place, None] for place in range(count)]
@@ -1030,7 +1059,10 @@ def test_a_server_is_started_with_what_its_version_knows(
     assert ("--enable-weights-cpu-backup" in http.argv) is not scheduler.old
     assert ("--nccl-port" in http.argv) is not scheduler.old
     assert http.variables == {}
-    assert site.paths() == ["/health", "/health_generate"]
+    asked = ["/pause_generation", "/server_info", *(["/get_server_info"] if scheduler.old else [])]
+    assert site.paths() == ["/health", "/health_generate", *asked]
+    assert not scheduler.paused, "asked whether it is there, and not for it"
+    assert server.pauses is not scheduler.old
     assert server.levels == ((2,) if scheduler.old else (1,))
     assert (server.witness, server.held()) == (False, 2 * KV_BYTES)
     assert logs() == [http.log.name]
@@ -1094,6 +1126,51 @@ def test_rollouts_of_a_server_are_aborted_by_name_and_kept(
     assert sorted(body["rid"] for body in site.bodies("/abort_request")) == sorted(asked)
     assert len(set(asked)) == 3
     assert all(event.is_set() for event in scheduler.aborted.values())
+
+
+def test_rollouts_of_a_server_are_stopped_by_a_pause_of_all_that_runs(
+    web: sglang.Server, scheduler: Scheduler, site: Site
+) -> None:
+    if scheduler.old:
+        with pytest.raises(EngineError, match="answered /pause_generation with 404"):
+            web.halt([(1, 2)], 500, 4)
+        return
+    found = web.halt([(1, 2), (10,)], 500, 4)
+    assert [part.tokens[:2] for part in found] == [(3, 4), (10, 11)]
+    assert all(4 < len(part.tokens) < 500 for part in found)
+    assert site.bodies("/pause_generation")[-1] == {}
+    assert site.bodies("/abort_request") == []
+    assert scheduler.paused
+    web.resume()
+    assert (scheduler.paused, site.bodies("/continue_generation")) == (False, [{}])
+
+
+def test_a_server_says_what_a_trainer_reads_of_it(web: sglang.Server, scheduler: Scheduler) -> None:
+    """slime takes the number of GPUs from it, and refuses an engine that has another."""
+    assert web.about() == {"model": "/model", "gpus": 2 if scheduler.old else 4}
+    info = "/get_server_info" if scheduler.old else "/server_info"
+    assert web.endpoints() == sorted(["/health", "/health_generate", info])
+
+
+def test_a_server_reads_a_checkpoint_and_not_dummy_weights(
+    web: sglang.Server, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang, "write", lambda _, __, folder: (folder / "x").write_text("four"))
+    scheduler.busy = 2
+    assert web.refit(tensors(4), "disk") == 4
+    ((body, files),) = scheduler.loaded
+    assert (body["load_format"], files) == ("auto", ["x"])
+    assert not Path(body["model_path"]).exists(), "and it is gone when it has been read"
+    assert scheduler.dead == ""
+    scheduler.updates = (200, {"success": False, "message": "no such file"})
+    with pytest.raises(EngineError, match=r"^SGLang refused the weights: no such file$"):
+        web.refit(tensors(4), "disk")
+
+
+def test_a_server_offers_no_transport_that_it_is_not_driven_by(web: sglang.Server) -> None:
+    assert web.transports == ("cuda-ipc", "cuda-ipc-flattened", "disk")
+    with pytest.raises(EngineError, match="by no NCCL"):
+        web.refit(tensors(2), "nccl")
 
 
 def test_a_server_may_end_an_aborted_answer_without_a_last_word(

@@ -527,12 +527,22 @@ class Service:
         self.servers: list[Played] = []
         self.answers: dict[str, Any] = {"smoke_follow": process, "smoke_held": 7}
         self.short = 0  # tokens after which it ends an answer by itself
+        self.paused = threading.Event()
         site.routes |= {
             "/health": lambda _: (200, ""),
             "/collective_rpc": self.call,
             "/v1/completions": self.complete,
+            "/v1/models": lambda _: (200, {"data": [{"id": "mine", "root": "/model"}]}),
+            "/pause": self.pause,
+            "/resume": lambda _: (200, {"status": "resumed"}),
             **{path: lambda _: (200, "") for path in ("/sleep", "/wake_up", "/reset_prefix_cache")},
         }
+
+    def pause(self, body: Any) -> Any:
+        if body is None:
+            return 405, {"detail": "Method Not Allowed"}
+        self.paused.set()
+        return 200, {"status": "paused"}
 
     def call(self, body: Any) -> Any:
         result = self.answers.get(body["method"])
@@ -557,6 +567,9 @@ class Service:
                 return
             time.sleep(LATE)
             yield {"choices": [part(prompt, place, 2)]}
+            if self.paused.is_set():
+                yield {"choices": [part(prompt, 0, 0) | {"finish_reason": "abort"}]}
+                return
         yield {"choices": [{"index": 0, "token_ids": [], "finish_reason": "length"}]}
 
 
@@ -609,7 +622,10 @@ def test_a_server_is_started_as_the_engine_is_and_offers_what_a_trainer_calls(
     assert http.argv == ["/model", *served.flags(options)]
     assert http.variables == {"VLLM_SERVER_DEV_MODE": "1"}
     assert "--enable-sleep-mode" in http.argv
-    assert site.paths() == ["/health", "/collective_rpc", "/collective_rpc"]
+    assert site.paths() == ["/health", "/pause", "/collective_rpc", "/collective_rpc"]
+    assert server.pauses and not service.paused.is_set(), (
+        "asked whether it is there, and not for it"
+    )
     assert (server.held(), server.memory()) == (7, 50 * GIB)
     assert http.log.parent == tmp_path
     server.stop()
@@ -699,6 +715,33 @@ def test_rollouts_of_a_server_end_when_the_trainer_hangs_up(web: vllm.Server, si
     while len(site.hung_up) < 2 and time.monotonic() < end:
         time.sleep(0.005)
     assert site.hung_up == ["/v1/completions"] * 2
+
+
+def test_rollouts_of_a_server_are_stopped_by_a_pause_and_nobody_hangs_up(
+    web: vllm.Server, service: Service, site: Site
+) -> None:
+    first, second = web.halt([(1, 2), (10,)], 10000, 5)
+    for answer, begin in ((first, 3), (second, 10)):
+        assert 5 <= len(answer.tokens) < 10000
+        assert answer.tokens == tuple(range(begin, begin + len(answer.tokens)))
+    assert (site.bodies("/pause"), site.hung_up) == ([{}], [])
+    assert service.paused.is_set()
+    web.resume()
+    assert site.bodies("/resume") == [{}]
+    assert {"/pause", "/resume", "/v1/completions"} < set(web.endpoints())
+
+
+@pytest.mark.usefixtures("service")
+def test_a_server_without_a_pause_is_not_asked_for_one(site: Site) -> None:
+    del site.routes["/pause"]
+    server = vllm.Server()
+    server.start(MODEL, dummy=True)
+    assert not server.pauses
+    server.stop()
+
+
+def test_a_server_says_which_model_it_has(web: vllm.Server) -> None:
+    assert web.about() == {"model": "/model"}
 
 
 def test_a_rollout_of_a_server_that_ends_early_is_an_error(

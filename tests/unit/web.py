@@ -113,6 +113,7 @@ class Played(served.Server):
         self.argv, self.log, self.variables = list(argv), log, dict(variables)
         self.port = self.site.port
         self.ended = 0
+        self.answered = set()
         self._process: Any = SimpleNamespace(poll=lambda: 1 if self.fails else None)
         if self.fails:
             log.write_text(f"{self.fails}\n")

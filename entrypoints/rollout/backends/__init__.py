@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,24 @@ class Engine(Protocol):
 
     def stop(self) -> None:
         """End the engine and leave nothing behind; harmless when called twice."""
+
+
+class Served(Engine, Protocol):
+    """An engine's own HTTP server, with what a trainer elsewhere asks of it besides."""
+
+    pauses: bool  # whether it has paths for `halt` and `resume`, known once it has started
+
+    def about(self) -> dict[str, Any]:
+        """What it tells a trainer of itself: ``model``, and ``gpus`` where it says how many."""
+
+    def halt(self, prompts: Sequence[Sequence[int]], tokens: int, after: int) -> list[Completion]:
+        """Like :meth:`interrupt`, by a pause of the whole server: what comes later has to wait."""
+
+    def resume(self) -> None:
+        """Go on after :meth:`halt`, with what waits."""
+
+    def endpoints(self) -> list[str]:
+        """The paths that it has answered since its start."""
 
 
 def create(backend: str, *, served: bool = False) -> Engine:

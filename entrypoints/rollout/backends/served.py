@@ -77,6 +77,7 @@ class Server:
     def __init__(self, argv: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
         self.port = free_port()
         self.log = log
+        self.answered: set[str] = set()
         libc = ctypes.CDLL(None)
         # The command that a user gives: it stands beside the environment's Python.
         rollout = str(Path(sys.executable).with_name("rollout"))
@@ -122,6 +123,7 @@ class Server:
             if response.status != 200:
                 said = response.read().decode("utf-8", "replace").strip().partition("\n")[0][:300]
                 raise EngineError(f"the server answered {path} with {response.status}: {said}")
+            self.answered.add(path.partition("?")[0])
             yield response
         except (OSError, http.client.HTTPException) as error:
             why = str(error) or type(error).__name__
@@ -141,6 +143,24 @@ class Server:
             return json.loads(text)
         except ValueError:
             return text
+
+    def offers(self, path: str) -> bool:
+        """Whether it has a path, by whatever method: what is to be posted refuses a GET with 405.
+
+        Its own list (/openapi.json) can be switched off; this cannot.
+
+        Raises:
+            EngineError: no answer.
+        """
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=TIMEOUT)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status != 404
+        except (OSError, http.client.HTTPException) as error:
+            why = str(error) or type(error).__name__
+            raise EngineError(f"the server did not answer {path}: {why}") from None
+        finally:
+            connection.close()
 
     def events(self, path: str, body: object) -> Iterator[Any]:
         """POST, and the server-sent events of the answer as JSON; closed, it hangs up.
@@ -169,7 +189,7 @@ class Server:
 
 
 def interrupted(
-    streams: Sequence[Iterator[Completion]], after: int, abort: Callable[[], None]
+    streams: Sequence[Iterator[Completion]], after: int, abort: Callable[[], object]
 ) -> list[Completion]:
     """Follow answers as they grow until each has ``after`` tokens, then abort all of them.
 

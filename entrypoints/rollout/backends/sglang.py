@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,9 +172,12 @@ class Engine(Piped):
     def _from_disk(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         with tempfile.TemporaryDirectory(prefix="rollout-refit-") as folder:
             sent = write(tensors, self._model, Path(folder))
-            self._call("from_disk", folder)
+            self._load(folder)
             # SGLang remembers where its weights come from, and this folder goes.
         return sent
+
+    def _load(self, folder: str) -> None:
+        self._call("from_disk", folder)
 
     def _from_group(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
         """From another GPU by NCCL, as from a trainer that has GPUs of its own."""
@@ -309,12 +312,16 @@ def write(tensors: Iterable[tuple[str, torch.Tensor]], model: Path, folder: Path
 
 
 class Server(Engine):
-    """SGLang's own server, driven over HTTP as verl, NeMo-RL and slime do."""
+    """SGLang's own server, driven over HTTP as verl, NeMo-RL, slime and AReaL do."""
+
+    transports: tuple[str, ...] = ("cuda-ipc", FLATTENED, "disk")
 
     def __init__(self) -> None:
         super().__init__()
         self._server: Http | None = None
         self._tags = True
+        self._info = ""
+        self.pauses = False
 
     def start(
         self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
@@ -335,6 +342,10 @@ class Server(Engine):
             self._server = Http(flags(given), self._log, {})
             self._server.wait("/health")
             self._server.wait("/health_generate")
+            self.pauses = self._server.offers("/pause_generation")
+            # The first is the newer name, and the one that slime asks for first.
+            names = ("/server_info", "/get_server_info")
+            self._info = next((name for name in names if self._server.offers(name)), names[0])
         except (EngineError, OSError) as error:
             self.stop()
             raise EngineError(f"SGLang's server did not start: {error}") from None
@@ -354,9 +365,43 @@ class Server(Engine):
         }
         return _completions(completion(output) for output in self._http().call("/generate", asked))
 
+    def about(self) -> dict[str, Any]:
+        found = self._http().call(self._info)
+        return {"model": found["model_path"], "gpus": found["tp_size"] * found.get("pp_size", 1)}
+
     def interrupt(
         self, prompts: Sequence[Sequence[int]], tokens: int, after: int
     ) -> list[Completion]:
+        server = self._http()
+
+        def abort(names: Sequence[str]) -> None:
+            for name in names:
+                server.call("/abort_request", {"rid": name})
+
+        return self._stopped(prompts, tokens, after, abort)
+
+    def halt(self, prompts: Sequence[Sequence[int]], tokens: int, after: int) -> list[Completion]:
+        server = self._http()
+
+        def pause(_: Sequence[str]) -> None:
+            server.call("/pause_generation", {})
+
+        return self._stopped(prompts, tokens, after, pause)
+
+    def resume(self) -> None:
+        self._http().call("/continue_generation", {})
+
+    def endpoints(self) -> list[str]:
+        return sorted(self._http().answered)
+
+    def _stopped(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        after: int,
+        stop: Callable[[Sequence[str]], None],
+    ) -> list[Completion]:
+        """Answers of so many tokens, stopped half-way; ``stop`` is given the requests' names."""
         server = self._http()
         names = [uuid.uuid4().hex for _ in prompts]
 
@@ -371,14 +416,10 @@ class Server(Engine):
             for output in server.events("/generate", asked):
                 yield _completions([completion(output)])[0]
 
-        def abort() -> None:
-            for name in names:
-                server.call("/abort_request", {"rid": name})
-
         return interrupted(
             [stream(name, prompt) for name, prompt in zip(names, prompts, strict=True)],
             after,
-            abort,
+            lambda: stop(names),
         )
 
     def reset_prefix_cache(self) -> None:
@@ -420,7 +461,17 @@ class Server(Engine):
         if not found["success"]:
             raise EngineError(f"SGLang refused the weights: {found['message']}")
 
+    def _load(self, folder: str) -> None:
+        self.reset_prefix_cache()  # it empties it itself, and a scheduler that cannot ends itself
+        # A server that was started on dummy weights would load dummy weights, were it not told.
+        asked = {"model_path": folder, "load_format": "auto"}
+        found = self._http().call("/update_weights_from_disk", asked)
+        if not found["success"]:
+            raise EngineError(f"SGLang refused the weights: {found['message']}")
+
     def refit(self, tensors: Iterable[tuple[str, torch.Tensor]], transport: str = "") -> int:
+        if transport == "nccl":
+            raise EngineError("this backend sends weights to SGLang's server by no NCCL")
         sent = super().refit(tensors, transport)
         self._held = KV_BYTES * self._gpus + sent
         return sent

@@ -327,6 +327,7 @@ class Server(Engine):
         super().__init__()
         self._server: Http | None = None
         self._log = Path()
+        self.pauses = False
 
     def start(
         self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
@@ -344,6 +345,7 @@ class Server(Engine):
         try:
             self._server = Http([str(model), *flags(options)], self._log, variables)
             self._server.wait("/health")
+            self.pauses = self._server.offers("/pause")
             self._llm = Remote(self._server)
             self._follow()
         except (EngineError, OSError) as error:
@@ -370,10 +372,39 @@ class Server(Engine):
         choices = self._http().call("/v1/completions", asked)["choices"]
         return [chosen(choice) for choice in sorted(choices, key=lambda c: int(c["index"]))]
 
+    def about(self) -> dict[str, Any]:
+        (found,) = self._http().call("/v1/models")["data"]
+        return {"model": found["root"]}
+
     def interrupt(
         self, prompts: Sequence[Sequence[int]], tokens: int, after: int
     ) -> list[Completion]:
-        server, over = self._http(), threading.Event()
+        over = threading.Event()
+        # It ends a request when whoever asked hangs up.
+        return self._stopped(prompts, tokens, after, over.set, over)
+
+    def halt(self, prompts: Sequence[Sequence[int]], tokens: int, after: int) -> list[Completion]:
+        server = self._http()
+        # Nobody hangs up: the pause itself has to end what runs.
+        stop = threading.Event()
+        return self._stopped(prompts, tokens, after, lambda: server.call("/pause", {}), stop)
+
+    def resume(self) -> None:
+        self._http().call("/resume", {})
+
+    def endpoints(self) -> list[str]:
+        return sorted(self._http().answered)
+
+    def _stopped(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        after: int,
+        stop: Callable[[], object],
+        over: threading.Event,
+    ) -> list[Completion]:
+        """Answers of so many tokens, stopped half-way; nobody reads on once it is ``over``."""
+        server = self._http()
 
         def stream(prompt: Sequence[int]) -> Iterator[Completion]:
             asked = self._asked(list(prompt), tokens) | {"stream": True}
@@ -383,9 +414,9 @@ class Server(Engine):
                 whole = Completion(whole.tokens + part.tokens, whole.logprobs + part.logprobs)
                 yield whole
                 if over.is_set():
-                    return  # and hang up, at which vLLM ends the request
+                    return  # and hang up
 
-        return interrupted([stream(prompt) for prompt in prompts], after, over.set)
+        return interrupted([stream(prompt) for prompt in prompts], after, stop)
 
     def stop(self) -> None:
         server, self._server = self._server, None
