@@ -34,6 +34,7 @@ ENTRYPOINTS = ROOT / "entrypoints" / "rollout"
 # The script of every step that installs and what it reads, in the context under these names; and
 # the script of the last step, which decides no other layer.
 SCRIPTS = [ROOT / "images" / "base" / name for name in ("install", "prune", "prune.toml")]
+OWN_RULES = ROOT / "images" / "base" / "prune-framework.toml"  # for the layer of that name alone
 LAST = ROOT / "images" / "base" / "entrypoints"
 BASE_DOCKERFILE = ROOT / "images" / "base" / "Dockerfile"
 BASE = "verl-rollout-base"
@@ -249,7 +250,8 @@ def digest(*parts: str | bytes) -> str:
 def arguments(texts: Mapping[str, str], bottom: str, files: Mapping[str, bytes]) -> dict[str, str]:
     """Build arguments: the base, and for each layer the sha256 of what it installs and how."""
     scripts = [script.read_bytes() for script in SCRIPTS]
-    values = {name.upper(): digest(*scripts, text) for name, text in texts.items()}
+    own = {"framework": [OWN_RULES.read_bytes()]}
+    values = {n.upper(): digest(*scripts, *own.get(n, []), text) for n, text in texts.items()}
     parts = [part for name, data in sorted(files.items()) for part in (name, data)]
     return {"BASE": bottom, **values, "ENTRYPOINTS": digest(LAST.read_bytes(), *parts)}
 
@@ -345,7 +347,7 @@ def prepare(
     for name in ("tools", "layers", "wheels", "payload"):
         (folder / name).mkdir(parents=True)
     (folder / "Dockerfile").write_text(dockerfile, encoding="utf-8")
-    for script in (*SCRIPTS, LAST):
+    for script in (*SCRIPTS, OWN_RULES, LAST):
         _place(script, folder / script.name)
     _place(Path(host.uv()), folder / "tools" / "uv")
     for name, text in texts.items():

@@ -69,6 +69,10 @@ class Framework:
     version: str  # of the release that the proof runs
     resolved_as_of: datetime.date
     requirements: tuple[str, ...]
+    # Other releases whose own metadata takes this engine: `nox -s lock` asks a resolver.
+    fits: tuple[str, ...] = ()
+    # The framework's extra that bounds the engine, where these releases are held against it too.
+    extra: str = ""
     # What the framework asks for and this image holds otherwise: a requirement, with its reason.
     overrides: Mapping[str, str] = field(default_factory=dict)
     # What it asks for and this image does not have, by its normal name, with the reason.
@@ -160,6 +164,8 @@ _FRAMEWORK_KEYS: dict[str, tuple[type, bool]] = {
     "version": (str, True),
     "resolved-as-of": (datetime.date, True),
     "requirements": (list, False),
+    "fits": (list, False),
+    "extra": (str, False),
     "overrides": (dict, False),
     "left-out": (dict, False),
     "source-distributions": (dict, False),
@@ -323,6 +329,8 @@ def _framework(table: Mapping[str, Any], path: Path) -> Framework:
     if own and str(own[0].specifier) != f"=={table['version']}":
         what = f"key 'framework.requirements' asks for {own[0]}, 'framework.version' says"
         raise Problem(f"{shown(path)}: {what} {table['version']}; make them agree", 2)
+    fits = table.get("fits", [])
+    _requirements([f"{name}=={release}" for release in fits], path, "framework.fits")
     overrides = _strings(table.get("overrides", {}), path, "framework.overrides")
     _requirements(list(overrides), path, "framework.overrides")
     return Framework(
@@ -330,6 +338,8 @@ def _framework(table: Mapping[str, Any], path: Path) -> Framework:
         version=table["version"],
         resolved_as_of=table["resolved-as-of"],
         requirements=tuple(lines),
+        fits=tuple(fits),
+        extra=table.get("extra", ""),
         overrides=overrides,
         left_out=_named(table, path, "left-out", "framework."),
         source_distributions=_named(table, path, "source-distributions", "framework."),

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ _PINNED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==(\S+)")
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})(?: \\)?$")
 
 
-# The first line of the second part of a lock, a comment to installers: what stands above the engine.
+# The first line of the second part of a lock: what stands above the engine. Installers skip it.
 ABOVE = "# Above the engine: "
 # What every image has above its engine, beside the framework: users add packages with it.
 TOOLS = ("pip",)
@@ -173,12 +173,13 @@ def torch_arguments(requirements: Sequence[str], environ: Mapping[str, str]) -> 
 class Question:
     """What uv is asked to resolve.
 
-    ``pins`` are versions that must not move. ``overrides`` stand in the place of what anything asks
-    of these distributions. Of ``sources`` the source distribution is taken, of all others a wheel.
+    A day of None is today. ``pins`` are versions that must not move. ``overrides`` stand in the
+    place of what anything asks of these distributions. Of ``sources`` the source distribution is
+    taken, of all others a wheel.
     """
 
     python: str
-    resolved_as_of: datetime.date
+    resolved_as_of: datetime.date | None
     requirements: tuple[str, ...]
     sources: tuple[str, ...] = ()
     pins: tuple[str, ...] = ()
@@ -215,16 +216,28 @@ def above_question(image: Image, engine: Sequence[Locked]) -> Question:
     )
 
 
+def release_question(question: Question, image: Image, release: str) -> Question:
+    """Whether a release of the framework takes the engine, by its own metadata; of any day."""
+    framework = image.framework
+    if framework is None:
+        raise ValueError(f"{image.reference} has no framework")
+    extra = f"[{framework.extra}]" if framework.extra else ""
+    wanted = (f"{framework.name}{extra}=={release}",)
+    return replace(question, requirements=wanted, resolved_as_of=None)
+
+
 def compile_argv(
     uv: str, question: Question, folder: Path, output: Path, extra: Sequence[str]
 ) -> list[str]:
     """One resolution as a command line; :func:`_ask` writes the files it names in ``folder``."""
     pins = ["--constraints", str(folder / "pins.txt")] if question.pins else []
     overrides = ["--overrides", str(folder / "overrides.txt")] if question.overrides else []
+    day = question.resolved_as_of
+    limit = ["--exclude-newer", day.isoformat()] if day else []
     return [
         *(uv, "pip", "compile", "--quiet", "--no-header", "--no-config"),
         *("--python-version", question.python, "--python-platform", PLATFORM),
-        *("--exclude-newer", question.resolved_as_of.isoformat()),
+        *limit,
         # A source distribution runs code of its own to build: only what the catalog file names may.
         # The image builds it. Here uv reads the metadata that lies in it, and builds only where
         # that is not all there: in isolation, with tools that no lock has.
@@ -322,6 +335,12 @@ def resolve(image: Image) -> str:
     names_below = {entry.name for entry in engine}
     more = "".join(text for name, text in sorted(added) if name not in names_below)
     facts = f"Python {image.python}, {PLATFORM}, resolved as of {image.resolved_as_of}"
+    for release in image.framework.fits if image.framework else ():
+        try:
+            _ask(image, release_question(question, image, release), forms=("requirements.txt",))
+        except Problem as problem:
+            what = f"key 'framework.fits' has {release}, which does not: {problem.sentence}"
+            raise Problem(f"{shown(image.path)}: {what}", 2) from None
     title = f"{ABOVE}resolved as of {question.resolved_as_of}, no pin of the engine moved.\n"
     return header(f"nox -s lock -- {image.reference}", facts) + below + title + more
 
@@ -337,8 +356,17 @@ def _blocks(text: str) -> dict[str, str]:
     return blocks
 
 
-def _ask(image: Image, question: Question) -> str:
-    """What uv answers: pins with the hash of the one file that the platform takes, no header."""
+# Twice from one cache: pylock.toml names the files that fit the platform, and the requirements form
+# says which distribution wanted which.
+_FORMS = ("pylock.toml", "requirements.txt")
+
+
+def _ask(image: Image, question: Question, forms: Sequence[str] = _FORMS) -> str:
+    """What uv answers: pins with the hash of the one file that the platform takes, no header.
+
+    Raises:
+        Problem: nothing satisfies the question, or the index cannot be reached.
+    """
     environ = host.uv_environment(os.environ)
     extra = torch_arguments(image.requirements, environ)
     with tempfile.TemporaryDirectory() as name:
@@ -350,14 +378,14 @@ def _ask(image: Image, question: Question) -> str:
         ):
             (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         texts = []
-        # Twice from one cache: pylock.toml names the files that fit the platform, and the
-        # requirements form says which distribution wanted which.
-        for file in ("pylock.toml", "requirements.txt"):
+        for file in forms:
             argv = compile_argv(host.uv(), question, folder, folder / file, extra)
             done = host.run(argv, quiet=True, env={**os.environ, **environ}, check=False)
             if done.returncode:
                 raise Problem(f"{image.reference} cannot be resolved: {_reason(done.stderr)}")
             texts.append((folder / file).read_text(encoding="utf-8"))
+    if "pylock.toml" not in forms:
+        return texts[-1]
     packages = tomllib.loads(texts[0])["packages"]
     chosen = {locked_file(package, image.python)["hashes"]["sha256"] for package in packages}
     # uv's "via" comments name the temporary input files.

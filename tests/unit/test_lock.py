@@ -364,6 +364,31 @@ def test_the_framework_is_resolved_with_every_pin_of_the_engine_held(
     assert named(engine, "--no-binary") == ["ray"]
 
 
+def test_releases_that_are_said_to_fit_are_asked_of_a_resolver(
+    checkout: Checkout, uv: Callable[[Run], list[list[str]]]
+) -> None:
+    """With the framework's own bound of the engine, the engine's pins held, and of any day."""
+    seen = []
+
+    def answer(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        seen.append((list(argv), asked(argv)))
+        if asked(argv)["requirements.in"] == ["verl[vllm]==0.6.0"]:
+            return subprocess.CompletedProcess(argv, 1, "", "error: vllm<=0.9.1 is asked for")
+        return resolves(argv)
+
+    uv(answer)
+    rest = 'name = "verl", version = "0.7.1", resolved-as-of = 2026-03-20, extra = "vllm"'
+    lock.resolve(checkout.image({"framework": f'{{ {rest}, fits = ["0.8.0"] }}'}))
+    argv, files = seen[-1]
+    assert files["requirements.in"] == ["verl[vllm]==0.8.0"]
+    assert files["pins.txt"] == ["vllm==0.12.0"]
+    assert "--exclude-newer" not in argv
+    with pytest.raises(
+        Problem, match=r"'framework\.fits' has 0\.6\.0, which does not: .*vllm<=0\.9"
+    ):
+        lock.resolve(checkout.image({"framework": f'{{ {rest}, fits = ["0.6.0"] }}'}))
+
+
 def test_a_framework_may_take_nothing_from_the_engine(
     checkout: Checkout, uv: Callable[[Run], list[list[str]]]
 ) -> None:

@@ -51,6 +51,27 @@ def prune(site: Path, rules: str = OWN_RULES) -> None:
     subprocess.run([sys.executable, "-I", str(PRUNE), str(site), str(path)], check=True)
 
 
+def test_rules_for_some_distributions_take_nothing_from_the_others(site: Path) -> None:
+    """A layer takes nothing out of those below it: their bytes would change for nothing."""
+    same = site / "below-1.dist-info" / "RECORD"
+    same.parent.mkdir()
+    same.write_text("below/tests/test_b.py,sha256=e,1\n")
+    kept = site / "below/tests/test_b.py"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    rules = site.parent / "rules.toml"
+    rules.write_text(OWN_RULES)
+    listed = site.parent / "list.txt"
+    listed.write_text("Demo==1 \\\n    --hash=sha256:0\n")
+    argv = [sys.executable, "-I", str(PRUNE), str(site), str(rules), str(listed)]
+    subprocess.run(argv, check=True)
+    assert kept.exists()
+    assert same.read_text() == "below/tests/test_b.py,sha256=e,1\n"
+    assert not (site / "demo/gone.py").exists()
+    assert not (site / "demo/__pycache__/gone.cpython-311.pyc").exists()
+    assert "gone" not in (site / "demo-1.dist-info/RECORD").read_text()
+
+
 def there(site: Path) -> set[str]:
     return {str(path.relative_to(site)) for path in site.rglob("*")}
 
