@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 
 from images import base, budget, builder, catalog, host, lock
 from images import layers as layers_of
-from images.catalog import BACKENDS, ROOT, Image
+from images.catalog import BACKENDS, FRAMEWORKS, ROOT, Image
 from images.layers import Record, measure
 from images.lock import Locked
 from rollout.problem import Problem
@@ -210,24 +210,28 @@ if __name__ == "__main__":
 """
 
 
-def belongs(module: Path, backend: str) -> bool:
-    """Whether a module of the package is for images of this backend: another's alone is not.
+def belongs(module: Path, image: Image) -> bool:
+    """Whether a module of the package is for this image: that of another engine alone is not.
 
-    So a change in how one engine is driven leaves the proofs of the others as good as they are.
+    Nor is that of another framework. So a change in how one of them is driven leaves the proofs of
+    the others as good as they are.
     """
-    if module.parent.name != "backends":
+    framework = image.framework.name if image.framework else ""
+    kinds = {"backends": (BACKENDS, image.backend), "frameworks": (FRAMEWORKS, framework)}
+    if module.parent.name not in kinds:
         return True
+    names, own = kinds[module.parent.name]
     owners = [
         known
-        for known in (name.replace("-", "_") for name in BACKENDS)
+        for known in (name.replace("-", "_") for name in names)
         if module.stem == known or module.stem.startswith(f"{known}_")
     ]
-    return owners in ([], [backend.replace("-", "_")])
+    return owners in ([], [own.replace("-", "_")])
 
 
 def payload(image: Image, locked: Sequence[Locked]) -> dict[str, bytes]:
     """The files of the last layer: our own package, the lock, and what the image is."""
-    modules = [path for path in sorted(ENTRYPOINTS.rglob("*.py")) if belongs(path, image.backend)]
+    modules = [path for path in sorted(ENTRYPOINTS.rglob("*.py")) if belongs(path, image)]
     data = json.dumps(facts(image, locked), indent=1, sort_keys=True) + "\n"
     return {
         **{f"rollout/{path.relative_to(ENTRYPOINTS)}": path.read_bytes() for path in modules},

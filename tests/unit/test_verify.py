@@ -74,6 +74,61 @@ def test_no_module_to_import_proves_nothing(prefix: Path) -> None:
     assert verify.run(prefix, ["imports"])[0].status == "unproved"
 
 
+# the framework
+
+FACTS = {"framework": {"name": "verl"}, "backend": "vllm"}
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Callable[[str], str]:
+    """An interpreter that prints and does what a line of shell says; it notes how it was called."""
+
+    def make(line: str) -> str:
+        path = tmp_path / "python"
+        path.write_text(f'#!/bin/sh\necho "$@ $HF_HUB_OFFLINE" > {tmp_path}/called\n{line}\n')
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+def test_the_modules_of_a_training_run_are_imported_offline(
+    python: Callable[[str], str], tmp_path: Path
+) -> None:
+    found = verify.framework(FACTS, python("""echo '{"verl": null, "verl.trainer": null}'"""))
+    assert not found.problems
+    assert found.metrics["modules"] == 2
+    called = (tmp_path / "called").read_text()
+    assert called == "-I -B -m rollout.frameworks verl vllm 1\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (
+            """echo '{"verl": null, "verl.workers": "No module named omegaconf"}'""",
+            "verl.workers: cannot be imported: No module named omegaconf",
+        ),
+        ("echo oh >&2; exit 1", "verl: cannot be imported: oh"),
+        ("kill -SEGV $$", "verl: cannot be imported: ended by signal 11"),
+    ],
+)
+def test_a_module_of_a_training_run_that_cannot_be_imported_is_named(
+    python: Callable[[str], str], line: str, sentence: str
+) -> None:
+    assert sentence in found(verify.framework(FACTS, python(line)))
+
+
+def test_an_adapter_that_names_no_module_proves_nothing(python: Callable[[str], str]) -> None:
+    assert verify.framework(FACTS, python("echo '{}'")).unproved
+
+
+def test_an_image_without_a_framework_is_not_asked_for_one() -> None:
+    assert "framework" in verify.available(FACTS)
+    for facts in ({}, {"framework": None}):
+        assert "framework" not in verify.available(facts)
+
+
 # all together
 
 
@@ -86,7 +141,7 @@ def test_every_check_runs_in_order_and_is_told_as_it_finishes(
     told: list[Check] = []
     checks = verify.run(prefix, progress=told.append)
     assert checks == told
-    assert [check.name for check in checks] == list(verify.CHECKS)
+    assert [check.name for check in checks] == [c for c in verify.CHECKS if c != "framework"]
     assert [(check.status, check.reason) for check in checks] == [("passed", None)] * len(checks)
 
 
