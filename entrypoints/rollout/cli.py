@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rollout import info, preflight, report
+from rollout import added, info, preflight, report
 from rollout.problem import Problem
 
 
@@ -68,6 +68,9 @@ def _conclude(
     """Say the verdict, write the report where one was asked for, return the exit code."""
     facts = info.facts(info.prefix())
     outcome = report.verdict(checks, expected)
+    beside = added.found(info.prefix(), os.environ)
+    for item in beside:
+        print(f"added to the image: {item.name} {item.version} ({item.place})", flush=True)
     if path:
         result = report.Report(
             image=facts["reference"],
@@ -83,6 +86,7 @@ def _conclude(
             seconds=seconds,
             checks=list(checks),
             verdict=outcome,
+            added=beside,
         )
         report.write(path, result)
     names = [check.name for check in checks if check.status == "failed"]
@@ -115,6 +119,8 @@ def _smoke(given: argparse.Namespace) -> int:
     started, clock = report.now(), time.perf_counter()
     data = info.image(info.prefix())
     options = smoke.Options(only, given.model, given.cycles, given.inject)
+    # The proof runs without these variables, and a job with them.
+    _warn(added.warnings(info.prefix(), os.environ))
     checks, device = smoke.run(data, options, _show)
     # Some checks alone prove no image: the verdict is 'unproved', unless one of them failed.
     expected = smoke.available(data["smoke"])
@@ -122,12 +128,17 @@ def _smoke(given: argparse.Namespace) -> int:
     return _conclude(checks, expected, device, given.report, started, seconds)
 
 
+def _warn(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        print(f"rollout: warning: {sentence}", file=sys.stderr, flush=True)
+
+
 def _execute(argv: Sequence[str]) -> int:
     """Become the given command, after a look that costs milliseconds."""
     cuda = info.image(info.prefix()).get("cuda")
     found = preflight.findings(cuda, Path("/"), os.environ, proof=False)
-    for finding in found + preflight.warnings(cuda, Path("/"), os.environ):
-        print(f"rollout: warning: {finding}", file=sys.stderr, flush=True)
+    found += preflight.warnings(cuda, Path("/"), os.environ)
+    _warn(found + added.warnings(info.prefix(), os.environ))
     try:
         os.execvp(argv[0], list(argv))  # noqa: S606 - running what the user asked for is the purpose
     except FileNotFoundError:

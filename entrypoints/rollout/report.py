@@ -62,6 +62,15 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Added:
+    """What a user added to the image: a distribution or a module, and the folder it lies in."""
+
+    name: str
+    version: str
+    place: str
+
+
+@dataclass(frozen=True)
 class Report:
     """One run in one image; the keys of its JSON form are these fields, in this order.
 
@@ -82,6 +91,7 @@ class Report:
     seconds: float
     checks: list[Check]
     verdict: str
+    added: list[Added] = field(default_factory=list)
     schema: str = SCHEMA
 
 
@@ -230,17 +240,28 @@ def validate(data: object) -> list[str]:
     """What is wrong with a parsed report, one sentence each and the key first; empty if nothing."""
     if not isinstance(data, dict):
         return ["report: not an object"]
-    wrong = _keys("", data, {f.name for f in fields(Report)})
+    # Reports that were kept before anything could be added do not say what was.
+    wrong = _keys("", {"added": [], **data}, {f.name for f in fields(Report)})
     wrong += _values("", data, _REPORT)
     engine, checks = data.get("engine"), data.get("checks")
     if isinstance(engine, dict):
         wrong += _keys("engine.", engine, {"name", "version"})
         wrong += _values("engine.", engine, {"name": _text, "version": _text})
+    items = data.get("added")
+    for number, item in enumerate(items if isinstance(items, list) else []):
+        wrong += _validate_added(f"added[{number}]", item)
     if isinstance(checks, list):
         for number, check in enumerate(checks):
             wrong += _validate_check(f"checks[{number}]", check)
         wrong += _validate_verdict(checks, data.get("verdict"))
     return wrong
+
+
+def _validate_added(where: str, item: object) -> list[str]:
+    if not isinstance(item, dict):
+        return [f"{where}: not an object"]
+    wrong = _keys(f"{where}.", item, {f.name for f in fields(Added)})
+    return wrong + _values(f"{where}.", item, dict.fromkeys(item, _text))
 
 
 def _validate_check(where: str, check: object) -> list[str]:
@@ -352,6 +373,7 @@ _REPORT: dict[str, _Test] = {
     "seconds": _seconds,
     "checks": _kind(list, "a list"),
     "verdict": _one_of(*EXIT_CODES),
+    "added": _kind(list, "a list"),
 }
 _CHECK: dict[str, _Test] = {
     "name": _text,

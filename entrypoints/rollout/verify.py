@@ -1,17 +1,18 @@
 """Is the environment the locked one, whole and unchanged, and can it be loaded?
 
 Five checks, each with a name: ``files`` (every byte against RECORD or the seal, in hashes.py),
-``distributions`` (against the lock, in installed.py), ``libraries`` (what shared objects need, in
-shared_objects.py), ``compilers`` (what compiles kernels, in compilers.py) and ``imports``. Nothing
-is trusted that the environment itself could have altered unseen: RECORD vouches for what came out
-of a wheel, and ``share/rollout/unrecorded.sha256``, the seal made at image build, for all the rest,
-RECORD files included.
+``distributions`` (against the lock, in installed.py; additions, in added.py), ``libraries`` (what
+shared objects need, in shared_objects.py), ``compilers`` (what compiles kernels, in compilers.py)
+and ``imports``. Nothing is trusted that the environment itself could have altered unseen: RECORD
+vouches for what came out of a wheel, and ``share/rollout/unrecorded.sha256``, the seal made at
+image build, for all the rest, RECORD files included.
 
     python -m rollout.verify --seal     make the seal; the last step of an image build
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rollout import info
+from rollout import added, info
 from rollout.compilers import compilers
 from rollout.environment import Finding, Findings, ending, opened, printable
 from rollout.hashes import SEAL, files, seal
@@ -57,7 +58,7 @@ def run(
     python = prefix / "bin/python"
     work: dict[str, Callable[[], Findings]] = {
         "files": partial(files, prefix),
-        "distributions": partial(distributions, prefix, lock, _claims(facts)),
+        "distributions": partial(_distributions, prefix, lock, facts),
         "libraries": partial(libraries, prefix, _names(facts, "optional_libraries")),
         "compilers": compilers,
         "imports": partial(
@@ -69,6 +70,14 @@ def run(
         checks.append(_check(name, work[name]))
         progress(checks[-1])
     return checks
+
+
+def _distributions(prefix: Path, lock: Path, facts: Mapping[str, Any]) -> Findings:
+    """What is installed is locked, and nothing that was added beside it hides any of it."""
+    found = distributions(prefix, lock, _claims(facts))
+    hidden = added.shadows(prefix, lock, facts, os.environ)
+    beside = {"added": len(added.found(prefix, os.environ)), "shadowed": len(hidden)}
+    return Findings((*found.problems, *hidden), {**beside, **found.metrics}, found.unproved)
 
 
 def _claims(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -249,6 +249,25 @@ def test_verify_is_proved_by_all_of_its_checks(
     assert left(prefix / "report.json")["verdict"] == ("failed" if code else "proved")
 
 
+def test_what_was_added_is_said_and_reported(
+    prefix: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "mine"
+    (folder / "extra-1.5.dist-info").mkdir(parents=True)
+    (folder / "extra-1.5.dist-info/METADATA").write_text("Name: extra\nVersion: 1.5\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(
+        verify, "run", lambda *_, **__: [Check(name, "passed", 1.0) for name in verify.CHECKS]
+    )
+    assert cli.main(["verify", "--report", str(prefix / "report.json")]) == 0
+    assert f"added to the image: extra 1.5 ({folder})" in capsys.readouterr().out
+    expected = [{"name": "extra", "version": "1.5", "place": str(folder)}]
+    assert left(prefix / "report.json")["added"] == expected
+
+
 @pytest.mark.usefixtures("prefix")
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
@@ -287,6 +306,31 @@ def test_a_warning_comes_before_what_is_executed(monkeypatch: pytest.MonkeyPatch
     done = rollout("true")
     assert done.returncode == 0
     assert "rollout: warning: PYTORCH_ALLOC_CONF has expandable_segments:True" in done.stderr
+
+
+def shadowing(prefix: Path, tmp_path: Path) -> str:
+    """A folder with a module that the image has, too."""
+    for folder in (prefix / "lib/python3.11/site-packages/torch", tmp_path / "mine/torch"):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("")
+    return str(tmp_path / "mine")
+
+
+@pytest.mark.usefixtures("stands_aside")
+def test_a_path_that_hides_what_is_locked_is_said_before_a_command_and_a_proof(
+    prefix: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shadowing(prefix, tmp_path)
+    monkeypatch.setenv("PYTHONPATH", folder)
+    said, _ = executed(["python3", "train.py"], capsys)
+    wanted = f"rollout: warning: PYTHONPATH: {folder} holds torch, which the lock has too"
+    assert [line.startswith(wanted) for line in said].count(True) == 1
+    monkeypatch.setattr(smoke, "run", lambda *_, **__: ([], None))
+    cli.main(["smoke"])
+    assert wanted in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_a_check_without_a_status_or_reason_cannot_be_made(status: str, reason: 
 def test_the_document_has_exactly_the_promised_keys(data: dict[str, Any]) -> None:
     assert list(data) == [
         *("schema", "image", "lock_sha256", "layers", "engine", "torch", "cuda", "driver"),
-        *("device", "started", "seconds", "checks", "verdict"),
+        *("device", "started", "seconds", "checks", "verdict", "added"),
     ]
     assert list(data["engine"]) == ["name", "version"]
     assert list(data["checks"][0]) == ["name", "status", "seconds", "metrics", "reason"]
@@ -163,6 +163,21 @@ def test_a_wrong_value_in_a_check_is_named_by_its_place(
 ) -> None:
     data["checks"][1][key] = value
     assert any(line.startswith(f"checks[1].{key}: ") for line in report.validate(data))
+
+
+def test_additions_have_a_name_a_version_and_a_place(data: dict[str, Any]) -> None:
+    extra = {"name": "extra", "version": "1.5", "place": "/opt/added"}
+    assert report.validate({**data, "added": [extra]}) == []
+    (wrong,) = report.validate({**data, "added": [extra, {**extra, "version": 1.5}]})
+    assert wrong.startswith("added[1].version: 1.5")
+    (wrong,) = report.validate({**data, "added": [{**extra, "size": "1"}]})
+    assert wrong == "added[0].size: unknown"
+    assert report.validate({**data, "added": None}) == ["added: None is not a list"]
+
+
+def test_a_report_of_before_there_were_additions_is_valid(data: dict[str, Any]) -> None:
+    del data["added"]
+    assert report.validate(data) == []
 
 
 def test_a_verdict_that_the_checks_contradict_is_named(data: dict[str, Any]) -> None:
