@@ -1,0 +1,44 @@
+"""Which image is for which release of a framework."""
+
+from __future__ import annotations
+
+from images import releases
+
+from ..conftest import ABOVE, Checkout
+
+
+def test_every_release_of_the_catalog_stands_beside_its_image_the_newest_first(
+    checkout: Checkout,
+) -> None:
+    rest = 'name = "verl", resolved-as-of = 2026-03-20, extra = "vllm"'
+    old = f'{{ {rest}, version = "0.7.1", fits = ["0.7.0", "0.10.0"] }}'
+    new = f'{{ {rest}, version = "0.9.1" }}'
+    images = [
+        checkout.image({"framework": old}, above=ABOVE),
+        checkout.image({"framework": new}, tag="vllm-0.24"),
+        checkout.image({"framework": None}, tag="plain"),
+    ]
+    lines = releases.table(images).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[:2] for row in cells] == [
+        ["verl 0.10.0", "`verl-rollout:vllm-0.12`"],
+        ["verl 0.9.1", "`verl-rollout:vllm-0.24`"],
+        ["verl 0.7.1", "`verl-rollout:vllm-0.12`"],
+        ["verl 0.7.0", "`verl-rollout:vllm-0.12`"],
+    ]
+    assert cells[2][2:] == [
+        "vllm 0.12.0",
+        "2.9.0",
+        "12.8",
+        releases.reason(images[0].framework, "0.7.1"),
+    ]  # type: ignore[arg-type]
+    assert "with its extra `vllm`" in cells[0][-1]
+
+
+def test_a_cell_says_which_release_is_in_an_image_and_which_fit(checkout: Checkout) -> None:
+    rest = 'name = "verl", version = "0.7.1", resolved-as-of = 2026-03-20'
+    given = f'{{ {rest}, fits = ["0.7.0", "0.8.0"] }}'
+    assert releases.of(checkout.image({"framework": given}).framework) == (
+        "verl 0.7.1 (fits 0.7.0, 0.8.0)"
+    )
+    assert releases.of(checkout.image({"framework": None}).framework) == "—"
