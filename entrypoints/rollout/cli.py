@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rollout import added, info, preflight, report
@@ -53,7 +54,13 @@ COMMANDS = ("info", "verify", "smoke", "serve", "-h", "--help")
 
 def _info(as_json: bool) -> int:
     facts = info.facts(info.prefix())
-    print(json.dumps(facts, indent=1) if as_json else info.text(facts))
+    beside = added.found(info.prefix(), os.environ)
+    if as_json:
+        print(json.dumps({**facts, "added": [asdict(item) for item in beside]}, indent=1))
+        return 0
+    print(info.text(facts))
+    for item in beside:
+        print(f"{'added':<16}{item.name} {item.version} ({item.place})")
     return 0
 
 

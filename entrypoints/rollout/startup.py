@@ -142,7 +142,8 @@ def guide_pip(
     at = others.index(sealed) if sealed in others else len(others)
     sys.path[:] = [*others[:at], *first, *others[at:]]
     settings = f"{place}/pyvenv.cfg"
-    if not os.path.exists(settings):  # pip looks for it below sys.prefix, and warns where it is not
+    changes = {"install", "uninstall"}.intersection(arguments)
+    if changes and not os.path.exists(settings):  # pip warns where there is none below sys.prefix
         with contextlib.suppress(OSError):  # pip says better than we what cannot be written
             os.makedirs(place, exist_ok=True)
             with open(settings, "w", encoding="utf-8") as stream:

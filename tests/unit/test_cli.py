@@ -266,6 +266,10 @@ def test_what_was_added_is_said_and_reported(
     assert f"added to the image: extra 1.5 ({folder})" in capsys.readouterr().out
     expected = [{"name": "extra", "version": "1.5", "place": str(folder)}]
     assert left(prefix / "report.json")["added"] == expected
+    assert cli.main(["info"]) == 0
+    assert f"added           extra 1.5 ({folder})" in capsys.readouterr().out.splitlines()
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["added"] == expected
 
 
 @pytest.mark.usefixtures("prefix")

@@ -214,5 +214,13 @@ def test_pip_sees_an_addition_before_the_sealed_framework(
     sealed = startup.folder("/opt/rollout")
     monkeypatch.setattr(sys, "path", ["/usr/lib/python3.11", sealed, added_there])
     guided("list")
+    assert not (tmp_path / "built/pyvenv.cfg").exists()
     assert sys.path == ["/usr/lib/python3.11", added_there, sealed]
-    assert (tmp_path / "built/pyvenv.cfg").exists()  # pip warns where it is not
+
+
+def test_a_place_that_pip_changes_has_the_file_that_pip_misses_otherwise(
+    guided: Any, tmp_path: Path
+) -> None:
+    guided("uninstall", "x")
+    text = (tmp_path / "running/pyvenv.cfg").read_text()
+    assert text == "include-system-site-packages = false\n"
