@@ -44,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument("--model", type=Path, metavar="DIR", help="a model of yours, not the probe")
     three.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON")
     three.add_argument("--cycles", type=cycles, default=4, metavar="N", help="of sleep and wake")
+    three.add_argument(
+        "--framework", type=Path, metavar="DIR", help="train with this checkout, not the image's"
+    )
     three.add_argument("--inject", metavar="FAULT", help="break one thing; the run must fail")
     commands.add_parser("serve", help="the engine's own OpenAI server; arguments pass through")
     return top
@@ -125,7 +128,7 @@ def _smoke(given: argparse.Namespace) -> int:
         report.writable(given.report)
     started, clock = report.now(), time.perf_counter()
     data = info.image(info.prefix())
-    options = smoke.Options(only, given.model, given.cycles, given.inject)
+    options = smoke.Options(only, given.model, given.cycles, given.inject, given.framework)
     # The proof runs without these variables, and a job with them.
     _warn(added.warnings(info.prefix(), os.environ))
     checks, device = smoke.run(data, options, _show)

@@ -76,6 +76,16 @@ FAULTS = {
         "the engine's server reports success for new weights and keeps its own",
         "not that of the weights sent",
     ),
+    "lost-tensor-in-training": Fault(
+        "training",
+        "from the second refit on the framework's own sender leaves one tensor out",
+        "give a token probabilities that differ",
+    ),
+    "stale-weights-in-training": Fault(
+        "training",
+        "from the second refit on the framework's own sender sends the weights of the first again",
+        "give a token probabilities that differ",
+    ),
 }
 # Made inside the engine; the others are made at its protocol, whatever the engine is.
 _INSIDE = ("leak-per-cycle", "lost-buffer")

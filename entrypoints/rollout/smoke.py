@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import sys
 import tempfile
@@ -30,10 +31,12 @@ CHECKS = (
     "fp8",
     "server",
     "tensor-parallel",
+    "training",
 )
 ANY = 1 << 10  # GPUs: what is asked for is judged apart from what this machine has
 # Checks that start an engine of their own.
-_ALONE = {"fp8", "server"}
+TRAINING = "training"
+_ALONE = {"fp8", "server", TRAINING}
 SEED, OTHER_SEED = 20260708, 20260709
 PROMPTS = 8
 # Eight bits round so coarsely that the probe, made to show every lost tensor in sixteen, exceeds
@@ -52,12 +55,13 @@ class Options:
     model: Path | None = None
     cycles: int = CYCLES
     inject: str | None = None
+    framework: Path | None = None  # a checkout that goes before the image's own framework
 
 
 def available(wanted: Mapping[str, Any], gpus: int = 1) -> list[str]:
     """The checks of an image on so many GPUs; ``wanted`` is "smoke" in its image.json."""
     left_out = {f"sleep-{level}" for level in (1, 2) if level not in wanted["sleep_levels"]}
-    left_out |= {name for name in ("fp8", "server") if not wanted.get(name)}
+    left_out |= {name for name in ("fp8", "server", TRAINING) if not wanted.get(name)}
     if gpus < wanted.get("tensor_parallel", ANY + 1):
         left_out.add("tensor-parallel")
     return [name for name in CHECKS if name not in left_out]
@@ -93,6 +97,19 @@ def fault(name: str | None, wanted: Mapping[str, Any]) -> str | None:
         check = FAULTS[name].check
         raise Problem(f"--inject: {name} is found by {check}, which this image has not", 2)
     return name
+
+
+def framed(checkout: Path, data: Mapping[str, Any]) -> None:
+    """Look at a checkout that is to be trained with, before anything takes time.
+
+    Raises:
+        Problem: exit code 2 where the image's checks use no framework, or it is none of that one.
+    """
+    from rollout import frameworks
+
+    if not data.get("framework") or TRAINING not in available(data["smoke"], ANY):
+        raise Problem("--framework: this image has no check that trains; take one that has", 2)
+    frameworks.create(data["framework"]["name"], data["backend"], checkout)
 
 
 @contextmanager
@@ -210,36 +227,90 @@ def proof(
 
     After the first failure the others are not run: an engine in an unknown state proves nothing.
     """
-    from rollout.checks import CHECKS as FUNCTIONS
-
     gpus = visible_gpus(facts)
     lacking = set(options.only) - set(available(facts["smoke"], gpus))
     if lacking:
         wanted = facts["smoke"]["tensor_parallel"]
         raise Problem(f"{', '.join(sorted(lacking))} needs {wanted} GPUs; {gpus} are visible", 3)
     names = selected(options.only, facts["smoke"], gpus)
-    dummy = "refit" in names or "start" not in names  # a refit follows that fills the engine
     done: list[report.Check] = []
 
-    def add(check: report.Check) -> None:
+    def attempt(name: str, action: Callable[[], dict[str, Any]]) -> None:
+        broken = next((c.name for c in done if c.status == "failed"), None)
+        if broken:
+            check = report.Check(name, "unproved", 0.0, {}, f"not run: {broken} failed before it")
+        else:
+            check = _attempt(name, action)
         done.append(check)
         show(check)
 
+    device = None
+    driven = [name for name in names if name != TRAINING]
+    if driven:
+        device = _drive(facts, options, driven, gpus, attempt)
+    if TRAINING in names:
+        # A framework starts its own engine: ours has ended, and what it was judged by is gone.
+        trained_on = _train(facts, options, attempt)
+        device = device or trained_on
+    return done, device
+
+
+def _drive(
+    facts: dict[str, Any],
+    options: Options,
+    names: Sequence[str],
+    gpus: int,
+    attempt: Callable[[str, Callable[[], dict[str, Any]]], None],
+) -> str:
+    """The checks that drive an engine through its protocol; returns its device."""
+    from rollout.checks import CHECKS as FUNCTIONS
+
+    dummy = "refit" in names or "start" not in names  # a refit follows that fills the engine
     with _model_folder(options.model) as folder:
         trial = _trial(facts, options, folder, dummy=dummy, gpus=gpus)
         try:
             for name in names:
-                broken = next((c.name for c in done if c.status == "failed"), None)
-                if broken:
-                    reason = f"not run: {broken} failed before it"
-                    add(report.Check(name, "unproved", 0.0, {}, reason))
-                elif name == "start":
-                    add(_attempt(name, lambda: start(trial, dummy=dummy)))
+                if name == "start":
+                    attempt(name, lambda: start(trial, dummy=dummy))
                 else:
-                    add(_attempt(name, lambda name=name: FUNCTIONS[name](trial)))  # type: ignore[misc]
+                    attempt(name, lambda name=name: FUNCTIONS[name](trial))  # type: ignore[misc]
         finally:
             trial.engine.stop()
-        return done, trial.engine.device
+        device: str = trial.engine.device
+        return device
+
+
+def _train(
+    facts: dict[str, Any],
+    options: Options,
+    attempt: Callable[[str, Callable[[], dict[str, Any]]], None],
+) -> str | None:
+    """The check of a framework's own trainer; returns the GPU that it ran on, None if on none."""
+    from rollout import frameworks, gauge, training
+
+    names: list[str] = []
+
+    def trained() -> dict[str, Any]:
+        release_gpu()
+        gpu = gauge.first()
+        names.append(gpu.name)
+        name = facts["framework"]["name"]
+        framework = frameworks.create(name, facts["backend"], options.framework)
+        return training.training(training.Run(framework, gpu.used, gpu.total, options.inject))
+
+    attempt(TRAINING, trained)
+    return names[0] if names else None
+
+
+def release_gpu() -> None:
+    """Give back what this process still holds of a GPU, if it ever used one."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
 
 
 def start(trial: Any, *, dummy: bool) -> dict[str, Any]:
@@ -289,6 +360,8 @@ def run(
     """
     selected(options.only, data["smoke"], ANY)
     fault(options.inject, data["smoke"])
+    if options.framework is not None:
+        framed(options.framework, data)
     found = preflight.findings(data["cuda"], Path("/"), os.environ)
     if found:
         raise Problem(found[0], 3)

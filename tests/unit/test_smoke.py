@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rollout import checks, preflight, report, smoke
+from rollout import checks, frameworks, gauge, preflight, report, smoke, training
 from rollout.backends import Completion, EngineError
 from rollout.checks import Failed
 from rollout.problem import Problem
@@ -27,6 +27,7 @@ WITH_FP8 = WANTED | {"fp8": True}
 WITH_SERVER = WANTED | {"server": True}
 WITH_TWO = WANTED | {"tensor_parallel": 2}
 WITH_ALL = WANTED | {"fp8": True, "server": True, "tensor_parallel": 2}
+WITH_TRAINING = WANTED | {"training": True}
 FACTS: dict[str, Any] = {
     "backend": "transformers",
     "cuda": None,
@@ -46,6 +47,8 @@ FACTS: dict[str, Any] = {
         ([], WITH_FP8, [*ALL, "fp8"]),
         ([], WITH_SERVER, [*ALL, "server"]),
         ([], WITH_ALL, [*ALL, "fp8", "server"]),
+        ([], WITH_ALL | {"training": True}, [*ALL, "fp8", "server", "training"]),
+        ([], WITH_TRAINING | {"training": False}, ALL),
         (["cycle", "refit"], WANTED, ["start", "refit", "cycle"]),
         (["partial-rollout", "multi-turn"], WANTED, ["start", "multi-turn", "partial-rollout"]),
         (["fp8", "refit"], WITH_FP8, ["start", "refit", "fp8"]),
@@ -55,6 +58,7 @@ FACTS: dict[str, Any] = {
     ],
     ids=[
         *("all", "one level", "the other level", "fp8 last", "server last", "both last"),
+        *("training behind all", "no training"),
         *("some, in their order", "rollouts", "fp8 behind others"),
         *("start alone", "start and fp8", "server behind others"),
     ],
@@ -65,9 +69,13 @@ def test_checks_run_in_their_order_behind_start(
     assert smoke.selected(only, wanted) == names
 
 
-@pytest.mark.parametrize("only", [["fp8"], ["server"], ["server", "fp8"]], ids="+".join)
+@pytest.mark.parametrize(
+    "only",
+    [["fp8"], ["server"], ["server", "fp8"], ["training"], ["training", "fp8"]],
+    ids="+".join,
+)
 def test_what_starts_its_own_engine_starts_no_other(only: list[str]) -> None:
-    assert smoke.selected(only, WITH_ALL) == sorted(only)
+    assert smoke.selected(only, WITH_ALL | {"training": True}) == sorted(only)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +109,7 @@ def test_one_gpu_is_what_every_image_is_judged_by() -> None:
 def test_an_image_that_says_nothing_of_a_check_has_no_such_check() -> None:
     before = {"sleep_levels": [1, 2], "refit": ["disk"]}  # an image.json of an older build
     assert smoke.available(before) == smoke.available(WANTED) == ALL
-    for name in ("fp8", "server", "tensor-parallel"):
+    for name in ("fp8", "server", "tensor-parallel", "training"):
         with pytest.raises(Problem, match=f"no check '{name}' in this image") as caught:
             smoke.selected([name], WANTED, smoke.ANY)
         assert caught.value.code == 2
@@ -143,7 +151,7 @@ def test_gpus_are_counted_where_there_is_cuda_alone(monkeypatch: pytest.MonkeyPa
 
 
 def test_every_check_has_its_function() -> None:
-    assert ["start", *checks.CHECKS] == list(smoke.CHECKS)
+    assert ["start", *checks.CHECKS, "training"] == list(smoke.CHECKS)
 
 
 def test_a_known_fault_is_taken() -> None:
@@ -403,6 +411,81 @@ def test_a_machine_with_too_few_gpus_proves_nothing_of_two(
     assert caught.value.code == 3
     assert caught.value.sentence == f"tensor-parallel needs 2 GPUs; {gpus} are visible"
     assert (engine.starts, engine.stopped) == ([], 0)
+
+
+TRAINED = {"divergence": 0.002}
+TRAINS: dict[str, Any] = FACTS | {
+    "cuda": "12.8",
+    "smoke": WITH_TRAINING,
+    "framework": {"name": "verl", "distribution": "verl", "version": "0.7.1"},
+}
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[training.Run]:
+    """The runs that a framework on paper was asked for, on a GPU on paper."""
+    asked: list[training.Run] = []
+
+    def train(run: training.Run) -> dict[str, Any]:
+        asked.append(run)
+        return dict(TRAINED)
+
+    monkeypatch.setattr(smoke, "visible_gpus", lambda _: 1)
+    monkeypatch.setattr(gauge, "first", lambda: gauge.Gpu("H999", 1 << 37, lambda: 5))
+    monkeypatch.setattr(frameworks, "create", lambda *given: SimpleNamespace(given=given))
+    monkeypatch.setattr(training, "training", train)
+    return asked
+
+
+def given(run: training.Run) -> Any:
+    return vars(run.framework)["given"]
+
+
+def test_training_alone_starts_no_engine_and_makes_no_probe(
+    runs: list[training.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoke, "_trial", None)
+    done, device = smoke.proof(TRAINS, smoke.Options(only=("training",)), lambda _: None)
+    assert [(check.name, check.status, check.metrics) for check in done] == [
+        ("training", "passed", TRAINED)
+    ]
+    assert device == "H999"
+    assert runs[0].gpu_bytes == 1 << 37
+    assert given(runs[0]) == ("verl", "transformers", None)
+
+
+def test_training_begins_when_the_engine_of_the_other_checks_has_ended(
+    engine: Engine, runs: list[training.Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stopped: list[int] = []
+    monkeypatch.setattr(smoke, "release_gpu", lambda: stopped.append(engine.stopped))
+    done, device = smoke.proof(TRAINS, smoke.Options(model=tmp_path), lambda _: None)
+    assert [check.name for check in done] == [*ALL, "training"]
+    assert (stopped, device, len(runs)) == ([1], "paper", 1)
+
+
+def test_after_a_failure_nothing_is_trained(
+    engine: Engine, runs: list[training.Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(checks.CHECKS, "cycle", fails)
+    done, _ = smoke.proof(TRAINS, smoke.Options(model=tmp_path), lambda _: None)
+    assert (done[-1].name, done[-1].status) == ("training", "unproved")
+    assert (runs, engine.stopped) == ([], 1)
+
+
+def test_a_checkout_and_a_fault_reach_the_run(runs: list[training.Run], tmp_path: Path) -> None:
+    options = smoke.Options(("training",), inject="lost-tensor-in-training", framework=tmp_path)
+    smoke.proof(TRAINS, options, lambda _: None)
+    assert runs[0].fault == "lost-tensor-in-training"
+    assert given(runs[0]) == ("verl", "transformers", tmp_path)
+
+
+@pytest.mark.parametrize("facts", [FACTS, TRAINS | {"framework": None}, TRAINS | {"smoke": WANTED}])
+def test_a_checkout_is_refused_where_nothing_trains(facts: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(Problem) as caught:
+        smoke.run(facts, smoke.Options(framework=tmp_path), print)
+    assert caught.value.code == 2
+    assert "no check that trains" in caught.value.sentence
 
 
 def test_two_gpus_are_proved_last_where_there_are_two(
