@@ -21,7 +21,8 @@ def test_an_untouched_image_passes_every_check(container: Callable[[], Container
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((here.root / "var/cache/rollout/report.json").read_text())
     assert report["verdict"] == "proved"
-    assert [c["name"] for c in report["checks"]] == list(verify.CHECKS)
+    # This image has no framework, whose modules would be imported too.
+    assert [c["name"] for c in report["checks"]] == verify.available({"framework": None})
 
 
 def test_changed_added_and_removed_files_are_all_named(
