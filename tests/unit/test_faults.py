@@ -26,6 +26,7 @@ class Recorder:
     device = "paper"
     transports: tuple[str, ...] = ("paper",)
     cache_block = 16
+    kv_bytes = 4096
     mlp_bias = False
 
     def __init__(self) -> None:
@@ -161,7 +162,7 @@ def test_a_fault_is_found_by_the_first_of_its_checks_that_an_image_has() -> None
 def test_what_an_engine_says_of_itself_is_told_before_and_after_its_start(fault: str) -> None:
     engine = Faulty(Recorder(), fault)
     assert (engine.device, engine.transports) == ("paper", ("paper",))
-    assert (engine.cache_block, engine.mlp_bias) == (16, False)
+    assert (engine.cache_block, engine.kv_bytes, engine.mlp_bias) == (16, 4096, False)
     assert (engine.witness, engine.insisting) == (False, {})
     if fault != "wake-restores-nothing":
         assert list(engine.levels) == []

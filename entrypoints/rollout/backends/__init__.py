@@ -37,6 +37,7 @@ class Engine(Protocol):
 
     device: str  # what it runs on, as a person would name it
     transports: tuple[str, ...]  # how weights reach it in a refit, as the catalog names them
+    kv_bytes: int  # of the KV cache that it is told to take, on one GPU
     levels: tuple[int, ...]  # of sleep, that it can go to as it was started
     cache_block: int  # tokens: its prefix cache shares whole blocks of so many
     mlp_bias: bool  # whether its Llama has the biases of the MLP; one without overlooks them

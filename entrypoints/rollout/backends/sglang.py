@@ -79,6 +79,7 @@ class Engine(Piped):
     """The trainer's side of SGLang (see :class:`rollout.backends.Engine`)."""
 
     transports: tuple[str, ...] = ("cuda-ipc", FLATTENED, "nccl", "disk")
+    kv_bytes = KV_BYTES
     cache_block = 1  # its radix cache shares single tokens
     patience = TIMEOUT
     mlp_bias = False  # models/llama.py hard-codes bias=False there and skips such tensors

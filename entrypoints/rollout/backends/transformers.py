@@ -41,6 +41,7 @@ SMALL = 50_000_000
 class Engine(Piped):
     """The trainer's side of the reference engine (see :class:`rollout.backends.Engine`)."""
 
+    kv_bytes = KV_POOL_BYTES
     transports: tuple[str, ...] = ("shared-memory",)
     levels: tuple[int, ...] = (1, 2)
     cache_block = BLOCK_TOKENS

@@ -70,6 +70,7 @@ class Engine:
     """The trainer's side of vLLM (see :class:`rollout.backends.Engine`)."""
 
     transports: tuple[str, ...] = ("cuda-ipc",)
+    kv_bytes = KV_BYTES
     levels: tuple[int, ...] = (1, 2)  # whatever it was started for
     cache_block = 16
     mlp_bias = True
