@@ -103,6 +103,7 @@ class Faulty:
         self.device = engine.device
         self.transports = engine.transports
         self.cache_block = engine.cache_block
+        self.kv_bytes = engine.kv_bytes
         self.mlp_bias = engine.mlp_bias
         self._learn()
 
