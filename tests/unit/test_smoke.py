@@ -473,6 +473,38 @@ def test_after_a_failure_nothing_is_trained(
     assert (runs, engine.stopped) == ([], 1)
 
 
+@pytest.mark.parametrize("only", [(), ("training",)])
+def test_where_a_machine_cannot_train_the_rest_of_the_proof_is_kept(
+    engine: Engine,
+    runs: list[training.Run],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    only: tuple[str, ...],
+) -> None:
+    def lacks(_: training.Run) -> dict[str, Any]:
+        raise Problem("the GPU has too little memory for the training", 3)
+
+    monkeypatch.setattr(training, "training", lacks)
+    done, _ = smoke.proof(TRAINS, smoke.Options(only, tmp_path), lambda _: None)
+    assert {check.status for check in done[:-1]} <= {"passed"}
+    assert (done[-1].name, done[-1].status) == ("training", "unproved")
+    assert done[-1].reason == "the GPU has too little memory for the training"
+    assert report.exit_code(report.verdict(done, smoke.available(WITH_TRAINING))) == 3
+    assert (runs, engine.stopped) == ([], 0 if only else 1)
+
+
+def test_wrong_usage_ends_training_as_it_ends_all(
+    runs: list[training.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: object) -> Any:
+        raise Problem("no package verl", 2)
+
+    monkeypatch.setattr(frameworks, "create", wrong)
+    with pytest.raises(Problem, match="no package verl"):
+        smoke.proof(TRAINS, smoke.Options(("training",)), lambda _: None)
+    assert runs == []
+
+
 def test_a_checkout_and_a_fault_reach_the_run(runs: list[training.Run], tmp_path: Path) -> None:
     options = smoke.Options(("training",), inject="lost-tensor-in-training", framework=tmp_path)
     smoke.proof(TRAINS, options, lambda _: None)

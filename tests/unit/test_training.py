@@ -12,6 +12,7 @@ import pytest
 
 from rollout import checks, report, smoke, training
 from rollout.checks import Failed
+from rollout.faults import FAULTS
 from rollout.frameworks import LOST, STALE, FrameworkError, Refit, Step, Tampering
 from rollout.problem import Problem
 from rollout.training import BOUND, CONTROLS, GROWTH, STEPS, Run
@@ -245,8 +246,8 @@ def test_a_fault_begins_with_the_second_refit_and_is_found_by_the_bound(
     paper, run = ran(script, fault=fault)
     reason = failure(run).reason
     assert paper.tampering == Tampering(kind, 2)
-    assert smoke.FAULTS[fault].reason in reason
-    assert smoke.FAULTS[fault].check == "training"
+    assert FAULTS[fault].reason in reason
+    assert FAULTS[fault].check == "training"
 
 
 def test_a_fault_that_is_not_seen_leaves_the_check_to_pass_and_the_run_to_fail() -> None:
@@ -260,5 +261,5 @@ def test_a_fault_of_another_check_leaves_the_control_as_it_is() -> None:
 
 def test_the_check_is_named_by_the_proof_and_knows_no_framework() -> None:
     assert smoke.CHECKS[-1] == "training"
-    assert set(training.FAULTS) <= set(smoke.FAULTS)
+    assert set(training.FAULTS) <= set(FAULTS)
     assert "training" not in checks.CHECKS

@@ -218,10 +218,15 @@ def located(checkout: Path | None, environ: Mapping[str, str] = os.environ) -> d
 
 
 def python_path(checkout: Path | None, environ: Mapping[str, str]) -> str:
-    """PYTHONPATH of a run: the checkout first, the user's, and ours, for verl's workers."""
+    """PYTHONPATH of a run: the checkout first, then the user's, and ours, for verl's workers.
+
+    Ours only where no Python has it by itself, as in a checkout of this project: the environment's
+    own folder there would go before a release that a user has installed on top.
+    """
     parts = [str(checkout.resolve())] if checkout else []
     parts += [part for part in environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    return os.pathsep.join([*parts, str(Path(__file__).parents[2])])
+    own = Path(__file__).parents[2]
+    return os.pathsep.join([*parts, *([] if own.name == "site-packages" else [str(own)])])
 
 
 class Framework:
@@ -243,6 +248,7 @@ class Framework:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: Path | None = None
         self._before: set[int] = set()
+        self._sockets: set[Path] = set()
 
     def modules(self) -> list[str]:
         """The modules that a run touches, as far as this release has them."""
@@ -299,7 +305,7 @@ class Framework:
         found = kept | {
             "PYTHONPATH": python_path(self._checkout, environ),
             "PYTHONUNBUFFERED": "1",
-            "HOME": home,
+            "HOME": environ.get("HOME") or home,  # where engines keep what they compiled
             "TMPDIR": home,
             "USER": environ.get("USER") or "rollout",  # a UID that no passwd file knows has no name
             "LOGNAME": environ.get("LOGNAME") or "rollout",
@@ -346,7 +352,7 @@ class Framework:
 
     def _begin(self, argv: list[str], environ: Mapping[str, str]) -> None:
         assert self._folder is not None and self._log is not None  # noqa: S101
-        self._before = processes.descendants()
+        self._before, self._sockets = processes.descendants(), set(_sockets())
         processes.adopt(True)
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -438,12 +444,19 @@ class Framework:
             processes.end(self._before)
             processes.adopt(False)
             self._process = None
+            for socket in set(_sockets()) - self._sockets:  # what was killed leaves them behind
+                socket.unlink(missing_ok=True)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
         if self._log is not None:
             discard(self._log)
             self._log = None
+
+
+def _sockets() -> list[Path]:
+    """The sockets of refits, where verl puts them."""
+    return list(Path("/tmp").glob("rl-colocate-zmq-*.sock"))  # noqa: S108
 
 
 def made(folder: Path, steps: int) -> None:
