@@ -24,7 +24,7 @@ from packaging.utils import canonicalize_name
 
 from images import base, budget, builder, catalog, host, lock
 from images import layers as layers_of
-from images.catalog import BACKENDS, FRAMEWORKS, ROOT, Image
+from images.catalog import BACKENDS, FRAMEWORKS, ROOT, Image, shown
 from images.layers import Record, measure
 from images.lock import Locked
 from rollout.problem import Problem
@@ -270,10 +270,18 @@ def recipe_text(image: Image, locked: Sequence[Locked]) -> str:
     """The Dockerfile of an image as it is built: its backend's, with variables and labels.
 
     One Dockerfile makes images of several engine versions, not all of which fill every layer.
+
+    Raises:
+        Problem: exit code 2 where no step installs a layer of the lock: it would be missing.
     """
     stamped = labels(image, locked, host.sha256(image.lock), base_name())
-    empty = set(LAYERS) - set(layer_names(image, locked))
-    text = without(image.dockerfile.read_text("utf-8"), empty)
+    filled = layer_names(image, locked)
+    text = without(image.dockerfile.read_text("utf-8"), set(LAYERS) - set(filled))
+    steps = set(re.findall(r"^ARG (\w+)$", text, flags=re.MULTILINE))
+    lost = [name for name in filled[1:] if name.upper() not in steps]
+    if lost:
+        what = f"no step installs the layer {lost[0]!r} of {shown(image.lock)}"
+        raise Problem(f"{shown(image.dockerfile)}: {what}; add its paragraph", 2)
     return dockerfile(text, variables(image, locked), stamped)
 
 

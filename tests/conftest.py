@@ -70,7 +70,7 @@ class Checkout:
         above: Mapping[str, str] | None = None,
     ) -> Image:
         """An image with its lock and its Dockerfile; ``above`` stands above its engine."""
-        from images import catalog, lock
+        from images import build, catalog, lock
 
         found = catalog.parse(self.file(changes, tag, repository))
         texts = [
@@ -82,7 +82,9 @@ class Checkout:
         title = f"{lock.ABOVE}of a test\n" if above else ""
         found.lock.write_text(head + texts[0] + title + texts[1])
         found.dockerfile.parent.mkdir(parents=True, exist_ok=True)
-        found.dockerfile.write_text("ARG BASE\nFROM ${BASE}\n")
+        names = [name.upper() for name in (*build.LAYERS, "entrypoints")]
+        steps = "".join(f"\nARG {name}\nRUN true\n" for name in names)
+        found.dockerfile.write_text(f"ARG BASE\nFROM ${{BASE}}\n{steps}")
         return found
 
 

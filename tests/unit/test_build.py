@@ -167,6 +167,15 @@ def test_a_dockerfile_makes_a_layer_for_each_name(image: Image) -> None:
     assert arguments == ["BASE", *(step.upper() for step in steps)]
 
 
+def test_a_layer_that_no_step_installs_is_an_error(checkout: Checkout) -> None:
+    image = checkout.image(SOURCES, versions=WHOLE)
+    text = image.dockerfile.read_text()
+    image.dockerfile.write_text(text.replace("ARG SOURCES", "ARG SAUCES"))
+    with pytest.raises(Problem, match="no step installs the layer 'sources'") as caught:
+        build.recipe_text(image, lock.read(image))
+    assert caught.value.code == 2
+
+
 # names
 
 
@@ -310,7 +319,7 @@ def test_an_image_has_the_steps_of_its_own_layers_alone(
         (SOURCES, few | {"flashinfer-python": "0.2.5"}, ["torch", "sources", "engine"]),
     ):
         image = checkout.image({**changes, "expect": "{}"}, versions=versions)
-        image.dockerfile.write_text(STEPS)
+        image.dockerfile.write_text(STEPS + "\nARG ENTRYPOINTS\nRUN true\n")
         text = build.recipe_text(image, lock.read(image))
         assert re.findall(r"(?m)install (\w+)$", text) == steps
 
@@ -433,7 +442,7 @@ def test_the_inputs_of_an_image_change_with_its_dockerfile_and_its_base(
     assert build.inputs(image) == before
     monkeypatch.setattr(build, "base_name", lambda: "base:2")
     other_base = build.inputs(image)
-    image.dockerfile.write_text("FROM scratch\n")
+    image.dockerfile.write_text(image.dockerfile.read_text() + "\nUSER 1000:0\n")
     assert len({before, other_base, build.inputs(image)}) == 3
 
 
@@ -479,7 +488,9 @@ def test_the_dockerfile_that_is_built_has_the_variables_and_labels(
     text = build.recipe_text(image, lock.read(image))
     stamped = build.labels(image, lock.read(image), host.sha256(image.lock), "base:1")
     set_to = build.variables(image, lock.read(image))
-    assert text == build.dockerfile(image.dockerfile.read_text(), set_to, stamped)
+    own = set(build.LAYERS) - set(build.layer_names(image, lock.read(image)))
+    own_steps = build.without(image.dockerfile.read_text(), own)
+    assert text == build.dockerfile(own_steps, set_to, stamped)
     assert '    VLLM_WORKER_MULTIPROC_METHOD="spawn"' in text
     assert 'rollout.base="base:1"' in text
 

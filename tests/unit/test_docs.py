@@ -85,7 +85,7 @@ def stale_by_layers(image: Image) -> None:
 
 
 def stale_by_inputs(image: Image) -> None:
-    image.dockerfile.write_text("FROM scratch\n")
+    image.dockerfile.write_text(image.dockerfile.read_text() + "\nUSER 1000:0\n")
 
 
 def stale_by_nothing_to_compare_with(image: Image) -> None:
