@@ -117,7 +117,8 @@ def _verify(path: Path | None) -> int:
     started, clock = report.now(), time.perf_counter()
     print(report.header(), flush=True)
     checks = verify.run(info.prefix(), progress=_show)
-    return _conclude(checks, verify.CHECKS, None, path, started, time.perf_counter() - clock)
+    expected = verify.available(info.image(info.prefix()))
+    return _conclude(checks, expected, None, path, started, time.perf_counter() - clock)
 
 
 def _smoke(given: argparse.Namespace) -> int:

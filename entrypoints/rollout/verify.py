@@ -1,9 +1,11 @@
 """Is the environment the locked one, whole and unchanged, and can it be loaded?
 
-Five checks, each with a name: ``files`` (every byte against RECORD or the seal, in hashes.py),
+Seven checks, each with a name: ``files`` (every byte against RECORD or the seal, in hashes.py),
 ``distributions`` (against the lock, in installed.py; additions, in added.py), ``libraries`` (what
-shared objects need, in shared_objects.py), ``compilers`` (what compiles kernels, in compilers.py)
-and ``imports``. Nothing is trusted that the environment itself could have altered unseen: RECORD
+shared objects need, in shared_objects.py), ``compilers`` (what compiles kernels, in compilers.py),
+``imports``, ``interface`` (what the backend uses of its engine, in backends/interface.py) where the
+backend says that, and ``framework`` (every module that a training run touches) where there is one.
+Nothing is trusted that the environment itself could have altered unseen: RECORD
 vouches for what came out of a wheel, and ``share/rollout/unrecorded.sha256``, the seal made at
 image build, for all the rest, RECORD files included.
 
@@ -12,6 +14,7 @@ image build, for all the rest, RECORD files included.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout import added, info
+from rollout.backends.interface import has as has_interface
 from rollout.compilers import compilers
 from rollout.environment import Finding, Findings, ending, opened, printable
 from rollout.hashes import SEAL, files, seal
@@ -30,10 +34,20 @@ from rollout.problem import Problem
 from rollout.report import Check
 from rollout.shared_objects import libraries
 
-CHECKS = ("files", "distributions", "libraries", "compilers", "imports")
+CHECKS = ("files", "distributions", "libraries", "compilers", "imports", "interface", "framework")
 
 SHOWN = 20  # findings in the reason of a check; with all, one lost folder would fill the screen
 IMPORT_LIMIT_S = 600  # a cold disk and a large engine take minutes, a deadlock takes forever
+
+
+def available(facts: Mapping[str, Any]) -> list[str]:
+    """The checks of an image; ``facts`` are its image.json, or "backend" and "framework" of it."""
+    left_out = set()
+    if not has_interface(facts.get("backend", "")):
+        left_out.add("interface")
+    if not facts.get("framework"):
+        left_out.add("framework")
+    return [name for name in CHECKS if name not in left_out]
 
 
 def run(
@@ -41,7 +55,7 @@ def run(
     only: Collection[str] = (),
     progress: Callable[[Check], None] = lambda _: None,
 ) -> list[Check]:
-    """Run the checks named in only (all, if empty), in the order of CHECKS.
+    """Run the checks named in only (all that the image has, if empty), in the order of CHECKS.
 
     progress is called with each as it finishes. Problem (code 2) before anything runs, if a name
     is unknown, there is no environment at prefix, or what a check goes by cannot be read.
@@ -49,12 +63,12 @@ def run(
     unknown = [name for name in only if name not in CHECKS]
     if unknown:
         raise Problem(f"No check is called {unknown[0]}; there are: {', '.join(CHECKS)}.", 2)
-    chosen = [name for name in CHECKS if not only or name in only]
     opened(prefix)
     lock = prefix / info.LOCK
+    facts = info.image(prefix) if set(only) != {"files"} else {}
+    chosen = [name for name in available(facts) if not only or name in only]
     if "distributions" in chosen:
         read_lock(lock)
-    facts = info.image(prefix) if set(chosen) - {"files"} else {}
     python = prefix / "bin/python"
     work: dict[str, Callable[[], Findings]] = {
         "files": partial(files, prefix),
@@ -64,6 +78,8 @@ def run(
         "imports": partial(
             imports, _names(facts, "imports"), str(python if python.exists() else sys.executable)
         ),
+        "interface": partial(interface, facts, str(python if python.exists() else sys.executable)),
+        "framework": partial(framework, facts, str(python if python.exists() else sys.executable)),
     }
     checks = []
     for name in chosen:
@@ -124,6 +140,72 @@ def imports(modules: Sequence[str], python: str = sys.executable) -> Findings:
         if failure:
             problems.append(Finding(module, "import", f"cannot be imported: {failure}"))
     return Findings(tuple(problems), metrics)
+
+
+def interface(facts: Mapping[str, Any], python: str = sys.executable) -> Findings:
+    """The engine has what its backend uses, with no GPU; metrics give how much was looked at."""
+    name = facts["backend"]
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            [python, "-I", "-B", "-m", "rollout.backends.interface", name],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=IMPORT_LIMIT_S,
+            check=False,
+        )
+        outcome: dict[str, Any] = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return Findings((Finding(name, "interface", f"not done after {IMPORT_LIMIT_S} s"),))
+    except OSError as error:
+        return Findings((Finding(python, "interface", f"cannot be run ({error.strerror})"),))
+    except ValueError:
+        failure = printable(ending(done.returncode, done.stderr.decode("utf-8", "replace")))
+        return Findings((Finding(name, "interface", f"cannot be compared: {failure}"),))
+    if not outcome["looked_at"]:
+        return Findings(unproved=f"the backend {name} says nothing that it uses of its engine")
+    problems = tuple(
+        Finding(where, "interface", printable(what)) for where, what in outcome["problems"]
+    )
+    metrics = {**outcome["looked_at"], "without": ",".join(outcome["without"]) or "nothing"}
+    return Findings(problems, {**metrics, "seconds": round(time.monotonic() - started, 3)})
+
+
+def framework(facts: Mapping[str, Any], python: str = sys.executable) -> Findings:
+    """Every module that a run of the framework touches imports, with no GPU and no network.
+
+    One process for all of them, as in a run: engines take many seconds to import.
+    """
+    name, engine = facts["framework"]["name"], facts["backend"]
+    # A look-up in a hub is a bug, and is to fail at once.
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            [python, "-I", "-B", "-m", "rollout.frameworks", name, engine],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env={**os.environ, **offline},
+            timeout=IMPORT_LIMIT_S,
+            check=False,
+        )
+        outcome: dict[str, str | None] = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return Findings((Finding(name, "import", f"not done after {IMPORT_LIMIT_S} s"),))
+    except OSError as error:
+        return Findings((Finding(python, "import", f"cannot be run ({error.strerror})"),))
+    except ValueError:
+        failure = printable(ending(done.returncode, done.stderr.decode("utf-8", "replace")))
+        return Findings((Finding(name, "import", f"cannot be imported: {failure}"),))
+    if not outcome:
+        return Findings(unproved=f"the adapter of {name} names no module to import")
+    problems = tuple(
+        Finding(module, "import", f"cannot be imported: {printable(failure)}")
+        for module, failure in outcome.items()
+        if failure
+    )
+    seconds = round(time.monotonic() - started, 3)
+    return Findings(problems, {"modules": len(outcome), "import_seconds": seconds})
 
 
 def _import(python: str, module: str) -> str:

@@ -1,12 +1,14 @@
 """vLLM: the engine in a process of its own, driven through the public calls that verl makes.
 
-What differs between vLLM versions is data here (:func:`arguments`) or lies in the worker extension
-(:mod:`rollout.backends.vllm_extension`), never in a copy of this file.
+No version is known here by its number. What an installed vLLM lacks is asked of itself
+(:func:`known`, :meth:`Server.start`); what all have to have is compared without a GPU, in
+:mod:`rollout.backends.vllm_interface`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -37,6 +39,23 @@ FP8 = {
     "fmt": "e4m3",
     "weight_block_size": [128, 128],
 }
+# Arguments that older versions lack, and nothing is proved less without them: a share of the memory
+# is the KV cache's size then, and a progress bar is drawn.
+DISPENSABLE = frozenset({"kv_cache_memory_bytes", "use_tqdm_on_load"})
+# What the engine's own server is started with besides, and cannot take: its OpenAI endpoint puts
+# token ids into words even where nobody asks for words, and the model is no option.
+NOT_SERVED = ("model", "skip_tokenizer_init")
+DEVELOPMENT = "VLLM_SERVER_DEV_MODE"  # offers what trainers call: sleep, refit, cache
+PATHS = (
+    "/health",
+    "/v1/models",
+    "/v1/completions",
+    "/collective_rpc",
+    "/sleep",
+    "/wake_up",
+    "/reset_prefix_cache",
+)
+PAUSING = ("/pause", "/resume")  # older servers have neither
 
 
 def arguments(model: Path, total: int, *, dummy: bool, fp8: bool) -> dict[str, Any]:
@@ -66,13 +85,28 @@ def arguments(model: Path, total: int, *, dummy: bool, fp8: bool) -> dict[str, A
     return options
 
 
+def known(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that the installed vLLM has; the others can be done without.
+
+    Raises:
+        EngineError: it lacks one that cannot.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    lacking = sorted(options.keys() - fields - DISPENSABLE)
+    if lacking:
+        raise EngineError(f"this vLLM has no argument {lacking[0]!r}")
+    return {name: value for name, value in options.items() if name in fields}
+
+
 class Engine:
     """The trainer's side of vLLM (see :class:`rollout.backends.Engine`)."""
 
     transports: tuple[str, ...] = ("cuda-ipc",)
     kv_bytes = KV_BYTES
     levels: tuple[int, ...] = (1, 2)  # whatever it was started for
-    cache_block = 16
+    cache_block = 16  # until it has started, and says so itself
     mlp_bias = True
     witness = False
     insisting: Mapping[str, str] = MappingProxyType({})
@@ -102,7 +136,7 @@ class Engine:
 
         total = torch.cuda.mem_get_info(self._device)[1]
         try:
-            self._llm = LLM(**arguments(model, total, dummy=dummy, fp8=fp8))
+            self._llm = LLM(**known(arguments(model, total, dummy=dummy, fp8=fp8)))
         except Exception as error:
             raise EngineError(f"vLLM did not start: {error}") from error
         self._follow()
@@ -113,6 +147,7 @@ class Engine:
         threading.Thread(target=_work, args=(self._calls,), daemon=True).start()
         self._process = int(self._rpc("smoke_follow"))
         self._held = int(self._rpc("smoke_held"))
+        self.cache_block = int(self._rpc("smoke_block"))
 
     def _submit(self, call: Callable[[], Any]) -> queue.SimpleQueue[Any]:
         if self._llm is None:
@@ -231,10 +266,10 @@ class Engine:
         return found
 
     def remember(self) -> None:
-        raise EngineError("vLLM 0.12 has no weights checker of its own")
+        raise EngineError("vLLM has no weights checker that is asked here")
 
     def unchanged(self) -> bool:
-        raise EngineError("vLLM 0.12 has no weights checker of its own")
+        raise EngineError("vLLM has no weights checker that is asked here")
 
     def held(self) -> int:
         return self._held
@@ -300,6 +335,28 @@ def _running(process: int) -> bool:
     return state.split()[0] != "Z"
 
 
+def served(model: Path, options: Mapping[str, Any]) -> list[str]:
+    """The arguments of the command that starts vLLM's server with these options."""
+    kept = {name: value for name, value in options.items() if name not in NOT_SERVED}
+    return [str(model), *flags(kept)]
+
+
+def asked(prompt: object, tokens: int, *, stream: bool = False) -> dict[str, Any]:
+    """What a trainer asks of the OpenAI endpoint: so many likeliest tokens, by their ids.
+
+    A server that does not know ``return_token_ids`` overlooks it, and answers without tokens.
+    """
+    return {
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "logprobs": 0,
+        "return_token_ids": True,
+        **({"stream": True} if stream else {}),
+    }
+
+
 class Remote:
     """vLLM's server, with the methods of its ``LLM`` that a trainer calls."""
 
@@ -338,30 +395,17 @@ class Server(Engine):
         if fp8 or gpus > 1:
             raise EngineError("this backend starts vLLM's server in bfloat16 and on one GPU only")
         total = torch.cuda.mem_get_info(self._device)[1]
-        options = arguments(model, total, dummy=dummy, fp8=False)
-        # Its OpenAI endpoint puts token ids into words even where nobody asks for words.
-        del options["model"], options["skip_tokenizer_init"]
+        options = known(arguments(model, total, dummy=dummy, fp8=False))
         self._log = log_file()
-        variables = {"VLLM_SERVER_DEV_MODE": "1"}
         try:
-            self._server = Http([str(model), *flags(options)], self._log, variables)
+            self._server = Http(served(model, options), self._log, {DEVELOPMENT: "1"})
             self._server.wait("/health")
-            self.pauses = self._server.offers("/pause")
+            self.pauses = all(self._server.offers(path) for path in PAUSING)
             self._llm = Remote(self._server)
             self._follow()
         except (EngineError, OSError) as error:
             self.stop()
             raise EngineError(f"vLLM's server did not start: {error}") from None
-
-    def _asked(self, prompt: object, tokens: int) -> dict[str, Any]:
-        return {
-            "prompt": prompt,
-            "max_tokens": tokens,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "logprobs": 0,
-            "return_token_ids": True,
-        }
 
     def _http(self) -> Http:
         if self._server is None:
@@ -369,8 +413,8 @@ class Server(Engine):
         return self._server
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
-        asked = self._asked([list(prompt) for prompt in prompts], tokens)
-        choices = self._http().call("/v1/completions", asked)["choices"]
+        body = asked([list(prompt) for prompt in prompts], tokens)
+        choices = self._http().call("/v1/completions", body)["choices"]
         return [chosen(choice) for choice in sorted(choices, key=lambda c: int(c["index"]))]
 
     def about(self) -> dict[str, Any]:
@@ -408,9 +452,9 @@ class Server(Engine):
         server = self._http()
 
         def stream(prompt: Sequence[int]) -> Iterator[Completion]:
-            asked = self._asked(list(prompt), tokens) | {"stream": True}
+            body = asked(list(prompt), tokens, stream=True)
             whole = Completion((), ())
-            for event in server.events("/v1/completions", asked):
+            for event in server.events("/v1/completions", body):
                 part = chosen(event["choices"][0])
                 whole = Completion(whole.tokens + part.tokens, whole.logprobs + part.logprobs)
                 yield whole

@@ -6,7 +6,8 @@ prefix. Arguments and results are plain types: those pass vLLM's message format 
 A refit takes verl's steps: ``load_weights`` for each bucket, then ``process_weights_after_loading``
 once. With weights in fp8 the buckets are quantised on the way, in blocks of 128 by 128; vLLM's
 parameters, which post-processing has stripped of what loading needs, are made anew for that and
-copied into the old ones, whose addresses CUDA graphs have recorded.
+copied into the old ones, whose addresses CUDA graphs have recorded. What post-processing calls the
+factors is vLLM's affair: every parameter that a layer had keeps its place, whatever its name.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Extension:
     # vLLM's worker has these.
     model_runner: Any
     model_config: Any
+    vllm_config: Any
     device: torch.device
 
     def smoke_follow(self) -> int:
@@ -48,8 +50,20 @@ class Extension:
 
         return int(CuMemAllocator.get_instance().get_current_usage())
 
+    def smoke_block(self) -> int:
+        """Tokens in a block of the KV cache: what vLLM decided when it chose its kernels."""
+        return int(self.vllm_config.cache_config.block_size)
+
     def smoke_refit(self, address: str) -> None:
         """Take the weights that a trainer sends to this address (:mod:`rollout.cuda_ipc`)."""
+        from vllm.config import set_current_vllm_config
+
+        # Newer layers read it while they are made and processed, and raise where it is not set.
+        with set_current_vllm_config(self.vllm_config):
+            self.smoke_load(address)
+
+    def smoke_load(self, address: str) -> None:
+        """:meth:`smoke_refit` where vLLM's configuration is set."""
         import torch
         from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
@@ -116,6 +130,7 @@ def _make_loadable(module: Any, device: torch.device) -> None:
     import torch
 
     bias = getattr(module, "bias", None)
+    method = dict(vars(module.quant_method))
     with torch.device(device):
         module.quant_method.create_weights(
             layer=module,
@@ -126,6 +141,8 @@ def _make_loadable(module: Any, device: torch.device) -> None:
             params_dtype=module.orig_dtype,
             weight_loader=module.weight_loader_v2,
         )
+    # Newer versions choose a kernel here; the one that compiled graphs call is that of the start.
+    vars(module.quant_method).update(method)
     if bias is not None and module.bias is not bias:
         raise RuntimeError("vLLM made a new bias, whose loader is not known here")
 
