@@ -52,6 +52,8 @@ class Sealed:
         """Run a command without HOME, with the cache folder alone to write into."""
         root, cache = shlex.quote(str(self.root)), shlex.quote(str(self.cache))
         steps = [
+            # What a container without a network has; a Ray node talks to itself over it.
+            "if command -v ip >/dev/null; then ip link set lo up; fi",
             f"mount --bind {root} {root}",
             f"mount -t proc proc {root}/proc",
             f"mount --rbind /dev {root}/dev",

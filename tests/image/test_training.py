@@ -28,7 +28,7 @@ framework._refuse = lambda: None
 framework.start(11, None, 0)
 print(json.dumps([framework.version, framework.path, str(framework._folder)]), flush=True)
 try:
-    list(framework.steps(time.monotonic() + 500))
+    list(framework.steps(time.monotonic() + 300))
 except FrameworkError as error:
     print(error)
 finally:
@@ -38,12 +38,21 @@ print("checks passed" if "All configuration checks passed successfully!" in log 
 """
 
 
-@pytest.fixture
-def image(tool: builder.Buildah) -> catalog.Image:
-    """The image of vLLM 0.12, where it is built; nothing is built for this."""
-    found = catalog.find("verl-rollout:vllm-0.12", catalog.load())
-    if tool.inspect(tool.local + found.reference) is None:
-        pytest.skip(f"{found.reference} is not built here: nox -s build -- {found.reference}")
+# These stand for the fixtures of the default image, and what is made of those.
+
+
+@pytest.fixture(scope="module")
+def image() -> catalog.Image:
+    """The image of verl's vLLM."""
+    return catalog.find("verl-rollout:vllm-0.12", catalog.load())
+
+
+@pytest.fixture(scope="module")
+def built(image: catalog.Image, tool: builder.Buildah) -> builder.Built:
+    """It, where it is there; tests/image/test_vllm.py builds it."""
+    found = tool.inspect(tool.local + image.reference)
+    if found is None:
+        pytest.skip(f"{image.reference} is not built here: nox -s build -- {image.reference}")
     return found
 
 

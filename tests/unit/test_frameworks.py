@@ -137,7 +137,7 @@ def test_the_trainer_that_needs_transfer_queue_is_left_where_that_is_missing() -
 
 @pytest.mark.parametrize(
     ("gpu_bytes", "share"),
-    [(140 << 30, "0.057"), (24 << 30, "0.333"), (8 << 30, "0.6"), (0, "0.3")],
+    [(140 << 30, "0.086"), (24 << 30, "0.5"), (8 << 30, "0.6"), (0, "0.3")],
 )
 def test_the_engine_gets_a_share_of_the_gpu_that_leaves_room_for_the_trainer(
     gpu_bytes: int, share: str
@@ -538,7 +538,10 @@ def test_a_release_that_trains_with_flash_attn_alone_is_refused_at_once(tmp_path
     with pytest.raises(Problem) as caught:
         framework.start(11, None, 0)
     assert (caught.value.code, "flash_attn" in caught.value.sentence) == (3, True)
-    framework._found["flash_attn"] = "/x"
+    framework._found["flash_attn"] = str(tmp_path)
+    with pytest.raises(Problem):
+        framework._refuse()  # a package of that name that has another release's modules
+    (tmp_path / "bert_padding.py").touch()
     framework._refuse()
 
 

@@ -60,12 +60,14 @@ SECONDS = "timing_s/step"
 
 # What a GRPO run with FSDP imports, over all releases; the rollout's own come by engine.
 _MODULES = (
-    *("verl.trainer.main_ppo", "verl.trainer.ppo.ray_trainer", "verl.trainer.ppo.v1.trainer_sync"),
+    *("verl.trainer.main_ppo", "verl.trainer.main_ppo_v0", "verl.trainer.ppo.ray_trainer"),
+    *("verl.trainer.ppo.v1", "verl.trainer.ppo.v1.agent_loop_tq"),
     *("verl.workers.fsdp_workers", "verl.workers.engine_workers", "verl.workers.engine.fsdp"),
     *("verl.workers.actor.dp_actor", "verl.single_controller.ray", "verl.utils.tracking"),
     *("verl.experimental.agent_loop", "verl.experimental.reward_loop"),
     *("verl.workers.reward_manager", "verl.utils.dataset.rl_dataset", "verl.utils.fsdp_utils"),
     *("verl.checkpoint_engine", "verl.trainer.ppo.core_algos"),
+    *("verl.workers.rollout.replica", "verl.workers.rollout.llm_server"),
 )
 _ROLLOUT = {
     "vllm": (
@@ -370,7 +372,9 @@ class Framework:
         """Say at once what would be found after a minute: what this release cannot do here."""
         actor = self._source("verl.workers.actor.dp_actor")
         asks = re.search(r"^if is_cuda_available:\n    from flash_attn", actor, re.MULTILINE)
-        if asks and not self._found.get("flash_attn"):
+        # FlashAttention 4 is called flash_attn as well, and has not what is asked for.
+        there = Path(self._found.get("flash_attn") or "/nowhere", "bert_padding.py").is_file()
+        if asks and not there:
             raise Problem(
                 f"verl {self.version} imports flash_attn wherever it trains, "
                 "and this image has none; install it, or use a newer verl",

@@ -19,7 +19,7 @@ UPDATES = 2  # of the weights in a step
 # With these a model of tiny.py earns 0.2 at first and 0.9 after eight steps (simulated with six
 # seeds on a CPU in bfloat16): enough that each refit carries other weights.
 LEARNING_RATE = 1e-3
-ENGINE_BYTES = 8 << 30  # the engine's share: context, workspace, and a KV cache of some GiB
+ENGINE_BYTES = 12 << 30  # the engine's share: context, workspaces, and a KV cache of some GiB
 SHARE = 0.6  # of a GPU, at most
 BUCKET = 64  # MiB of a refit's buffer; verl's own 2 GiB would be taken and filled for 20 MB
 ACTORS = 12  # CPUs that Ray believes in: it counts a reservation for each actor, not their work
