@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rollout import added, info, preflight, report
@@ -67,17 +67,30 @@ def _info(as_json: bool) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What a report says of a run beside its checks; see report.Report for the names."""
+
+    program: Mapping[str, str]
+    device: str | None = None
+    gpus: Sequence[report.Gpu] = ()
+    model: str | None = None
+    cycles: int | None = None
+    framework: report.Framework | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
 def _conclude(
     checks: Sequence[report.Check],
     expected: Sequence[str],
-    device: str | None,
+    ran: Ran,
     path: Path | None,
     started: str,
     seconds: float,
 ) -> int:
     """Say the verdict, write the report where one was asked for, return the exit code."""
     facts = info.facts(info.prefix())
-    outcome = report.verdict(checks, expected)
+    outcome = report.verdict(checks, expected, ran.skipped)
     beside = added.found(info.prefix(), os.environ)
     for item in beside:
         print(f"added to the image: {item.name} {item.version} ({item.place})", flush=True)
@@ -91,17 +104,25 @@ def _conclude(
             torch=facts["torch"],
             cuda=facts["cuda"],
             driver=preflight.driver() if facts["cuda"] else None,
-            device=device,
+            gpus=list(ran.gpus),
+            device=ran.device,
+            model=ran.model,
+            cycles=ran.cycles,
+            framework=ran.framework,
+            added=beside,
             started=started,
             seconds=seconds,
             checks=list(checks),
+            skipped=dict(ran.skipped),
+            program=dict(ran.program),
             verdict=outcome,
-            added=beside,
         )
         report.write(path, result)
     names = [check.name for check in checks if check.status == "failed"]
     tail = f" ({', '.join(names)})" if names else ""
     print(f"{facts['reference']}: {outcome}{tail} in {seconds:.1f} s", flush=True)
+    for name, why in ran.skipped.items():
+        print(f"{facts['reference']}: not shown here: {name} ({why})", flush=True)
     return report.exit_code(outcome)
 
 
@@ -110,18 +131,20 @@ def _show(check: report.Check) -> None:
 
 
 def _verify(path: Path | None) -> int:
-    from rollout import verify
+    from rollout import program, verify
 
     if path:
         report.writable(path)
     started, clock = report.now(), time.perf_counter()
     print(report.header(), flush=True)
     checks = verify.run(info.prefix(), progress=_show)
-    return _conclude(checks, verify.CHECKS, None, path, started, time.perf_counter() - clock)
+    seconds = time.perf_counter() - clock
+    ran = Ran(program.identity("", verify.CHECKS, ()) if path else {})
+    return _conclude(checks, verify.CHECKS, ran, path, started, seconds)
 
 
 def _smoke(given: argparse.Namespace) -> int:
-    from rollout import smoke
+    from rollout import program, smoke
 
     only = tuple(name for name in given.only.split(",") if name)
     if given.report:
@@ -132,10 +155,20 @@ def _smoke(given: argparse.Namespace) -> int:
     # The proof runs without these variables, and a job with them.
     _warn(added.warnings(info.prefix(), os.environ))
     checks, device = smoke.run(data, options, _show)
-    # Some checks alone prove no image: the verdict is 'unproved', unless one of them failed.
-    expected = smoke.available(data["smoke"])
     seconds = time.perf_counter() - clock
-    return _conclude(checks, expected, device, given.report, started, seconds)
+    # Some checks alone prove no image: the verdict is 'unproved', unless one of them failed.
+    expected, wanted = smoke.promised(data["smoke"]), data["smoke"]
+    ran = Ran(
+        program=program.identity(data["backend"], (), expected, program.settings(wanted))
+        if given.report
+        else {},
+        device=device,
+        gpus=smoke.gpus(data),
+        model=smoke.model(data, options),
+        cycles=options.cycles,
+        skipped=smoke.skipped(wanted, smoke.visible_gpus(data)),
+    )
+    return _conclude(checks, expected, ran, given.report, started, seconds)
 
 
 def _warn(sentences: Sequence[str]) -> None:
