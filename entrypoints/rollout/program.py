@@ -40,6 +40,7 @@ _CHOICE = frozenset(
         *("cached", "gpus", "model"),
     )
 )
+_OFFERED = frozenset({"ABILITIES"})  # what a backend could be asked for, which no check looks at
 # A dictionary of checks counts with the entry of the check that is looked at.
 _REGISTRIES = frozenset({f"{PACKAGE}.checks.CHECKS", f"{PACKAGE}.verify.CHECKS"})
 # What every check of the smoke test goes through.
@@ -149,7 +150,8 @@ class Sources:
         waiting = list(roots)
         while waiting:
             dotted = waiting.pop()
-            if dotted in found or dotted in _CHOICE or dotted.rpartition(".")[0] in _OUTSIDE:
+            where, _, name = dotted.rpartition(".")
+            if dotted in found or dotted in _CHOICE or where in _OUTSIDE or name in _OFFERED:
                 continue
             if dotted in self.modules:  # imported as such; what is used of it is named elsewhere
                 continue
