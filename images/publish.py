@@ -12,7 +12,6 @@ the same digest and its papers get the tags of the destination, and nothing is b
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
