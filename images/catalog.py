@@ -18,7 +18,7 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from rollout import backends, smoke
+from rollout import backends, report, smoke
 from rollout.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -245,11 +245,13 @@ def parse(path: Path) -> Image:
         Problem: exit code 2, naming the file and the key.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(report.content(path).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Problem(f"{shown(path)} is not valid TOML: {error}", 2) from None
-    except OSError as error:
-        raise Problem(f"{shown(path)} cannot be read: {error.strerror}", 2) from None
+    except RecursionError:
+        raise Problem(f"{shown(path)} is nested too deeply", 2) from None
+    except ValueError as error:
+        raise Problem(f"{shown(path)} {error}", 2) from None
     _check_keys(table, _KEYS, path)
     _check_keys(table["smoke"], _SMOKE_KEYS, path, "smoke.")
     _check_keys(table["size"], _SIZE_KEYS, path, "size.")

@@ -94,6 +94,11 @@ def _conclude(
     beside = added.found(info.prefix(), os.environ)
     for item in beside:
         print(f"added to the image: {item.name} {item.version} ({item.place})", flush=True)
+    names = [check.name for check in checks if check.status == "failed"]
+    tail = f" ({', '.join(names)})" if names else ""
+    print(f"{facts['reference']}: {outcome}{tail} in {seconds:.1f} s", flush=True)
+    for name, why in ran.skipped.items():
+        print(f"{facts['reference']}: not shown here: {name} ({why})", flush=True)
     if path:
         result = report.Report(
             image=facts["reference"],
@@ -118,11 +123,6 @@ def _conclude(
             verdict=outcome,
         )
         report.write(path, result)
-    names = [check.name for check in checks if check.status == "failed"]
-    tail = f" ({', '.join(names)})" if names else ""
-    print(f"{facts['reference']}: {outcome}{tail} in {seconds:.1f} s", flush=True)
-    for name, why in ran.skipped.items():
-        print(f"{facts['reference']}: not shown here: {name} ({why})", flush=True)
     return report.exit_code(outcome)
 
 

@@ -256,16 +256,18 @@ def content(path: Path) -> bytes:
         raise ValueError(f"cannot be read ({error.strerror})") from None
     except ValueError:  # a NUL in the name
         raise ValueError("is no name of a file") from None
-    with os.fdopen(descriptor, "rb") as stream:
+    try:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
             raise ValueError("is no plain file")
         if about.st_size > LARGEST:
-            raise ValueError(f"has {about.st_size:,} bytes, and no report has over {LARGEST:,}")
-        try:
+            raise ValueError(f"has {about.st_size:,} bytes, more than the {LARGEST:,} it may have")
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
             return stream.read(LARGEST)
-        except OSError as error:
-            raise ValueError(f"cannot be read ({error.strerror})") from None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    finally:
+        os.close(descriptor)
 
 
 def parse(data: bytes) -> dict[str, Any]:
