@@ -59,7 +59,12 @@ def _info(as_json: bool) -> int:
     facts = info.facts(info.prefix())
     beside = added.found(info.prefix(), os.environ)
     if as_json:
-        print(json.dumps({**facts, "added": [asdict(item) for item in beside]}, indent=1))
+        from rollout import program, verify
+
+        # Read from the sources each time: a third of a second, which the table need not take.
+        identity = program.of_image(info.image(info.prefix()), verified=verify.CHECKS)
+        more = {"added": [asdict(item) for item in beside], "program": identity}
+        print(json.dumps({**facts, **more}, indent=1))
         return 0
     print(info.text(facts))
     for item in beside:
@@ -96,9 +101,9 @@ def _conclude(
         print(f"added to the image: {item.name} {item.version} ({item.place})", flush=True)
     names = [check.name for check in checks if check.status == "failed"]
     tail = f" ({', '.join(names)})" if names else ""
-    print(f"{facts['reference']}: {outcome}{tail} in {seconds:.1f} s", flush=True)
     for name, why in ran.skipped.items():
         print(f"{facts['reference']}: not shown here: {name} ({why})", flush=True)
+    print(f"{facts['reference']}: {outcome}{tail} in {seconds:.1f} s", flush=True)
     if path:
         result = report.Report(
             image=facts["reference"],
@@ -159,9 +164,7 @@ def _smoke(given: argparse.Namespace) -> int:
     # Some checks alone prove no image: the verdict is 'unproved', unless one of them failed.
     expected, wanted = smoke.promised(data["smoke"]), data["smoke"]
     ran = Ran(
-        program=program.identity(data["backend"], (), expected, program.settings(wanted))
-        if given.report
-        else {},
+        program=program.of_image(data, verified=()) if given.report else {},
         device=device,
         gpus=smoke.gpus(data),
         model=smoke.model(data, options),

@@ -97,6 +97,7 @@ class Sources:
             for statement in tree.body:
                 self._bind(module, statement, statement, package)
         self._forms: dict[tuple[str, str], tuple[Form, frozenset[str]]] = {}
+        self._digests: dict[tuple[str, str], str] = {}
 
     def _bind(self, module: _Module, node: ast.stmt, unit: ast.stmt, package: bool) -> None:
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -129,7 +130,7 @@ class Sources:
 
     def form(self, dotted: str, check: str) -> tuple[Form, frozenset[str]]:
         """The form of a definition, as one check sees it, and what it refers to."""
-        key = (dotted, check if dotted in _REGISTRIES else "")
+        key = self._key(dotted, check)
         if key not in self._forms:
             where, _, name = dotted.rpartition(".")
             walk = _Walk(self, self.modules[where])
@@ -140,13 +141,24 @@ class Sources:
             self._forms[key] = (forms, frozenset(walk.references))
         return self._forms[key]
 
+    @staticmethod
+    def _key(dotted: str, check: str) -> tuple[str, str]:
+        return dotted, check if dotted in _REGISTRIES else ""
+
+    def _digest(self, dotted: str, check: str) -> str:
+        key = self._key(dotted, check)
+        if key not in self._digests:
+            text = json.dumps(self.form(dotted, check)[0])
+            self._digests[key] = hashlib.sha256(text.encode()).hexdigest()
+        return self._digests[key]
+
     def whole(self, module: str) -> list[str]:
         """Everything that a module defines."""
         return [f"{module}.{name}" for name in self.modules[module].units]
 
-    def closure(self, roots: Iterable[str], check: str) -> dict[str, Form]:
-        """Every definition that these stand on, they themselves included: name to form."""
-        found: dict[str, Form] = {}
+    def closure(self, roots: Iterable[str], check: str) -> dict[str, str]:
+        """Every definition that these stand on, they themselves included: name to sha256."""
+        found: dict[str, str] = {}
         waiting = list(roots)
         while waiting:
             dotted = waiting.pop()
@@ -155,8 +167,8 @@ class Sources:
                 continue
             if dotted in self.modules:  # imported as such; what is used of it is named elsewhere
                 continue
-            found[dotted], references = self.form(dotted, check)
-            waiting += references
+            found[dotted] = self._digest(dotted, check)
+            waiting += self.form(dotted, check)[1]
         return found
 
 
@@ -354,7 +366,10 @@ class _Walk:
 
     def _assign(self, node: _Assignment, own: frozenset[str]) -> Form:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        said = all(isinstance(t, ast.Name) and t.id in self.texts | _TEXTS for t in targets)
+        names = [target.id if isinstance(target, ast.Name) else "" for target in targets]
+        if all(name in self.texts for name in names):
+            return ["let", "", SENTENCE]
+        said = all(name in _TEXTS for name in names)
         value = [] if node.value is None else self.node(node.value, own, said=said)
         operator = type(node.op).__name__ if isinstance(node, ast.AugAssign) else ""
         return ["let", operator, [self.node(target, own) for target in targets], value]
@@ -481,8 +496,9 @@ def _root(sources: Sources, check: str) -> list[str]:
         references = sources.form(table, check)[1]
         if references:
             return [*references]
-    for place in ("smoke", "verify", "checks"):
-        found = sources.find(f"{PACKAGE}.{place}.{name}")
+    # A module may wrap what it imports under a name of its own.
+    for place in (f"smoke.{name}", f"verify._{name}", f"verify.{name}", f"checks.{name}"):
+        found = sources.find(f"{PACKAGE}.{place}")
         if found:
             return sources.whole(found) if found in sources.modules else [found]
     if f"{PACKAGE}.{name}" in sources.modules:
@@ -519,7 +535,7 @@ def identity(
     return found
 
 
-def _digest(forms: Mapping[str, Form], settings: Mapping[str, Any]) -> str:
+def _digest(forms: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     text = json.dumps([sorted(forms.items()), settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -531,6 +547,16 @@ def settings(smoke: Mapping[str, Any]) -> dict[str, Any]:
         "sleep_levels": list(smoke["sleep_levels"]),
         "transport": smoke["refit"][0],
     }
+
+
+def of_image(data: Mapping[str, Any], *, verified: Iterable[str]) -> dict[str, str]:
+    """The identity of the program in an image, from what its image.json says of it."""
+    from rollout import smoke
+
+    wanted, framework = data["smoke"], data.get("framework")
+    name = framework["name"] if isinstance(framework, dict) else ""
+    checks = smoke.promised(wanted)
+    return identity(data["backend"], verified, checks, settings(wanted), framework=name)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -145,6 +145,21 @@ def transports(wanted: Sequence[str], gpus: int) -> list[str]:
     return [transport for transport in wanted if transport != "nccl" or gpus > 1]
 
 
+def sending(wanted: Mapping[str, Any], gpus: int) -> list[str]:
+    """The promised transports that so many GPUs can show, of which the first serves all checks.
+
+    Raises:
+        Problem: exit code 3 where there are none. By a transport that nobody promised it would be
+            shown that weights arrive, and not that they do as they will in training.
+    """
+    found = transports(wanted["refit"], gpus)
+    if not found:
+        way = " and ".join(wanted["refit"])
+        why = skipped(wanted, gpus)[wanted["refit"][0]]
+        raise Problem(f"the refit of this image goes by {way} alone: {why}", 3)
+    return found
+
+
 def visible_gpus(facts: Mapping[str, Any]) -> int:
     """GPUs that this process may use; 0 in an image without CUDA."""
     if not facts["cuda"]:
@@ -182,12 +197,6 @@ def _trial(facts: dict[str, Any], options: Options, folder: Path, *, dummy: bool
     if unknown:
         known = ", ".join(engine.transports)
         raise Problem(f"this backend refits over {known}, not over {', '.join(sorted(unknown))}", 2)
-    ways = transports(facts["smoke"]["refit"], gpus)
-    if not ways:
-        # By another way it would be shown that weights arrive, and not by what was promised.
-        needed = skipped(facts["smoke"], gpus)[facts["smoke"]["refit"][0]]
-        way = " and ".join(facts["smoke"]["refit"])
-        raise Problem(f"the refit of this image goes by {way} alone, and {needed}", 3)
     if options.inject:
         engine = Faulty(engine, options.inject)
 
@@ -227,7 +236,7 @@ def _trial(facts: dict[str, Any], options: Options, folder: Path, *, dummy: bool
         cycles=options.cycles,
         bound=oracle.BOUND_BF16,
         sleep_levels=facts["smoke"]["sleep_levels"],
-        transports=ways,
+        transports=sending(facts["smoke"], gpus),
         serve=serve,
         fault=options.inject,
         reuse=facts["smoke"].get("reuse", "turns"),
@@ -283,6 +292,7 @@ def proof(
     if lacking:
         wanted = facts["smoke"]["tensor_parallel"]
         raise Problem(f"{', '.join(sorted(lacking))} needs {wanted} GPUs; {gpus} are visible", 3)
+    sending(facts["smoke"], gpus)
     names = selected(options.only, facts["smoke"], gpus)
     done: list[report.Check] = []
 

@@ -269,7 +269,7 @@ def test_a_wrong_entry_of_a_list_is_named_by_its_place(
 
 def refused(path: Path) -> str:
     """Why a file is no report; never a traceback, never a wait."""
-    with pytest.raises(ValueError, match="^(is|has|holds|says|cannot) ") as caught:
+    with pytest.raises(ValueError, match=r"^(is|has|holds|says|cannot) ") as caught:
         report.read(path)
     said = str(caught.value)
     assert "\n" not in said and len(said) < 300 and said.isprintable()
