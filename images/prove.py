@@ -210,7 +210,7 @@ def calibration(path: Path, image: Image, now: Today) -> str | None:
     Raises:
         Problem: exit code 2 for a file that is none or of another image, 1 for missed margins.
     """
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return None
     versions = {entry.name: entry.version for entry in lock.read(image)}
     try:
@@ -233,19 +233,13 @@ def calibration(path: Path, image: Image, now: Today) -> str | None:
     return text.decode()
 
 
-def warm(path: Path, now: Today, first: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The report of a second start, its cache filled by the first; None where there is none.
+def warm(path: Path, now: Today) -> dict[str, Any] | None:
+    """The report of what should be a second start; None where there is none.
 
     Raises:
-        Problem: exit code 2 for a report of another image, 1 for one that shows no second start.
+        Problem: exit code 2 for a report of another image.
     """
-    if not path.exists():
-        return None
-    data = read_report(path, now)
-    wrong = standing.no_second_start(data, first)
-    if wrong:
-        raise Problem(f"--from: {path} shows no second start: it {wrong}")
-    return data
+    return read_report(path, now) if path.exists() or path.is_symlink() else None
 
 
 def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> int:
@@ -273,11 +267,14 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
         if wrong:
             raise Problem(f"--from: {path} does not show that {name} is found: {wrong}")
     calibrated = calibration(folder / "calibration.json", image, now)
-    again = warm(folder / "warm.json", now, parts[-1])
+    again = warm(folder / "warm.json", now)
     whole = _one(parts, folder)
     found = standing.judge(whole, now)
     if whole["verdict"] in ("proved", "in-part") and not found.good:
         raise Problem(f"--from: {folder} shows no proof of {image.reference}: {found.sentence}", 2)
+    wrong = standing.no_second_start(again, whole) if again and found.good else ""
+    if wrong:
+        raise Problem(f"--from: {folder / 'warm.json'} shows no second start: it {wrong}")
     _leave(report_path(image), whole)
     code = _told(image, found) if found.good else report.exit_code(whole["verdict"])
     if keep and found.good:

@@ -170,8 +170,8 @@ def _shown(report: Report, today: Today) -> Standing:
     changed = [n for n in today.checks if n not in skipped and known.get(n) != today.program[n]]
     if changed:
         day = report["started"][:10]
-        which = "all of them ask" if len(changed) == len(today.checks) else f"{listed(changed)} ask"
-        sentence = f"by the checks of {day}; {which} something else today{tail}"
+        which = "all of them" if len(changed) == len(today.checks) else listed(changed)
+        sentence = f"by the checks of {day}; asked otherwise today: {which}{tail}"
         return Standing(EARLIER, sentence, without, day)
     if without:
         return Standing(IN_PART, f"all but {reasons(without)}", without)
