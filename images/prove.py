@@ -64,6 +64,7 @@ def today(image: Image, diff_ids: Sequence[str] | None = None) -> Today:
         lock_sha256=host.sha256(image.lock),
         engine=(image.backend, versions[image.engine]),
         torch=versions["torch"],
+        framework=(image.framework.name, image.framework.version) if image.framework else None,
         layers=below,
         checks=standing.promised(image),
         transports=image.smoke.refit,

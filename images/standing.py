@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from images.catalog import Image
@@ -33,6 +34,7 @@ CORE = (
 )
 # Of a report of which the program is not known: what was not there to be asked for.
 NOT_ASKED = "not asked for then, or it could not run"
+ENVIRONMENT = Path("/opt/rollout")  # inside every image
 Report = Mapping[str, Any]
 
 
@@ -44,6 +46,7 @@ class Today:
     lock_sha256: str
     engine: tuple[str, str]  # name and version
     torch: str
+    framework: tuple[str, str] | None  # name and version of what trains in it
     layers: tuple[str, ...] | None  # below our own package; None where none are recorded as yet
     checks: tuple[str, ...]  # promised by the catalog
     transports: tuple[str, ...]
@@ -93,6 +96,16 @@ def _passed(report: Report) -> set[str]:
     return {check["name"] for check in report["checks"] if check["status"] == "passed"}
 
 
+def _skipped(report: Report) -> dict[str, str]:
+    """What a report says could not run there, with the reason: left out, or begun in vain."""
+    begun = {
+        check["name"]: " ".join(check["reason"].split())
+        for check in report["checks"]
+        if check["status"] == "unproved"
+    }
+    return {**report["skipped"], **begun}
+
+
 def sent_by(report: Report, transports: Sequence[str]) -> list[str]:
     """The transports by which weights arrived: each leaves its speed with the check of a refit."""
     measured = [c["metrics"] for c in report["checks"] if c["name"] == "refit"]
@@ -109,6 +122,23 @@ def foreign(report: Report, today: Today) -> str:
             return f"has the engine {' '.join(engine)}, and the lock {' '.join(today.engine)}"
         if report["torch"] != today.torch:
             return f"has torch {report['torch']}, and the lock {today.torch}"
+    return _another_framework(report, today)
+
+
+def _another_framework(report: Report, today: Today) -> str:
+    """Why what trained is not the image's own framework, as a clause; empty if it is."""
+    ran = report["framework"]
+    if ran is None:
+        return ""
+    if today.framework is None:
+        return f"trained with {ran['name']} {ran['version']}, and this image has no framework"
+    if not Path(ran["path"]).is_relative_to(ENVIRONMENT):
+        return f"trained with {ran['name']} of {ran['path']}, and not with the image's own"
+    if report["lock_sha256"] == today.lock_sha256 and (
+        (ran["name"], ran["version"]) != today.framework
+    ):
+        own = " ".join(today.framework)
+        return f"trained with {ran['name']} {ran['version']}, and the image has {own}"
     return ""
 
 
@@ -125,10 +155,9 @@ def outdated(report: Report, today: Today) -> str:
 
 def unfinished(report: Report) -> str:
     """Why a report shows no proof whatever was promised, as a clause; empty if it may."""
-    for status, said in (("failed", "failed"), ("unproved", "could not run")):
-        names = [check["name"] for check in report["checks"] if check["status"] == status]
-        if names:
-            return f"says that {', '.join(names)} {said}"
+    names = [check["name"] for check in report["checks"] if check["status"] == "failed"]
+    if names:
+        return f"says that {', '.join(names)} failed"
     model, cycles = report["model"], report["cycles"]
     if model is not None and not model.startswith("probe "):
         return f"is of the model {model}, and the proof is of the probe"
@@ -151,7 +180,7 @@ def judge(report: Report | None, today: Today) -> Standing:
 
 
 def _shown(report: Report, today: Today) -> Standing:
-    passed, skipped = _passed(report), report["skipped"]
+    passed, skipped = _passed(report), _skipped(report)
     known = report["program"] or {}
     missing = [name for name in today.checks if name not in passed]
     ways = sent_by(report, today.transports)

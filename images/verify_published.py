@@ -41,6 +41,7 @@ Metrics = dict[str, Any]
 VERSION = "org.opencontainers.image.version"
 LOCK = "rollout.lock.sha256"
 BACKEND, ENGINE, TORCH = "rollout.backend", "rollout.engine.version", "rollout.torch"
+FRAMEWORK, FRAMEWORK_VERSION = "rollout.framework", "rollout.framework.version"
 # Where an image keeps the lock that it was built from (images/base/install).
 LOCK_INSIDE = "opt/rollout/share/rollout/requirements.lock"
 _UNPROVED = 3  # of a Problem that a check raises; any other code is a failure
@@ -140,7 +141,7 @@ def check_config(image: Published) -> Metrics:
     config = json.loads(data).get("config")  # JSON it is: diff_ids has read it
     labels = config.get("Labels") if isinstance(config, dict) else None
     labels = labels if isinstance(labels, dict) else {}
-    wanted = (oci.TITLE, VERSION, LOCK, BACKEND, ENGINE, TORCH)
+    wanted = (oci.TITLE, VERSION, LOCK, BACKEND, ENGINE, TORCH, FRAMEWORK, FRAMEWORK_VERSION)
     missing = [name for name in wanted if not isinstance(labels.get(name), str)]
     if missing:
         raise Problem(f"it is no image of ours: label {missing[0]} is missing")
@@ -381,6 +382,9 @@ def today(image: Published, origin: Origin) -> Today:
         lock_sha256=image.labels[LOCK],
         engine=(image.labels[BACKEND], image.labels[ENGINE]),
         torch=image.labels[TORCH],
+        framework=None
+        if image.labels[FRAMEWORK] == "none"
+        else (image.labels[FRAMEWORK], image.labels[FRAMEWORK_VERSION]),
         layers=image.diff_ids[:-1],
         checks=origin.checks,
         transports=origin.transports,

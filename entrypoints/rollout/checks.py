@@ -454,7 +454,7 @@ def holding(trial: Trial, metrics: Metrics) -> int:
 def growth(series: Sequence[int]) -> int:
     """By how many bytes a cycle a series of readings grew.
 
-    There is one in each cycle. Buffers that are made once are there in the first, and are no growth.
+    There is one in each cycle. Buffers that are made once are there in the first: no growth.
     """
     return max(0, series[-1] - series[0]) // max(len(series) - 1, 1)
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rollout import added, info, preflight, report
 from rollout.problem import Problem
@@ -169,9 +170,19 @@ def _smoke(given: argparse.Namespace) -> int:
         gpus=smoke.gpus(data),
         model=smoke.model(data, options),
         cycles=options.cycles,
+        framework=_trained(checks, data),
         skipped=smoke.skipped(wanted, smoke.visible_gpus(data)),
     )
     return _conclude(checks, expected, ran, given.report, started, seconds)
+
+
+def _trained(checks: Sequence[report.Check], data: Mapping[str, Any]) -> report.Framework | None:
+    """The framework that really ran, as its check found it; None where none did."""
+    found = next((check.metrics for check in checks if check.name == "training"), {})
+    said, path = str(found.get("framework", "")), str(found.get("framework_path", ""))
+    name = data["framework"]["name"] if said and path else ""
+    version = said.removeprefix(name).strip()
+    return report.Framework(name, version, path) if name and version else None
 
 
 def _warn(sentences: Sequence[str]) -> None:

@@ -37,20 +37,30 @@ _CHOICE = frozenset(
     f"{PACKAGE}.smoke.{name}"
     for name in (
         *("available", "promised", "selected", "fault", "skipped", "run", "CHECKS", "_ALONE"),
-        *("cached", "gpus", "model"),
+        *("cached", "gpus", "model", "proof", "framed"),
     )
 )
 _OFFERED = frozenset({"ABILITIES"})  # what a backend could be asked for, which no check looks at
 # A dictionary of checks counts with the entry of the check that is looked at.
 _REGISTRIES = frozenset({f"{PACKAGE}.checks.CHECKS", f"{PACKAGE}.verify.CHECKS"})
 # What every check of the smoke test goes through.
-_COMMON = (f"{PACKAGE}.smoke.proof", f"{PACKAGE}.smoke._trial", f"{PACKAGE}.smoke._attempt")
+_DRIVEN = (f"{PACKAGE}.smoke._drive", f"{PACKAGE}.smoke._attempt")
+# And the one that drives no engine of ours, but a framework that has its own.
+_TRAINING = "training"
+_TRAINED = (f"{PACKAGE}.smoke._train", f"{PACKAGE}.smoke._attempt", f"{PACKAGE}.smoke._last")
 # Calls whose texts are for people; and names of variables and arguments that hold such texts.
 _TELLING = frozenset({"print", "warn", "Finding", "Failed", "Problem", "EngineError"})
-_TEXTS = frozenset({"reason", "sentence", "message", "hint", "why", "help", "description"})
-_TEXTS |= {"epilog", "metavar", "unproved"}
+_TEXTS = frozenset(
+    {
+        *("reason", "sentence", "message", "hint", "why", "what", "help", "description"),
+        *("epilog", "metavar", "unproved"),
+    }
+)
 _IGNORED = frozenset({"annotation", "returns", "type_comment", "type_params", "kind", "ctx"})
 SENTENCE = ["text"]  # stands for all of them
+# What becomes of the texts of an expression: nothing is known, they stand where a sentence may
+# stand (one with a blank in it is one), or they are said and nothing else.
+_USED, _PERHAPS, _SAID = 0, 1, 2
 
 Form = Any  # nested lists of strings: what json.dumps writes alike in every version of Python
 
@@ -251,14 +261,14 @@ class _Walk:
         found = self.sources.find(dotted) if dotted else ""
         return found or dotted or name, bool(found)
 
-    def node(self, node: Any, own: frozenset[str], *, said: bool = False) -> Form:
-        """The form of a node; ``own`` are local names, ``said`` means that its texts are said."""
+    def node(self, node: Any, own: frozenset[str], *, said: int = _USED) -> Form:
+        """The form of a node; ``own`` are local names, ``said`` is what becomes of its texts."""
         if isinstance(node, list):
             return self._statements(node, own, said)
         if isinstance(node, ast.Constant):
-            return SENTENCE if said and isinstance(node.value, str) and node.value else _value(node)
+            return SENTENCE if _sentence([node], said) else _value(node)
         if isinstance(node, ast.JoinedStr):
-            return SENTENCE if said else ["f", *self._pieces(node, own)]
+            return SENTENCE if _sentence(node.values, said) else ["f", *self._pieces(node, own)]
         if isinstance(node, ast.Name):
             loaded = isinstance(node.ctx, ast.Load)
             return self._name(node.id, own) if loaded else ["local", node.id]
@@ -269,7 +279,7 @@ class _Walk:
         if isinstance(node, ast.keyword):
             return ["=", node.arg or "**", self.node(node.value, own, said=said)]
         if isinstance(node, ast.Raise):
-            return ["raise", self.node(node.exc, own, said=True) if node.exc else []]
+            return ["raise", self.node(node.exc, own, said=_SAID) if node.exc else []]
         if isinstance(node, ast.Assert):
             return ["assert", self.node(node.test, own)]
         if isinstance(node, _Assignment):
@@ -280,12 +290,12 @@ class _Walk:
             return self._class(node, own)
         return self._plain(node, own, said)
 
-    def _plain(self, node: ast.AST, own: frozenset[str], said: bool) -> Form:
+    def _plain(self, node: ast.AST, own: frozenset[str], said: int) -> Form:
         # A name that a comprehension binds is its own.
         if isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
             own |= {name for part in node.generators for name in _stored(part.target)}
         # What is compared or looked up decides, whatever becomes of the result.
-        said = said and not isinstance(node, ast.Compare | ast.Subscript)
+        said = _USED if isinstance(node, ast.Compare | ast.Subscript) else said
         form: list[Form] = [type(node).__name__]
         for name in sorted(set(node._fields) - _IGNORED):
             value = getattr(node, name, None)
@@ -295,7 +305,7 @@ class _Walk:
             form.append([name, self.node(value, own, said=said) if is_node else str(value)])
         return form
 
-    def _statements(self, nodes: Sequence[Any], own: frozenset[str], said: bool) -> Form:
+    def _statements(self, nodes: Sequence[Any], own: frozenset[str], said: int) -> Form:
         forms = []
         for node in nodes:
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -335,7 +345,7 @@ class _Walk:
             self.references.add(dotted)
         return ["name", dotted]
 
-    def _attribute(self, node: ast.Attribute, own: frozenset[str], said: bool) -> Form:
+    def _attribute(self, node: ast.Attribute, own: frozenset[str], said: int) -> Form:
         names = [node.attr]
         value: ast.expr = node.value
         while isinstance(value, ast.Attribute):
@@ -354,22 +364,41 @@ class _Walk:
                 return [".", ["name", dotted], *names]
         return [".", self.node(value, own, said=said), *names]
 
-    def _call(self, node: ast.Call, own: frozenset[str], said: bool) -> Form:
-        said = said or _called(node) in _TELLING
+    def _call(self, node: ast.Call, own: frozenset[str], said: int) -> Form:
+        said = _SAID if _called(node) in _TELLING else said
         function = self.node(node.func, own)
-        arguments = [self.node(argument, own, said=said) for argument in node.args]
+        names = self._parameters(function)[: len(node.args)]
+        names += [""] * (len(node.args) - len(names))
+        arguments = [
+            self.node(argument, own, said=max(said, _PERHAPS if name in _TEXTS else _USED))
+            for name, argument in zip(names, node.args, strict=True)
+        ]
         named = [
-            ["=", k.arg or "**", self.node(k.value, own, said=said or k.arg in _TEXTS)]
+            [
+                *("=", k.arg or "**"),
+                self.node(k.value, own, said=max(said, _PERHAPS if k.arg in _TEXTS else _USED)),
+            ]
             for k in node.keywords
         ]
         return ["call", function, arguments, named]
+
+    def _parameters(self, function: Form) -> list[str]:
+        """The names of the arguments of a function of ours, as a call has its form."""
+        dotted = function[1] if function[0] == "name" else ""
+        where, _, name = str(dotted).rpartition(".")
+        module = self.sources.modules.get(where)
+        units = module.units.get(name, []) if module else []
+        if len(units) == 1 and isinstance(units[0], ast.FunctionDef):
+            given = units[0].args
+            return [argument.arg for argument in (*given.posonlyargs, *given.args)]
+        return []
 
     def _assign(self, node: _Assignment, own: frozenset[str]) -> Form:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         names = [target.id if isinstance(target, ast.Name) else "" for target in targets]
         if all(name in self.texts for name in names):
             return ["let", "", SENTENCE]
-        said = all(name in _TEXTS for name in names)
+        said = _PERHAPS if all(name in _TEXTS for name in names) else _USED
         value = [] if node.value is None else self.node(node.value, own, said=said)
         operator = type(node.op).__name__ if isinstance(node, ast.AugAssign) else ""
         return ["let", operator, [self.node(target, own) for target in targets], value]
@@ -383,7 +412,7 @@ class _Walk:
             return ["lambda", *parts]
         self.texts = before | _sentences(node)
         decorators = [self.node(decorator, own) for decorator in node.decorator_list]
-        body = self._statements(node.body, inside, False)
+        body = self._statements(node.body, inside, _USED)
         form = ["def", node.name, decorators, self._arguments(node.args, own), body]
         self.texts, self.imported = before, imported
         return form
@@ -410,8 +439,16 @@ class _Walk:
         body = []
         for statement in node.body:
             function = isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef)
-            body += self._statements([statement], own if function else own | stored, False)
+            body += self._statements([statement], own if function else own | stored, _USED)
         return ["class", node.name, decorators, bases, body]
+
+
+def _sentence(pieces: Sequence[ast.expr], said: int) -> bool:
+    """Whether a text of these pieces is a sentence, where it stands."""
+    texts = [p.value for p in pieces if isinstance(p, ast.Constant) and isinstance(p.value, str)]
+    if said == _SAID:
+        return any(texts) or not all(isinstance(piece, ast.Constant) for piece in pieces)
+    return said == _PERHAPS and any(" " in text for text in texts)
 
 
 def _value(node: ast.Constant) -> Form:
@@ -524,14 +561,14 @@ def identity(
         ValueError: the sources do not have such a check.
     """
     sources = sources or Sources()
-    engine = [u for module in _owned(sources, "backends", backend) for u in sources.whole(module)]
     found = {name: _digest(sources.closure(_root(sources, name), name), {}) for name in verified}
     for name in smoked:
-        roots = [*_root(sources, name), *_COMMON, *engine]
-        if name == "training":
-            modules = _owned(sources, "frameworks", framework)
-            roots += [unit for module in modules for unit in sources.whole(module)]
-        found[name] = _digest(sources.closure(roots, name), settings or {})
+        trained = name == _TRAINING
+        folder, owner = ("frameworks", framework) if trained else ("backends", backend)
+        owned = [u for m in _owned(sources, folder, owner) for u in sources.whole(m)]
+        roots = [*_root(sources, name), *(_TRAINED if trained else _DRIVEN), *owned]
+        said = {} if trained else settings or {}
+        found[name] = _digest(sources.closure(roots, name), said)
     return found
 
 

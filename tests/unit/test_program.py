@@ -220,7 +220,7 @@ def test_another_bound_of_two_gpus_changes_the_images_that_promise_them(package:
             "return before > asleep",
             "sleep-1",
         ),
-        ("checks.py", "GROWTH = 0.02", "GROWTH = 0.03", "sleep-1"),
+        ("training.py", "BOUND = 0.01", "BOUND = 0.02", "training"),
         ("checks.py", "ROLLOUT = 128", "ROLLOUT = 64", "partial-rollout"),
         ("checks.py", "TURNS = 3", "TURNS = 2", "multi-turn"),
         ("smoke.py", "CALM = 0.25", "CALM = 0.5", "fp8"),
@@ -255,7 +255,15 @@ def test_another_probe_changes_every_check_of_the_smoke_test_and_none_of_verify(
     found = changed(package)
     assert set(found) == {image.reference for image in IMAGES}
     for image in IMAGES:
-        assert found[image.reference] == set(smoke.promised(image.smoke.facts))
+        driven = set(smoke.promised(image.smoke.facts)) - {"training"}
+        assert found[image.reference] == driven, "a framework trains its own model"
+
+
+def test_an_adapter_of_a_framework_is_part_of_its_own_check_alone(package: Path) -> None:
+    path = package / "frameworks" / "verl_settings.py"
+    path.write_text(path.read_text(encoding="utf-8") + "\n\nMORE = 1\n", encoding="utf-8")
+    wanted = {image.reference: {"training"} for image in IMAGES if image.smoke.training}
+    assert wanted and changed(package) == wanted
 
 
 def test_a_transport_is_part_of_the_images_whose_engine_has_it(package: Path) -> None:
@@ -343,6 +351,18 @@ def test_what_versions_of_python_see_differently_is_one_form(tmp_path: Path) -> 
     assert forms[0] == forms[1]
 
 
+HELPERS = """
+def told(what, x):
+    raise Failed(what)
+
+
+def judge(x, key):
+    return x[key]
+
+
+"""
+
+
 @pytest.mark.parametrize(
     ("one", "two"),
     [
@@ -358,13 +378,15 @@ def test_what_versions_of_python_see_differently_is_one_form(tmp_path: Path) -> 
         ("assert x", "pass"),
         ("with x:\n        return 1", "with x:\n        return 2"),
         ("if x:\n        return 1\n    return 2", "if x:\n        return 1\n    return 1"),
-        ('what = "a b"\n    return what', 'what = "a c"\n    return what'),
+        ('text = "a b"\n    return text', 'text = "a c"\n    return text'),
+        ('what = "ab"\n    return what', 'what = "ac"\n    return what'),
+        ('judge(x, "a b")', 'judge(x, "a c")'),
     ],
 )
 def test_a_change_of_meaning_is_another_form(tmp_path: Path, one: str, two: str) -> None:
     forms = []
     for body in (one, two):
-        (tmp_path / "checks.py").write_text(f"def fp8(x):\n    {body}\n")
+        (tmp_path / "checks.py").write_text(f"{HELPERS}def fp8(x):\n    {body}\n")
         forms.append(program.Sources(tmp_path).form("rollout.checks.fp8", "fp8")[0])
     assert forms[0] != forms[1]
 
@@ -382,12 +404,13 @@ def test_a_change_of_meaning_is_another_form(tmp_path: Path, one: str, two: str)
         ('assert x, "a"', 'assert x, "b"'),
         ('reason = f"a {x}"\n    return reason', 'reason = f"b {x}"\n    return reason'),
         ("return 1  # why", "return 1"),
+        ('told("a b", x)', 'told("a c", x)'),
     ],
 )
 def test_a_change_of_words_is_the_same_form(tmp_path: Path, one: str, two: str) -> None:
     forms = []
     for body in (one, two):
-        (tmp_path / "checks.py").write_text(f"def fp8(x):\n    {body}\n")
+        (tmp_path / "checks.py").write_text(f"{HELPERS}def fp8(x):\n    {body}\n")
         forms.append(program.Sources(tmp_path).form("rollout.checks.fp8", "fp8")[0])
     assert forms[0] == forms[1]
 

@@ -170,7 +170,7 @@ def test_a_run_that_failed_on_purpose_does_not_undo_a_kept_proof(image: Image) -
         ({"layers": list(reversed(DIFF_IDS))}, "is of other layers"),
         ({"lock_sha256": "0" * 64}, "is of another lock"),
         ({"image": "verl-rollout:other"}, "is of verl-rollout:other"),
-        ({"verdict": "unproved", "checks": [UNPROVED]}, "says that x could not run"),
+        ({"verdict": "unproved", "checks": [UNPROVED]}, "lacks files, distributions"),
         ({"checks": [UNPROVED]}, "is no report"),
         ({"schema": "other"}, "is no report"),
         ({"checks": [ANYTHING]}, "lacks files, distributions, libraries"),

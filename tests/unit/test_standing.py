@@ -155,14 +155,62 @@ def test_a_transport_that_another_has_replaced_shows_nothing(
     assert found == Standing(UNPROVED, "its report shows no transport that the catalog promises")
 
 
-@pytest.mark.parametrize(("status", "said"), [("failed", "failed"), ("unproved", "could not run")])
-def test_a_check_that_did_not_pass_is_named(
-    sound: dict[str, Any], today: Today, status: str, said: str
+def test_a_check_that_failed_is_named(sound: dict[str, Any], today: Today) -> None:
+    check = sound["checks"][7]
+    check |= {"status": "failed", "reason": "because"}
+    found = judged(sound | {"verdict": "failed"}, today)
+    assert found == Standing(UNPROVED, f"its report says that {check['name']} failed")
+
+
+def test_a_check_that_this_machine_could_not_run_to_its_end_is_not_shown(
+    sound: dict[str, Any], today: Today
 ) -> None:
-    sound["checks"][7] |= {"status": status, "reason": "because"}
-    name = sound["checks"][7]["name"]
-    found = judged(sound | {"verdict": status}, today)
-    assert found == Standing(UNPROVED, f"its report says that {name} {said}")
+    for check in sound["checks"]:
+        if check["name"] == "server":
+            check |= {"status": "unproved", "reason": "too little\nmemory"}
+    found = judged(sound | {"verdict": "unproved"}, today)
+    assert (found.word, found.missing) == (IN_PART, {"server": "too little memory"})
+
+
+def test_what_every_image_has_is_needed_whatever_the_machine(
+    sound: dict[str, Any], today: Today
+) -> None:
+    for check in sound["checks"]:
+        if check["name"] == "refit":
+            check |= {"status": "unproved", "reason": "too little memory"}
+    found = judged(sound | {"verdict": "unproved"}, today)
+    assert found.word == UNPROVED
+
+
+OWN = {"name": "verl", "version": "0.7.1", "path": "/opt/rollout/lib/python3.11/site-packages/verl"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "has", "why"),
+    [
+        ({}, ("verl", "0.7.1"), ""),
+        ({}, None, "trained with verl 0.7.1, and this image has no framework"),
+        ({}, ("verl", "0.8.0"), "trained with verl 0.7.1, and the image has verl 0.8.0"),
+        (
+            {"path": "/opt/mine/verl"},
+            ("verl", "0.7.1"),
+            "trained with verl of /opt/mine/verl, and not with the image's own",
+        ),
+    ],
+    ids=["its own", "none", "another release", "a checkout"],
+)
+def test_what_trained_is_the_framework_of_the_image(
+    sound: dict[str, Any],
+    today: Today,
+    changes: dict[str, str],
+    has: tuple[str, str] | None,
+    why: str,
+) -> None:
+    """A user's checkout that trains well says nothing of the release that the image has."""
+    found = judged(sound | {"framework": OWN | changes}, replace(today, framework=has))
+    assert found.sentence == (
+        f"its report {why}" if why else "every promised check and transport passed"
+    )
 
 
 @pytest.mark.parametrize(
