@@ -635,7 +635,8 @@ def test_a_fault_that_nobody_knows_is_refused_with_the_nearest(image: Image, fol
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_found_by_its_check_and_reason(image: Image, fault: str) -> None:
-    everything = replace(image, smoke=replace(image.smoke, sleep_levels=(1, 2), server=True))
+    smoke = replace(image.smoke, sleep_levels=(1, 2), server=True, training=True)
+    everything = replace(image, smoke=smoke)
     assert prove.found_by(of_fault(image, fault), fault, everything) == ""
 
 
