@@ -253,11 +253,16 @@ def digest(*parts: str | bytes) -> str:
 
 def arguments(texts: Mapping[str, str], bottom: str, files: Mapping[str, bytes]) -> dict[str, str]:
     """Build arguments: the base, and for each layer the sha256 of what it installs and how."""
+    parts = [part for name, data in sorted(files.items()) for part in (name, data)]
+    return {**below(texts, bottom), "ENTRYPOINTS": digest(LAST.read_bytes(), *parts)}
+
+
+def below(texts: Mapping[str, str], bottom: str) -> dict[str, str]:
+    """Those of the arguments that decide the layers below our own package."""
     scripts = [script.read_bytes() for script in SCRIPTS]
     own = {"framework": [OWN_RULES.read_bytes()]}
     values = {n.upper(): digest(*scripts, *own.get(n, []), text) for n, text in texts.items()}
-    parts = [part for name, data in sorted(files.items()) for part in (name, data)]
-    return {"BASE": bottom, **values, "ENTRYPOINTS": digest(LAST.read_bytes(), *parts)}
+    return {"BASE": bottom, **values}
 
 
 def layer_names(image: Image, locked: Sequence[Locked]) -> list[str]:
@@ -286,11 +291,19 @@ def recipe_text(image: Image, locked: Sequence[Locked]) -> str:
 
 
 def inputs(image: Image) -> str:
-    """sha256 of everything that decides an image, its variables and labels too; needs no build."""
+    """sha256 of what decides the layers up to the engine and its framework; needs no build.
+
+    The variables that an engine sees are part of it. Our own package, which is the last layer, and
+    the labels are not: what it asks of an engine has an identity of its own (rollout/program.py),
+    and no edit there may make a build or a proof of the layers below worth less.
+    """
     locked = lock.read(image)
     texts = layers(locked, image.engine, image.sources)
-    values = arguments(texts, base_name(), payload(image, locked))
-    return digest(json.dumps(values, sort_keys=True), recipe_text(image, locked))
+    empty = (set(LAYERS) - set(layer_names(image, locked))) | {"entrypoints"}
+    text = without(image.dockerfile.read_text("utf-8"), empty)
+    code = "\n".join(line for line in text.splitlines() if line and not line.startswith("#"))
+    values = json.dumps(below(texts, base_name()), sort_keys=True)
+    return digest(values, dockerfile(code, variables(image, locked), {}))
 
 
 # Settings of uv that say where packages come from. The others speak of the host's own projects,
@@ -511,8 +524,10 @@ def build(
     return built
 
 
-def record(image: Image, tool: builder.Buildah, built: builder.Built) -> Record:
-    """What is recorded of an image that was just built; every layer is read once more.
+def record(image: Image, tool: builder.Buildah) -> Record:
+    """What is recorded of an image that was just built: its layers below our own package.
+
+    Every layer is read once more.
 
     Raises:
         Problem: a layer holds what none may hold.
@@ -522,7 +537,7 @@ def record(image: Image, tool: builder.Buildah, built: builder.Built) -> Record:
     measured = measure(tool, tool.local + image.reference, names, known)
     if measured.broken:
         raise Problem(f"{image.reference} is not recorded: {'; '.join(measured.broken)}")
-    return Record(inputs(image), tool.version(), built.id, built.manifest, measured.layers)
+    return Record(inputs(image), tool.version(), measured.layers[:-1])
 
 
 def keep(image: Image, tool: builder.Buildah, built: builder.Built) -> None:
@@ -537,7 +552,7 @@ def keep(image: Image, tool: builder.Buildah, built: builder.Built) -> None:
         command = f"nox -s reproduce -- {image.reference}"
         raise Problem(f"not kept: {verdict.sentence} ('{command}' says what differs)")
     if not recorded or recorded.inputs != today:
-        layers_of.write(image, record(image, tool, built))
+        layers_of.write(image, record(image, tool))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from rollout import backends, report, smoke
 from rollout.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,6 +111,8 @@ class Image:
     optional_libraries: Mapping[str, str] = field(default_factory=dict)
     # Distributions that exist as source alone, by their normal names: the image builds them.
     source_distributions: Mapping[str, str] = field(default_factory=dict)
+    # What it promises and nobody can show: checks and transports, with the reason.
+    not_shown: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -149,6 +152,7 @@ _KEYS: dict[str, tuple[type, bool]] = {
     "reproducible": (str, True),
     "optional-libraries": (dict, False),
     "source-distributions": (dict, False),
+    "not-shown": (dict, False),
 }
 _SMOKE_KEYS: dict[str, tuple[type, bool]] = {
     "sleep-levels": (list, True),
@@ -241,11 +245,13 @@ def parse(path: Path) -> Image:
         Problem: exit code 2, naming the file and the key.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(report.content(path).decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Problem(f"{shown(path)} is not valid TOML: {error}", 2) from None
-    except OSError as error:
-        raise Problem(f"{shown(path)} cannot be read: {error.strerror}", 2) from None
+    except RecursionError:
+        raise Problem(f"{shown(path)} is nested too deeply", 2) from None
+    except ValueError as error:
+        raise Problem(f"{shown(path)} {error}", 2) from None
     _check_keys(table, _KEYS, path)
     _check_keys(table["smoke"], _SMOKE_KEYS, path, "smoke.")
     _check_keys(table["size"], _SIZE_KEYS, path, "size.")
@@ -281,7 +287,11 @@ def parse(path: Path) -> Image:
             table.get("optional-libraries", {}), path, "optional-libraries"
         ),
         source_distributions=_named(table, path, "source-distributions"),
+        not_shown=_strings(table.get("not-shown", {}), path, "not-shown"),
     )
+    _check_names(image)
+    _check_days(image)
+    _check_promises(image)
     for name in image.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise Problem(f"{shown(path)}: key 'env.{name}' is no name of a variable", 2)
@@ -292,6 +302,96 @@ def parse(path: Path) -> Image:
         message = f"{shown(path)}: key 'requirements' does not ask for the engine {image.engine!r}"
         raise Problem(message, 2)
     return image
+
+
+# What a registry takes: a repository in small letters, a tag of at most 128 characters.
+_REPOSITORY = re.compile(r"[a-z0-9]+([._-]+[a-z0-9]+)*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+UNPROVED = "-unproved"  # behind the tags of what is published without a proof
+# What the image itself, its launcher or whoever starts it has to decide.
+_RESERVED = {
+    *("PATH", "HOME", "USER", "LANG", "TMPDIR", "PYTHONPATH", "PYTHONHOME", "LD_PRELOAD"),
+    *("VIRTUAL_ENV", "XDG_CACHE_HOME", "ROLLOUT_PREFIX", "ROLLOUT_LAYERS"),
+}
+
+
+def _wrong(image: Image, key: str, what: str) -> Problem:
+    return Problem(f"{shown(image.path)}: key {key!r} {what}", 2)
+
+
+def _check_names(image: Image) -> None:
+    """Repository and tag are names that a registry takes, and the variables are the engine's.
+
+    Raises:
+        Problem: exit code 2, naming the file.
+    """
+    name, tag = image.repository, image.tag
+    if len(name) > 128 or not _REPOSITORY.fullmatch(name):
+        what = f"the folder {name!r} is no name of a repository; use a-z, 0-9 and single . _ -"
+        raise Problem(f"{shown(image.path)}: {what}", 2)
+    if not _TAG.fullmatch(tag):
+        what = f"{tag!r} is no tag; use at most 128 of A-Z, a-z, 0-9, _ . -, a letter first"
+        raise Problem(f"{shown(image.path)}: {what}", 2)
+    if tag.endswith(UNPROVED):
+        what = f"a tag that ends in {UNPROVED} stands for an image without a proof; rename the file"
+        raise Problem(f"{shown(image.path)}: {what}", 2)
+    for variable in image.env:
+        if variable in _RESERVED:
+            raise _wrong(image, f"env.{variable}", "is not an engine's to set; remove it")
+
+
+def _check_days(image: Image) -> None:
+    """Nothing is resolved as of a day that is still to come: such a lock would move every day.
+
+    Raises:
+        Problem: exit code 2, naming the file and the key.
+    """
+    days = {"resolved-as-of": image.resolved_as_of}
+    if image.framework:
+        days["framework.resolved-as-of"] = image.framework.resolved_as_of
+    for key, day in days.items():
+        if day > datetime.datetime.now(datetime.UTC).date():
+            raise _wrong(image, key, f"is {day}, which is still to come; name a day that is over")
+
+
+def _check_promises(image: Image) -> None:
+    """The backend can keep what the proof is to show.
+
+    Raises:
+        Problem: exit code 2, naming the file and the key.
+    """
+    can, wanted, name = backends.abilities(image.backend), image.smoke, image.backend
+    if can is None:
+        raise _wrong(image, "backend", f"is {name}, which nothing drives yet; add its module")
+    for key, values in (("sleep-levels", wanted.sleep_levels), ("refit", wanted.refit)):
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise _wrong(image, f"smoke.{key}", f"has {twice[0]!r} twice; say it once")
+    known: tuple[tuple[str, Sequence[Any], Sequence[Any]], ...] = (
+        ("sleep-levels", wanted.sleep_levels, can.levels),
+        ("refit", wanted.refit, can.transports),
+    )
+    for key, asked, kept in known:
+        for value in asked:
+            if value not in kept:
+                choices = ", ".join(map(str, kept))
+                what = f"promises {value}, and the {name} backend has {choices} alone"
+                raise _wrong(image, f"smoke.{key}", what)
+    for key, promise, able in (
+        ("fp8", wanted.fp8, can.fp8),
+        ("server", wanted.server, can.server),
+        ("tensor-parallel", wanted.tensor_parallel, can.tensor_parallel),
+    ):
+        if promise and not able:
+            raise _wrong(image, f"smoke.{key}", f"is promised, and the {name} backend has none")
+    promised = (*smoke.promised(wanted.facts), *wanted.refit)
+    for what, reason in image.not_shown.items():
+        if what not in promised:
+            near = difflib.get_close_matches(what, promised, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "remove it"
+            raise _wrong(image, f"not-shown.{what}", f"is nothing that this image promises; {hint}")
+        if not reason.strip():
+            raise _wrong(image, f"not-shown.{what}", "gives no reason; say why nobody can show it")
 
 
 def _requirements(lines: Sequence[Any], path: Path, key: str) -> list[Requirement]:

@@ -22,9 +22,10 @@ from images import (
     reproduce,
     sizes,
 )
+from images import standing as rule
 from images.catalog import ROOT, TRANSPORTS, Image, shown
 from rollout import report, smoke, verify
-from rollout.checks import FREED, GROWTH
+from rollout.checks import FREED, GROWTH, rate
 from rollout.cuda_ipc import BUCKET_BYTES
 from rollout.faults import FAULTS
 from rollout.oracle import BOUND_BF16, BOUND_FP8
@@ -34,41 +35,26 @@ from rollout.smoke import CALM
 README = ROOT / "README.md"
 
 
-def current(image: Image, data: Mapping[str, Any]) -> bool:
-    """Whether a report is of the image as it is now.
-
-    It is not if it is of another lock, of other layers than the recorded ones, or recorded before
-    the inputs of the layers changed: it proves an image that is no longer this one.
-    """
-    recorded = layers.read(image)
-    return (
-        data["lock_sha256"] == host.sha256(image.lock)
-        and recorded is not None
-        and recorded.inputs == build.inputs(image)
-        and tuple(data["layers"]) == recorded.diff_ids
-    )
-
-
 def kept(image: Image) -> features.Kept | None:
     """The kept report of an image, None where none is kept."""
-    path = prove.kept(image)
-    if not path.exists():
+    data = prove.kept_report(image)
+    if data is None:
         return None
-    data = json.loads(path.read_text(encoding="utf-8"))
-    return features.Kept(str(path.relative_to(ROOT)), data, current(image, data))
+    where = str(prove.kept(image).relative_to(ROOT))
+    return features.Kept(where, data, prove.standing_of(image))
 
 
 def standing(image: Image) -> str:
     """What the kept report of an image is worth today."""
     found = kept(image)
     if found is None:
-        return "not proved yet"
-    data = found.report
-    where = f"[{data['verdict']}]({found.where}) on {data['device']}"
-    day = data["started"][:10]
-    if found.current:
-        return f"{where}, {day}"
-    return f"stale: {where}, {day}, for another lock or layers"
+        return rule.UNPROVED
+    data, worth = found.report, found.standing
+    where = f"[{worth.word}]({found.where}) on {data['device']}, {data['started'][:10]}"
+    if not worth.good:
+        return f"{where}: {worth.sentence}"
+    missing = ", ".join(worth.missing)
+    return where + (f"; not shown: {missing}" if missing else "")
 
 
 def reproduced(image: Image) -> str:
@@ -135,7 +121,9 @@ def fault_table(images: Sequence[Image]) -> str:
         for image in images:
             path = prove.kept_fault(image, name)
             if path.exists():
-                shown_on.append(f"[{image.tag}]({path.relative_to(ROOT)})")
+                worth = prove.standing_of_fault(image, name)
+                link = f"[{image.tag}]({path.relative_to(ROOT)})"
+                shown_on.append(f"{link} ({worth})" if worth else link)
         checks = [check for check in (fault.check, fault.otherwise) if check]
         lines.append(
             f"| `{name}` | {fault.what} | {' or '.join(f'`{check}`' for check in checks)} | "
@@ -295,13 +283,13 @@ REFITS = {
 
 
 def refit_rows(refit: Metrics) -> list[Row]:
-    """The refit of an image on a GPU, by CUDA IPC first and then by each further transport."""
-    copy = f"a copy on the device: {refit['copy_gb_per_s']:.0f} GB/s"
-    rows = [(REFITS["cuda-ipc"], f"{refit['gb_per_s']:.0f} GB/s", copy)]
+    """The refit of an image on a GPU by each transport that ran, beside the yardstick of them."""
+    rows = []
+    beside = f"a copy on the device: {refit['copy_gb_per_s']:.0f} GB/s"
     for transport in TRANSPORTS:
-        key = f"{transport.replace('-', '_')}_gb_per_s"
-        if key in refit:
-            rows.append((REFITS[transport], f"{refit[key]:.3g} GB/s", ""))
+        if rate(transport) in refit:
+            rows.append((REFITS[transport], f"{refit[rate(transport)]:.3g} GB/s", beside))
+            beside = ""
     return rows
 
 
@@ -341,7 +329,8 @@ def gpu_numbers(images: Sequence[Image]) -> str:
     parts = []
     for image in images:
         found = kept(image)
-        if "cuda" not in image.expect or found is None:
+        versions = {entry.name: entry.version for entry in lock.read(image)}
+        if found is None or not lock.cuda(versions):
             continue
         data = found.report
         second = warm_report(image, data)
@@ -357,9 +346,12 @@ def gpu_numbers(images: Sequence[Image]) -> str:
             sources.append(f"[a second start]({prove.beside(image, 'warm').relative_to(ROOT)})")
         calibrated = prove.beside(image, "calibration")
         if calibrated.exists():
-            sources.append(f"[the probe's calibration]({calibrated.relative_to(ROOT)})")
-            rows += calibration_rows(json.loads(calibrated.read_text(encoding="utf-8")))
-        stale = "" if found.current else " (stale: of another lock or layers)"
+            measured_by = json.loads(calibrated.read_text(encoding="utf-8"))
+            if not rule.no_calibration(measured_by, prove.today(image), versions):
+                sources.append(f"[the probe's calibration]({calibrated.relative_to(ROOT)})")
+                rows += calibration_rows(measured_by)
+        worth = found.standing
+        stale = "" if worth.word == rule.PROVED else f" ({worth.word}: {worth.sentence})"
         lines = [
             f"`{image.reference}` on {data['device']}, driver {data['driver']}, "
             f"{data['started'][:10]}{stale}, from {', '.join(sources)}:",
@@ -378,7 +370,7 @@ def warm_report(image: Image, data: Mapping[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found if found["layers"] == data["layers"] else None
+    return None if rule.no_second_start(found, data) else found
 
 
 def size_rows(image: Image, data: Mapping[str, Any]) -> list[Row]:
@@ -474,10 +466,8 @@ def terminal(data: Mapping[str, Any]) -> str:
 
 def printed(image: Image) -> str:
     """What the last kept proof of an image printed."""
-    path = prove.kept(image)
-    if not path.exists():
-        return "No proof is kept yet."
-    return terminal(json.loads(path.read_text(encoding="utf-8")))
+    data = prove.kept_report(image)
+    return terminal(data) if data else "No proof is kept yet."
 
 
 def renewed(text: str, name: str, generated: str) -> str:

@@ -10,23 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from images import sizes
+from images import sizes, standing
 from images.catalog import Image, Smoke
+from images.standing import Standing
+from rollout.checks import rate
 from rollout.oracle import BOUND_BF16, BOUND_FP8
 
 Metrics = Mapping[str, Any]
 NOT_SHOWN = "not shown"  # promised, and no report shows it
-STALE = "stale"  # shown by a report of another lock or of other layers than today's
+STALE = "stale"  # shown by a report that is no proof of the image of today
 NOT_CLAIMED = "—"
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The kept report of an image, and whether it is of the image as it is now."""
+    """The kept report of an image, and what it is worth for the image as it is now."""
 
     where: str  # its path in the repository
     report: Mapping[str, Any]
-    current: bool
+    standing: Standing
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,6 @@ def metrics(report: Mapping[str, Any], check: str) -> Metrics | None:
     return None
 
 
-def rate_key(transport: str, smoke: Smoke) -> str:
-    """The metric of ``refit`` that is the speed of one transport of this image."""
-    first = transport == smoke.refit[0]  # it serves all checks, and its metric has no other name
-    return "gb_per_s" if first else f"{transport.replace('-', '_')}_gb_per_s"
-
-
 def freed(found: Metrics, _: Smoke) -> str:
     """How much of what the engine held a sleep gives back."""
     return f"{found['freed_fraction']:.1%} of {sizes.megabytes(found['held_bytes'])} freed"
@@ -63,8 +59,8 @@ def freed(found: Metrics, _: Smoke) -> str:
 def transport(name: str) -> tuple[Callable[[Smoke], bool], Callable[[Metrics, Smoke], str]]:
     """Who promises a transport, and how fast weights arrive by it."""
 
-    def telling(found: Metrics, smoke: Smoke) -> str:
-        return f"{found[rate_key(name, smoke)]:.3g} GB/s"
+    def telling(found: Metrics, _: Smoke) -> str:
+        return f"{found[rate(name)]:.3g} GB/s"
 
     return (lambda smoke: name in smoke.refit), telling
 
@@ -160,13 +156,21 @@ def cell(feature: Feature, smoke: Smoke, kept: Kept | None) -> str:
     """What the table says of one feature of one image."""
     found = shown(feature, smoke, kept.report) if kept else ""
     if kept and found:
-        return found if kept.current else STALE
+        return found if kept.standing.good else STALE
     return NOT_SHOWN if feature.claimed(smoke) else NOT_CLAIMED
+
+
+def head(image: Image, kept: Kept | None) -> str:
+    """What stands over a column: the image, its report, and whether that is by other checks."""
+    if kept is None:
+        return image.tag
+    earlier = kept.standing.word == standing.EARLIER
+    return f"[{image.tag}]({kept.where})" + (f", {standing.EARLIER}" if earlier else "")
 
 
 def table(columns: Sequence[tuple[Image, Kept | None]]) -> str:
     """The table: a row for each feature, a column for each image and its kept report."""
-    heads = [f"[{i.tag}]({kept.where})" if kept else i.tag for i, kept in columns]
+    heads = [head(image, kept) for image, kept in columns]
     lines = ["| | " + " | ".join(heads) + " |", "|" + " --- |" * (len(heads) + 1)]
     for feature in FEATURES:
         cells = [cell(feature, image.smoke, kept) for image, kept in columns]

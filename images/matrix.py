@@ -1,8 +1,9 @@
 """Which images a run of CI has to look at: all, the changed ones, or the proved ones.
 
 ``nox -s matrix`` reads the catalog, so that no workflow names an image. An image has changed since
-a revision if what decides it has: the digest of its inputs, as each revision's own code computes
-it, and the code and tools that turn inputs into layers.
+a revision if what decides it has: the inputs of its layers and the proof program, as each
+revision's own code computes them, and the code and tools that turn inputs into layers. A reworded
+sentence has changed nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from images import build, catalog, docs, host
+from images import build, catalog, host, lock, prove, standing
 from images.catalog import ROOT, Image
 from rollout.problem import Problem
 
@@ -25,8 +26,8 @@ TOOLS = "lockfiles/dev.lock"
 INSTALLER = "uv=="  # of all tools the one that writes into images
 # Run by the code of another revision, which need not know this module.
 _PROGRAM = (
-    "import json; from images import build, catalog; "
-    "print(json.dumps({i.reference: build.inputs(i) for i in catalog.load()}))"
+    "import json; from images import catalog, matrix; "
+    "print(json.dumps({i.reference: matrix.decides(i) for i in catalog.load()}))"
 )
 
 
@@ -45,6 +46,13 @@ def makers(tree: Path) -> str:
     text = tools.read_text(encoding="utf-8") if tools.exists() else ""
     pinned = [line.split()[0] for line in text.splitlines() if line.startswith(INSTALLER)]
     return build.digest(*parts, *pinned)
+
+
+def decides(image: Image) -> str:
+    """A digest of what an image is made of, and of what its proof asks."""
+    program = json.dumps(standing.program_of(image), sort_keys=True)
+    facts = json.dumps(build.facts(image, lock.read(image)), sort_keys=True)
+    return build.digest(build.inputs(image), facts, program)
 
 
 def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
@@ -109,18 +117,18 @@ def changed_since(revision: str, images: Sequence[Image]) -> list[str]:
         if makers(tree) != makers(ROOT):
             say(f"{', '.join((*MAKERS, 'or uv'))} changed, so all images count")
             before = {}
-    return changed(before, {image.reference: build.inputs(image) for image in images})
+    return changed(before, {image.reference: decides(image) for image in images})
 
 
 def proved(images: Sequence[Image]) -> list[str]:
-    """The references of images whose kept report is a proof of what they are today."""
+    """The references of images that their kept report allows to be published as they are today."""
     found = []
     for image in images:
-        kept = docs.kept(image)
-        if kept and kept.current and kept.report["verdict"] == "proved":
-            found.append(image.reference)
+        why = standing.publishable(prove.standing_of(image), prove.today(image))
+        if why:
+            say(f"{image.reference} is left out: {why}")
         else:
-            say(f"{image.reference} is left out: {docs.standing(image)}")
+            found.append(image.reference)
     return found
 
 

@@ -33,6 +33,8 @@ TITLE = "org.opencontainers.image.title"
 # stands behind each of its tags.
 UNPROVED = "rollout.unproved"
 UNPROVED_TAG = "-unproved"
+# Of one that is proved in part: a JSON object of what is not shown, each with the reason.
+NOT_SHOWN = "rollout.not-shown"
 # What a registry is asked for: without these it may answer with an older form of the manifest.
 MANIFESTS = (
     *(MANIFEST, INDEX),
@@ -165,6 +167,31 @@ def referrer(data: bytes) -> Descriptor:
     """How an index lists the manifest of a paper: with its artifact type and its annotations."""
     found = parse(data)
     return Descriptor(MANIFEST, digest(data), len(data), found.annotations, found.artifact_type)
+
+
+def of_proof(missing: Mapping[str, str] | None) -> dict[str, str]:
+    """The annotations that say what a proof does not show; None stands for no proof at all."""
+    if missing is None:
+        return {UNPROVED: "true"}
+    return {NOT_SHOWN: encode(dict(missing)).decode()} if missing else {}
+
+
+def not_shown(annotations: Mapping[str, str]) -> dict[str, str]:
+    """What the manifest of an image says that its proof does not show.
+
+    Raises:
+        Damaged: it says nothing that could be understood.
+    """
+    if NOT_SHOWN not in annotations:
+        return {}
+    found = None
+    with suppress(Damaged):
+        found = document(annotations[NOT_SHOWN].encode())
+    if not found or not all(
+        isinstance(text, str) and text.isprintable() for pair in found.items() for text in pair
+    ):
+        raise Damaged(f"the annotation {NOT_SHOWN} of the manifest is no table of texts")
+    return found
 
 
 def index(manifests: Sequence[Descriptor]) -> bytes:

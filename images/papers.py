@@ -31,7 +31,7 @@ from cyclonedx.model.component import Component, ComponentType
 from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
-from images import base, build, host, lock
+from images import base, build, host, lock, standing
 from images.apt_sources import SUITE
 from images.catalog import ROOT, Image, shown
 from images.debian import Deb
@@ -238,7 +238,16 @@ def provenance(
                     "buildType": BUILD_TYPE,
                     "externalParameters": {"reference": image.reference},
                     # As lockfiles/<repository>/<tag>.layers records it.
-                    "internalParameters": {"inputs": build.inputs(image)},
+                    # And what a proof of it has to show, so that whoever has the image and
+                    # the key alone can tell whether the report is one.
+                    "internalParameters": {
+                        "inputs": build.inputs(image),
+                        "promised": {
+                            "checks": list(standing.promised(image)),
+                            "transports": list(image.smoke.refit),
+                            "program": standing.program_of(image),
+                        },
+                    },
                     "resolvedDependencies": [
                         *(
                             {"name": name, "digest": {"sha256": host.sha256(path)}}

@@ -20,8 +20,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from images import build, builder, catalog, host, layers, lock
+from images import build, builder, catalog, host, layers, lock, standing
 from images.catalog import ROOT, Image, shown
+from images.standing import Standing, Today
 from rollout import calibrate, cli, report, smoke
 from rollout.faults import FAULTS
 from rollout.problem import Problem
@@ -49,16 +50,72 @@ def report_path(image: Image) -> Path:
     return REPORTS / image.repository / f"{image.tag}.json"
 
 
+def today(image: Image, diff_ids: Sequence[str] | None = None) -> Today:
+    """An image as it is now, with the layers that were just built or else the recorded ones."""
+    versions = {entry.name: entry.version for entry in lock.read(image)}
+    recorded = layers.read(image)
+    below: tuple[str, ...] | None = None
+    if diff_ids is not None:
+        below = tuple(diff_ids[:-1])
+    elif recorded and recorded.inputs == build.inputs(image):
+        below = recorded.diff_ids
+    return Today(
+        reference=image.reference,
+        lock_sha256=host.sha256(image.lock),
+        engine=(image.backend, versions[image.engine]),
+        torch=versions["torch"],
+        framework=(image.framework.name, image.framework.version) if image.framework else None,
+        layers=below,
+        checks=standing.promised(image),
+        transports=image.smoke.refit,
+        program=standing.program_of(image),
+        not_shown=image.not_shown,
+    )
+
+
+def kept_report(image: Image) -> dict[str, Any] | None:
+    """The kept report of an image, None where none is kept.
+
+    Raises:
+        Problem: exit code 2 where that file is no report.
+    """
+    path = kept(image)
+    return _read(path, shown(path)) if path.exists() else None
+
+
+def standing_of(image: Image) -> Standing:
+    """What the kept report of an image is worth today."""
+    return standing.judge(kept_report(image), today(image))
+
+
+def standing_of_fault(image: Image, fault: str) -> str:
+    """What the kept report of an injected fault is worth today; empty if all."""
+    path = kept_fault(image, fault)
+    check = FAULTS[fault].found_by(smoke.promised(image.smoke.facts)) or ""
+    return standing.of_fault(_read(path, shown(path)), today(image), check)
+
+
+def _read(path: Path, named: str) -> dict[str, Any]:
+    try:
+        return report.read(path)
+    except ValueError as error:
+        raise Problem(f"{named} {error}", 2) from None
+
+
 def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One report from the reports of ``verify`` and ``smoke``, in this order.
 
-    The verdict is the weakest of theirs: failed before unproved before proved.
+    The verdict is the weakest of theirs: failed before unproved before in part before proved.
     """
     whole = dict(parts[-1])
     whole["started"] = parts[0]["started"]
     whole["seconds"] = sum(part["seconds"] for part in parts)
     whole["checks"] = [check for part in parts for check in part["checks"]]
-    order = ("failed", "unproved", "proved")
+    whole["skipped"] = {key: why for part in parts for key, why in part["skipped"].items()}
+    programs = [part["program"] for part in parts]
+    if None not in programs:
+        whole["program"] = {key: value for one in programs for key, value in one.items()}
+    order = ("failed", "unproved", "in-part", "proved")
     whole["verdict"] = min((part["verdict"] for part in parts), key=order.index)
     return whole
 
@@ -104,39 +161,36 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
             if not path.exists():
                 host.say(f"rollout {command} exited with {code} and left no report")
                 return code or 1
-            parts.append(json.loads(path.read_text(encoding="utf-8")))
+            parts.append(_read(path, f"the report of rollout {command}"))
             if code:
                 break
-    _leave(report_path(image), merge(parts))
+    whole = merge(parts)
+    _leave(report_path(image), whole)
+    found = standing.judge(whole, today(image, built.diff_ids))
+    if not code and not options:
+        code = _told(image, found)
     if keep and not code:
         _keep(image, tool, built)
         host.say(f"kept as {shown(kept(image))}; 'nox -s docs' renews the README's table")
     return code
 
 
-def read_report(path: Path, image: Image, diff_ids: Sequence[str]) -> dict[str, Any]:
+def _told(image: Image, found: Standing) -> int:
+    """Say what a report is worth, as the host computes it; the exit code of that."""
+    host.say(f"{image.reference}: {found.word}: {found.sentence}")
+    return 0 if found.word in (standing.PROVED, standing.IN_PART) else 3
+
+
+def read_report(path: Path, now: Today) -> dict[str, Any]:
     """A report that another machine wrote, if it is about this image as it is built here.
 
     Raises:
         Problem: exit code 2 for a file that is no report, or one of another image, lock or layers.
     """
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Problem(f"--from: {path} cannot be read ({error.strerror})", 2) from None
-    except ValueError:
-        raise Problem(f"--from: {path} is not JSON", 2) from None
-    wrong = report.validate(data)
+    data = _read(path, f"--from: {path}")
+    wrong = standing.foreign(data, now) or standing.outdated(data, now)
     if wrong:
-        raise Problem(f"--from: {path} is no report: {wrong[0]}", 2)
-    wanted = {
-        "image": image.reference,
-        "lock_sha256": host.sha256(image.lock),
-        "layers": list(diff_ids),
-    }
-    for key, value in wanted.items():
-        if data[key] != value:
-            raise Problem(f"--from: {path} is about another image: its {key} is {data[key]}", 2)
+        raise Problem(f"--from: {path} {wrong}", 2)
     return data
 
 
@@ -144,48 +198,49 @@ def found_by(data: Mapping[str, Any], fault: str, image: Image) -> str:
     """Why the report of a run with a fault shows nothing; empty if its check alone failed."""
     failed = [one for one in data["checks"] if one["status"] == "failed"]
     wanted = FAULTS[fault]
-    check = wanted.found_by(smoke.available(image.smoke.facts, smoke.ANY))
+    check = wanted.found_by(smoke.promised(image.smoke.facts))
     if [one["name"] for one in failed] != [check]:
         return f"failed were {', '.join(c['name'] for c in failed) or 'no checks'}"
     reason = str(failed[0]["reason"])
     return "" if wanted.reason in reason else f"{check} failed because {reason}"
 
 
-def calibration(path: Path) -> str | None:
+def calibration(path: Path, image: Image, now: Today) -> str | None:
     """The text of a calibration that another machine wrote; None where it wrote none.
 
     Raises:
-        Problem: exit code 2 for a file that is no calibration, 1 for one that misses its margins.
+        Problem: exit code 2 for a file that is none or of another image, 1 for missed margins.
     """
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return None
+    versions = {entry.name: entry.version for entry in lock.read(image)}
     try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text)
+        text = report.content(path)
+        data: Any = report.parse_json(text)
         if data["schema"] != calibrate.SCHEMA:
-            raise ValueError
+            raise KeyError
         broken = calibrate.margins_hold(data)
-    except (OSError, ValueError, KeyError, TypeError):
+        other = standing.no_calibration(data, now, versions)
+    except ValueError as error:
+        raise Problem(f"--from: {path} {error}", 2) from None
+    except (KeyError, TypeError, AttributeError):
         raise Problem(
             f"--from: {path} is no calibration; remake it with rollout.calibrate", 2
         ) from None
+    if other:
+        raise Problem(f"--from: {path} is of another image: it {other}", 2)
     if broken:
         raise Problem(f"--from: {path}: {broken[0]}")
-    return text
+    return text.decode()
 
 
-def warm(path: Path, image: Image, diff_ids: Sequence[str]) -> dict[str, Any] | None:
-    """The report of a second start, its cache filled by the first; None where there is none.
+def warm(path: Path, now: Today) -> dict[str, Any] | None:
+    """The report of what should be a second start; None where there is none.
 
     Raises:
-        Problem: exit code 2 for a report of another image, 1 for one whose start did not pass.
+        Problem: exit code 2 for a report of another image.
     """
-    if not path.exists():
-        return None
-    data = read_report(path, image, diff_ids)
-    if ("start", "passed") not in {(check["name"], check["status"]) for check in data["checks"]}:
-        raise Problem(f"--from: {path} shows no start that passed")
-    return data
+    return read_report(path, now) if path.exists() or path.is_symlink() else None
 
 
 def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> int:
@@ -199,7 +254,8 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
     lock.read(image)
     report_path(image).unlink(missing_ok=True)  # as in prove: an earlier run's is not this one's
     built = build.build(image, tool)
-    parts = [read_report(folder / f"{n}.json", image, built.diff_ids) for n in ("verify", "smoke")]
+    now = today(image, built.diff_ids)
+    parts = [read_report(folder / f"{name}.json", now) for name in ("verify", "smoke")]
     faults = {}
     for path in sorted(folder.glob("fault-*.json")):
         name = path.stem.removeprefix("fault-")
@@ -207,15 +263,22 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
             smoke.fault(name, image.smoke.facts)
         except Problem as problem:
             raise Problem(f"--from: {path}: {problem.sentence}", 2) from None
-        faults[name] = read_report(path, image, built.diff_ids)
+        faults[name] = read_report(path, now)
         wrong = found_by(faults[name], name, image)
         if wrong:
             raise Problem(f"--from: {path} does not show that {name} is found: {wrong}")
-    calibrated = calibration(folder / "calibration.json")
-    again = warm(folder / "warm.json", image, built.diff_ids)
-    whole = merge(parts)
+    calibrated = calibration(folder / "calibration.json", image, now)
+    again = warm(folder / "warm.json", now)
+    whole = _one(parts, folder)
+    found = standing.judge(whole, now)
+    if whole["verdict"] in ("proved", "in-part") and not found.good:
+        raise Problem(f"--from: {folder} shows no proof of {image.reference}: {found.sentence}", 2)
+    wrong = standing.no_second_start(again, whole) if again and found.good else ""
+    if wrong:
+        raise Problem(f"--from: {folder / 'warm.json'} shows no second start: it {wrong}")
     _leave(report_path(image), whole)
-    if keep and whole["verdict"] == "proved":
+    code = _told(image, found) if found.good else report.exit_code(whole["verdict"])
+    if keep and found.good:
         _keep(image, tool, built)
         for name, data in faults.items():
             host.write(kept_fault(image, name), json.dumps(data, indent=1) + "\n")
@@ -224,7 +287,20 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
         if again is not None:
             host.write(beside(image, "warm"), json.dumps(again, indent=1) + "\n")
         host.say(f"kept as {shown(kept(image))}, with {len(faults)} faults; 'nox -s docs' is next")
-    return report.exit_code(whole["verdict"])
+    return code
+
+
+def _one(parts: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+    """The reports of ``verify`` and ``smoke`` as one.
+
+    Raises:
+        Problem: exit code 2 where they cannot be the two: a check is in both.
+    """
+    whole = merge(parts)
+    wrong = report.validate(whole)
+    if wrong:
+        raise Problem(f"--from: {folder}: verify.json and smoke.json are no pair: {wrong[0]}", 2)
+    return whole
 
 
 def _leave(path: Path, data: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ the same digest and its papers get the tags of the destination, and nothing is b
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,7 +24,6 @@ from images import (
     build,
     builder,
     catalog,
-    docs,
     export,
     failures,
     host,
@@ -35,6 +33,7 @@ from images import (
     packing,
     papers,
     prove,
+    standing,
     verify_published,
 )
 from images import registry as registries
@@ -43,6 +42,7 @@ from images.failures import Broken
 from images.oci import Descriptor
 from images.packing import Source
 from images.registry import Registry
+from images.standing import Standing
 from images.verify_published import Published
 from rollout import report
 from rollout.problem import Problem
@@ -70,49 +70,52 @@ def tags(image: Image, *, unproved: bool = False) -> Tags:
 # The proof
 
 
-def unfit(where: str, data: bytes, image: Image, diff_ids: Sequence[str]) -> str:
-    """Why a report does not allow an image to be published, as a clause; empty if it does."""
+@dataclass(frozen=True)
+class Proof:
+    """The report that allows an image to be published, and what the host finds in it."""
+
+    path: Path
+    data: bytes  # as they were looked at: the file may be another a minute later
+    standing: Standing
+
+
+def fitting(path: Path, image: Image, diff_ids: Sequence[str]) -> Proof:
+    """A report, if it allows an image with these layers to be published.
+
+    Raises:
+        ValueError: it does not; the message says why, as a clause.
+    """
     try:
-        found = json.loads(data.decode())
-    except ValueError:
-        return f"{where} cannot be read"
-    wrong = report.validate(found)
-    if wrong:
-        return f"{where} is no report ({wrong[0]})"
-    if found["image"] != image.reference:
-        return f"{where} is of {found['image']}"
-    if found["lock_sha256"] != host.sha256(image.lock):
-        return f"{where} is of another lock"
-    if found["layers"] != list(diff_ids):
-        return f"{where} is of other layers"
-    if found["verdict"] != "proved":
-        return f"{where} says {found['verdict']}"
+        data = report.content(path)
+        found = report.parse(data)
+    except ValueError as error:
+        raise ValueError(f"{shown(path)} {error}") from None
+    now = prove.today(image, diff_ids)
+    worth = standing.judge(found, now)
+    why = standing.publishable(worth, now)
+    if why:
+        raise ValueError(f"{shown(path)} allows none, {why}")
     # What the provenance says of the inputs has to be true of these layers.
-    recorded = shown(layers.path(image))
-    return "" if docs.current(image, found) else f"{recorded} is not of these inputs and layers"
+    if prove.today(image).layers != now.layers:
+        raise ValueError(f"{shown(layers.path(image))} is not of these inputs and layers")
+    return Proof(path, data, worth)
 
 
-def passing(image: Image, diff_ids: Sequence[str]) -> tuple[Path, bytes]:
+def passing(image: Image, diff_ids: Sequence[str]) -> Proof:
     """The report that proves these layers: that of the last run here, else the kept one.
-
-    Its bytes are what was looked at: the file may be another a minute later.
 
     Raises:
         Problem: none does; says what is wrong with each, and what to run.
     """
     reasons = []
     for path in (prove.report_path(image), prove.kept(image)):
+        if not path.exists() and not path.is_symlink():
+            reasons.append(f"there is no {shown(path)}")
+            continue
         try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            reason = f"there is no {shown(path)}"
-        except OSError:
-            reason = f"{shown(path)} cannot be read"
-        else:
-            reason = unfit(shown(path), data, image, diff_ids)
-            if not reason:
-                return path, data
-        reasons.append(reason)
+            return fitting(path, image, diff_ids)
+        except ValueError as error:
+            reasons.append(str(error))
     raise Problem(
         f"{image.reference} has no passing report: {', and '.join(reasons)}; prove it with "
         f"'nox -s prove -- {image.reference}', or publish it as unproved with --unproved"
@@ -366,14 +369,16 @@ def publish_image(
         Problem: it has no passing report and is not declared unproved, or the registry refuses.
     """
     built = export.current(image, tool)
-    proof = None if unproved else passing(image, built.diff_ids)[1]
+    proof = None if unproved else passing(image, built.diff_ids)
     names = tags(image, unproved=unproved)
     commit = papers.checkout_commit()
     where = registry.name(image.repository)
     host.say(f"{image.reference}: publish to {where} as {names.immutable}")
     registry.resolve(image.repository, names.immutable)  # a wrong host or password is told first
     siblings = {registry.path(other.repository) for other in catalog.load()}
-    annotations = {oci.UNPROVED: "true"} if unproved else {}
+    # The catalog's reasons: with those of one run another run would make another manifest.
+    missing = {name: image.not_shown[name] for name in proof.standing.missing} if proof else None
+    annotations = oci.of_proof(missing)
     copy = prepared(
         packing.source(image, tool),
         annotations,
@@ -382,7 +387,7 @@ def publish_image(
     attaching = papers.papers(
         image,
         digest=copy.descriptor.digest,
-        report=proof,
+        report=proof.data if proof else None,
         key=key,
         commit=commit,
     )
@@ -397,6 +402,11 @@ def _conclude(image: Image, registry: Registry, copy: Copy, *, done: bool, signe
         return
     if oci.UNPROVED in copy.manifest.annotations:
         host.say(f"{image.reference}: UNPROVED, which its manifest and its tags say")
+    missing = oci.not_shown(copy.manifest.annotations)
+    if missing:
+        host.say(
+            f"{image.reference}: in part, not shown are {', '.join(missing)}: see its manifest"
+        )
     if not signed:
         host.say(f"{image.reference}: unsigned; sign it with --key FILE, or with cosign in CI")
     host.say(f"{image.reference}: published as {what}")

@@ -331,9 +331,9 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
     host.say(f"{image.reference}: {said}")
     if verdict.differs or (keep and good):
         record = recorded
-        if not recorded or (recorded.inputs, recorded.manifest) != (inputs, one.built.manifest):
+        if not recorded or recorded.inputs != inputs or verdict.differs:
             with storage_of(one.storage):
-                record = build.record(image, tool, one.built)
+                record = build.record(image, tool)
         assert record  # noqa: S101 - either of the two
         if recorded and verdict.differs:
             for layer, difference in layers.explain(recorded.layers, record.layers):
@@ -344,6 +344,7 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
                 "level": reached,
                 "build_seconds": [round(outcome.seconds, 1) for outcome in (one, two)],
                 "record": verdict.sentence,
+                "manifest": one.built.manifest,
                 "machine": machine(),
                 "builder": tool.version(),
             }
@@ -360,17 +361,16 @@ def path(image: Image) -> Path:
 
 
 def remember(image: Image, record: layers.Record, run: dict[str, Any]) -> None:
-    """Keep a run beside the others that reproduced the same image: one for each machine."""
+    """Keep a run beside the others that reproduced the same layers: one for each machine."""
     runs = []
     if path(image).exists():
         data = json.loads(path(image).read_text(encoding="utf-8"))
-        if (data["inputs"], data["manifest"]) == (record.inputs, record.manifest):
+        if data["inputs"] == record.inputs:
             runs = [r for r in data["runs"] if r["machine"] != run["machine"]]
     data = {
         "schema": SCHEMA,
         "image": image.reference,
         "inputs": record.inputs,
-        "manifest": record.manifest,
         "runs": [*runs, run],
     }
     host.write(path(image), json.dumps(data, indent=1) + "\n")

@@ -25,20 +25,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from images import host, lock, oci, papers
+from images import host, lock, oci, papers, standing
 from images.failures import Unreachable
 from images.oci import Descriptor, Manifest
 from images.papers import Envelope, Paper, PublicKey
 from images.registry import Registry, parse_reference
+from images.standing import Today
 from rollout import report
 from rollout.environment import printable
 from rollout.problem import Problem
 from rollout.report import Check
 
 Metrics = dict[str, Any]
-# Labels: the immutable tag, and the lock.
+# Labels: the immutable tag, the lock, the engine, and torch.
 VERSION = "org.opencontainers.image.version"
 LOCK = "rollout.lock.sha256"
+BACKEND, ENGINE, TORCH = "rollout.backend", "rollout.engine.version", "rollout.torch"
+FRAMEWORK, FRAMEWORK_VERSION = "rollout.framework", "rollout.framework.version"
 # Where an image keeps the lock that it was built from (images/base/install).
 LOCK_INSIDE = "opt/rollout/share/rollout/requirements.lock"
 _UNPROVED = 3  # of a Problem that a check raises; any other code is a failure
@@ -57,6 +60,9 @@ class Origin:
     dirty: bool
     builder: str
     byproducts: frozenset[tuple[str, str]]  # media type and sha256
+    checks: tuple[str, ...]  # that a proof has to show
+    transports: tuple[str, ...]
+    program: Mapping[str, str]  # the identity of each of the checks
 
     @property
     def lock(self) -> str:
@@ -135,7 +141,7 @@ def check_config(image: Published) -> Metrics:
     config = json.loads(data).get("config")  # JSON it is: diff_ids has read it
     labels = config.get("Labels") if isinstance(config, dict) else None
     labels = labels if isinstance(labels, dict) else {}
-    wanted = (oci.TITLE, VERSION, LOCK)
+    wanted = (oci.TITLE, VERSION, LOCK, BACKEND, ENGINE, TORCH, FRAMEWORK, FRAMEWORK_VERSION)
     missing = [name for name in wanted if not isinstance(labels.get(name), str)]
     if missing:
         raise Problem(f"it is no image of ours: label {missing[0]} is missing")
@@ -295,6 +301,7 @@ def origin_of(statement: Mapping[str, Any], digest: str) -> Origin:
         definition = statement["predicate"]["buildDefinition"]
         details = statement["predicate"]["runDetails"]
         inputs = definition["resolvedDependencies"]
+        promised = definition["internalParameters"]["promised"]
         source = next(entry for entry in inputs if "gitCommit" in entry["digest"])
         origin = Origin(
             reference=str(definition["externalParameters"]["reference"]),
@@ -310,6 +317,9 @@ def origin_of(statement: Mapping[str, Any], digest: str) -> Origin:
                 (str(entry["mediaType"]), str(entry["digest"]["sha256"]))
                 for entry in details["byproducts"]
             ),
+            checks=tuple(map(str, promised["checks"])),
+            transports=tuple(map(str, promised["transports"])),
+            program={name: str(promised["program"][name]) for name in promised["checks"]},
         )
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         raise Problem("the provenance lacks what one of ours says") from None
@@ -330,35 +340,57 @@ def _named(image: Published, found: Sequence[Paper], kind: str, what: str) -> No
 
 
 def check_report(image: Published) -> Metrics:
-    """The smoke report is the one that the provenance names, of these layers, and a proof."""
+    """The smoke report is the one that the provenance names, of these layers, and a proof.
+
+    What a proof has to show the provenance says. What it does not show the manifest has to say.
+    """
     found = image.of(papers.REPORT)
     _named(image, found, papers.REPORT, "smoke report")
     if not found and image.unproved:
         raise Problem("published without a proof (--unproved): there is no smoke report", _UNPROVED)
     if not found:
         raise Problem("no smoke report is attached")
-    wanted = {
-        "image": image.labels[oci.TITLE],
-        "lock_sha256": image.labels[LOCK],
-        "layers": list(image.diff_ids),
-    }
+    reports = []
     for paper in found:
-        data = _json(paper)
-        wrong = report.validate(data)
-        if wrong:
-            raise Problem(f"the smoke report breaks its schema: {wrong[0]}")
-        other = next((key for key, value in wanted.items() if data[key] != value), "")
-        if other:
-            raise Problem(f"the smoke report is of another image: its {other} is not this one's")
-        if data["verdict"] == "failed":
-            names = [check["name"] for check in data["checks"] if check["status"] == "failed"]
-            raise Problem(f"the smoke report says failed: {', '.join(names)}")
-        if data["verdict"] != "proved":
-            raise Problem(f"the smoke report says {data['verdict']}, which is no proof", _UNPROVED)
+        try:
+            data = report.parse(paper.data)
+        except ValueError as error:
+            raise Problem(f"the smoke report {error}") from None
+        origin = next(o for o in image.origins if paper.sha256 in o.named(papers.REPORT))
+        now = today(image, origin)
+        worth = standing.judge(data, now)
+        why = standing.publishable(worth, now)
+        if why:
+            code = _UNPROVED if data["verdict"] == "unproved" else 1
+            raise Problem(f"the smoke report is no proof: {why}", code)
+        reports.append((data, worth))
     if image.unproved:
         raise Problem("published as unproved (--unproved), whatever is attached", _UNPROVED)
-    last = max((_json(paper) for paper in found), key=lambda data: str(data["started"]))
-    return {"device": last["device"], "started": last["started"], "checks": len(last["checks"])}
+    last, worth = max(reports, key=lambda pair: str(pair[0]["started"]))
+    metrics: Metrics = {key: last[key] for key in ("device", "started")}
+    metrics["checks"] = len(last["checks"])
+    if worth.missing:
+        metrics["not_shown"] = ", ".join(worth.missing)
+    return metrics
+
+
+def today(image: Published, origin: Origin) -> Today:
+    """What a report of an image has to show: by its labels, layers and manifest, and its maker."""
+    annotations = image.manifest.annotations if image.manifest else {}
+    return Today(
+        reference=image.labels[oci.TITLE],
+        lock_sha256=image.labels[LOCK],
+        engine=(image.labels[BACKEND], image.labels[ENGINE]),
+        torch=image.labels[TORCH],
+        framework=None
+        if image.labels[FRAMEWORK] == "none"
+        else (image.labels[FRAMEWORK], image.labels[FRAMEWORK_VERSION]),
+        layers=image.diff_ids[:-1],
+        checks=origin.checks,
+        transports=origin.transports,
+        program=origin.program,
+        not_shown=oci.not_shown(annotations),
+    )
 
 
 def check_sbom(image: Published) -> Metrics:

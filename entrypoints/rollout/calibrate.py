@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rollout import probe
+from rollout import info, probe
 from rollout.oracle import BOUND_BF16, Oracle, divergence
 from rollout.problem import Problem
 
@@ -327,6 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         torch.set_num_threads(options.threads)
         report = measure(config, options.seed, options.repeats, options.device)
+        report |= of_image(info.prefix())
         print(_table(report))
         if options.report is not None:
             _write(options.report, report)
@@ -337,6 +338,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for sentence in broken:
         print(sentence, file=sys.stderr)
     return 1 if broken else 0
+
+
+def of_image(prefix: Path) -> dict[str, str]:
+    """Which image this is, so that no calibration is taken for another's; outside nothing."""
+    try:
+        found = {"lock_sha256": info.lock_sha256(prefix)}
+        return {"image": str(info.image(prefix)["reference"]), **found}
+    except (Problem, KeyError):
+        return {}
 
 
 def _write(file: Path, report: Mapping[str, Any]) -> None:

@@ -114,9 +114,18 @@ class Trial:
         """Mean exp(|Δ log-probability|) of the engine's own tokens against an oracle."""
         return mean_of(self.judged(completions, judge, scale))
 
+    @property
+    def transport(self) -> str:
+        """By what weights are sent where a check names nothing: promised, never another."""
+        return self.transports[0] if self.transports else ""
+
+    def send(self, weights: Mapping[str, torch.Tensor], transport: str = "") -> int:
+        """Weights as they are sent, with nothing done for the prefix cache; returns bytes."""
+        return self.engine.refit(weights.items(), transport or self.transport)
+
     def refit(self, weights: Mapping[str, torch.Tensor], transport: str = "") -> int:
         """A refit as a trainer makes it, the prefix cache reset included; returns bytes."""
-        moved = self.engine.refit(weights.items(), transport)
+        moved = self.send(weights, transport)
         self.engine.reset_prefix_cache()
         return moved
 
@@ -225,6 +234,11 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def rate(transport: str) -> str:
+    """The metric of ``refit`` that is the speed of a transport, and shows that it was tried."""
+    return f"{transport.replace('-', '_')}_gb_per_s"
+
+
 def refit(trial: Trial) -> Metrics:
     """Weights arrive whole, change the output, and leave no stale cache behind.
 
@@ -249,7 +263,7 @@ def refit(trial: Trial) -> Metrics:
     agree(trial.judged(first, trial.oracle), trial.bound, what, metrics)
 
     # The prompts are in the prefix cache now. Other weights without a reset: stale.
-    engine.refit(trial.others.items())
+    trial.send(trial.others)
     metrics["stale_divergence"] = trial.divergence(trial.alone(), trial.other_oracle)
     if metrics["stale_divergence"] <= trial.bound:
         raise Failed("control: a stale prefix cache would not be seen by these prompts", metrics)
@@ -264,7 +278,8 @@ def refit(trial: Trial) -> Metrics:
         engine.remember()
     # Timed now that both sides have done it: the first has what is made once in it.
     metrics["refit_seconds"] = timed(lambda: trial.refit(trial.weights))
-    metrics["gb_per_s"] = metrics["bytes"] / metrics["refit_seconds"] / 1e9
+    first_way = trial.transport or engine.transports[0]
+    metrics[rate(first_way)] = metrics["bytes"] / metrics["refit_seconds"] / 1e9
     metrics["copy_gb_per_s"] = copy_bandwidth(trial.device)
     if trial.alone() != first:
         raise Failed("the first weights, sent again, do not bring the first output back", metrics)
@@ -274,7 +289,6 @@ def refit(trial: Trial) -> Metrics:
             raise Failed("control: the engine's own checker takes other weights for these", metrics)
         engine.remember()
     for transport in trial.transports[1:]:
-        key = transport.replace("-", "_")
         trial.refit(trial.others, transport)
         wrong = trial.differing(trial.others)
         if wrong:
@@ -282,7 +296,7 @@ def refit(trial: Trial) -> Metrics:
                 f"by {transport} the engine does not hold what was sent: {named(wrong)}", metrics
             )
         seconds = timed(lambda transport=transport: trial.refit(trial.weights, transport))  # type: ignore[misc]
-        metrics[f"{key}_gb_per_s"] = metrics["bytes"] / seconds / 1e9
+        metrics[rate(transport)] = metrics["bytes"] / seconds / 1e9
         wrong = trial.differing(trial.weights)
         if wrong or trial.alone() != first:
             which = named(wrong) or "the digests agree, the output does not"
@@ -440,7 +454,7 @@ def holding(trial: Trial, metrics: Metrics) -> int:
 def growth(series: Sequence[int]) -> int:
     """By how many bytes a cycle a series of readings grew.
 
-    There is one in each cycle. Buffers that are made once are there in the first, and are no growth.
+    There is one in each cycle. Buffers that are made once are there in the first: no growth.
     """
     return max(0, series[-1] - series[0]) // max(len(series) - 1, 1)
 
@@ -548,7 +562,7 @@ def cycle(trial: Trial) -> Metrics:
         if not trial.differing(weights):
             raise Failed(f"control: turn {turn + 1} had its weights before the refit", metrics)
         start = time.perf_counter()
-        engine.refit(weights.items())
+        trial.send(weights)
         engine.wake((KV_CACHE,))
         engine.reset_prefix_cache()
         seconds[-1] += time.perf_counter() - start
@@ -603,7 +617,7 @@ def fp8(trial: Trial) -> Metrics:
         raise Failed(f"in fp8 sleep freed only {share}", metrics)
     trial.train(int(FREED * held))
     engine.wake((WEIGHTS,))
-    engine.refit(weights.items())
+    trial.send(weights)
     engine.wake((KV_CACHE,))
     if trial.fresh() != first:
         raise Failed("after sleeping and a refit the output is another", metrics)
@@ -668,7 +682,7 @@ def server(trial: Trial) -> Metrics:
             raise Failed(f"asleep, the server freed only {metrics['freed_bytes']} bytes", metrics)
         trial.train(int(FREED * held))
         engine.wake((WEIGHTS,))
-        engine.refit(trial.weights.items())
+        trial.send(trial.weights)
         engine.wake((KV_CACHE,))
         if trial.fresh() != first:
             raise Failed("after sleeping and a refit the server's output is another", metrics)

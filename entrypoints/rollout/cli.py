@@ -11,9 +11,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rollout import added, info, preflight, report
 from rollout.problem import Problem
@@ -59,7 +60,13 @@ def _info(as_json: bool) -> int:
     facts = info.facts(info.prefix())
     beside = added.found(info.prefix(), os.environ)
     if as_json:
-        print(json.dumps({**facts, "added": [asdict(item) for item in beside]}, indent=1))
+        from rollout import program, verify
+
+        # Read from the sources each time: a third of a second, which the table need not take.
+        data = info.image(info.prefix())
+        identity = program.of_image(data, verified=verify.available(data))
+        more = {"added": [asdict(item) for item in beside], "program": identity}
+        print(json.dumps({**facts, **more}, indent=1))
         return 0
     print(info.text(facts))
     for item in beside:
@@ -67,20 +74,38 @@ def _info(as_json: bool) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Ran:
+    """What a report says of a run beside its checks; see report.Report for the names."""
+
+    program: Mapping[str, str]
+    device: str | None = None
+    gpus: Sequence[report.Gpu] = ()
+    model: str | None = None
+    cycles: int | None = None
+    framework: report.Framework | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
 def _conclude(
     checks: Sequence[report.Check],
     expected: Sequence[str],
-    device: str | None,
+    ran: Ran,
     path: Path | None,
     started: str,
     seconds: float,
 ) -> int:
     """Say the verdict, write the report where one was asked for, return the exit code."""
     facts = info.facts(info.prefix())
-    outcome = report.verdict(checks, expected)
+    outcome = report.verdict(checks, expected, ran.skipped)
     beside = added.found(info.prefix(), os.environ)
     for item in beside:
         print(f"added to the image: {item.name} {item.version} ({item.place})", flush=True)
+    names = [check.name for check in checks if check.status == "failed"]
+    tail = f" ({', '.join(names)})" if names else ""
+    for name, why in ran.skipped.items():
+        print(f"{facts['reference']}: not shown here: {name} ({why})", flush=True)
+    print(f"{facts['reference']}: {outcome}{tail} in {seconds:.1f} s", flush=True)
     if path:
         result = report.Report(
             image=facts["reference"],
@@ -91,17 +116,20 @@ def _conclude(
             torch=facts["torch"],
             cuda=facts["cuda"],
             driver=preflight.driver() if facts["cuda"] else None,
-            device=device,
+            gpus=list(ran.gpus),
+            device=ran.device,
+            model=ran.model,
+            cycles=ran.cycles,
+            framework=ran.framework,
+            added=beside,
             started=started,
             seconds=seconds,
             checks=list(checks),
+            skipped=dict(ran.skipped),
+            program=dict(ran.program),
             verdict=outcome,
-            added=beside,
         )
         report.write(path, result)
-    names = [check.name for check in checks if check.status == "failed"]
-    tail = f" ({', '.join(names)})" if names else ""
-    print(f"{facts['reference']}: {outcome}{tail} in {seconds:.1f} s", flush=True)
     return report.exit_code(outcome)
 
 
@@ -110,19 +138,22 @@ def _show(check: report.Check) -> None:
 
 
 def _verify(path: Path | None) -> int:
-    from rollout import verify
+    from rollout import program, verify
 
     if path:
         report.writable(path)
     started, clock = report.now(), time.perf_counter()
     print(report.header(), flush=True)
     checks = verify.run(info.prefix(), progress=_show)
-    expected = verify.available(info.image(info.prefix()))
-    return _conclude(checks, expected, None, path, started, time.perf_counter() - clock)
+    seconds = time.perf_counter() - clock
+    data = info.image(info.prefix())
+    expected = verify.available(data)
+    ran = Ran(program.of_image(data, verified=expected, smoked=()) if path else {})
+    return _conclude(checks, expected, ran, path, started, seconds)
 
 
 def _smoke(given: argparse.Namespace) -> int:
-    from rollout import smoke
+    from rollout import program, smoke
 
     only = tuple(name for name in given.only.split(",") if name)
     if given.report:
@@ -133,10 +164,28 @@ def _smoke(given: argparse.Namespace) -> int:
     # The proof runs without these variables, and a job with them.
     _warn(added.warnings(info.prefix(), os.environ))
     checks, device = smoke.run(data, options, _show)
-    # Some checks alone prove no image: the verdict is 'unproved', unless one of them failed.
-    expected = smoke.available(data["smoke"])
     seconds = time.perf_counter() - clock
-    return _conclude(checks, expected, device, given.report, started, seconds)
+    # Some checks alone prove no image: the verdict is 'unproved', unless one of them failed.
+    expected, wanted = smoke.promised(data["smoke"]), data["smoke"]
+    ran = Ran(
+        program=program.of_image(data, verified=()) if given.report else {},
+        device=device,
+        gpus=smoke.gpus(data),
+        model=smoke.model(data, options),
+        cycles=options.cycles,
+        framework=_trained(checks, data),
+        skipped=smoke.skipped(wanted, smoke.visible_gpus(data)),
+    )
+    return _conclude(checks, expected, ran, given.report, started, seconds)
+
+
+def _trained(checks: Sequence[report.Check], data: Mapping[str, Any]) -> report.Framework | None:
+    """The framework that really ran, as its check found it; None where none did."""
+    found = next((check.metrics for check in checks if check.name == "training"), {})
+    said, path = str(found.get("framework", "")), str(found.get("framework_path", ""))
+    name = data["framework"]["name"] if said and path else ""
+    version = said.removeprefix(name).strip()
+    return report.Framework(name, version, path) if name and version else None
 
 
 def _warn(sentences: Sequence[str]) -> None:

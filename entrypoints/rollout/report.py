@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -19,11 +20,15 @@ from typing import Any
 
 from rollout.problem import Problem
 
-SCHEMA = "rollout-report/1"
+SCHEMA = "rollout-report/2"
 STATUSES = ("passed", "failed", "unproved")
-EXIT_CODES = {"proved": 0, "failed": 1, "unproved": 3}
+# What a machine can show was shown where it is "in-part": nobody has to change anything there.
+EXIT_CODES = {"proved": 0, "in-part": 0, "failed": 1, "unproved": 3}
 SHOWN_METRICS = 4  # of each check in the terminal; the file has them all
 
+LARGEST = 4 << 20  # bytes of a file that can be a report; the largest kept one has 12 thousand
+_LONGEST = 64 << 10  # characters of a text; the reason of a check may hold what an engine printed
+_DEEPEST = 8  # objects and lists inside each other
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LAYER = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -62,6 +67,23 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """A GPU that the run could see."""
+
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Framework:
+    """The training framework that really ran: its version, and the folder it was imported from."""
+
+    name: str
+    version: str
+    path: str
+
+
+@dataclass(frozen=True)
 class Added:
     """What a user added to the image: a distribution or a module, and the folder it lies in."""
 
@@ -75,8 +97,12 @@ class Report:
     """One run in one image; the keys of its JSON form are these fields, in this order.
 
     ``layers`` are diff_ids (``sha256:…``; empty where the run cannot know them), ``cuda``,
-    ``driver`` and ``device`` are None without a GPU, ``started`` is UTC in ISO 8601, ``seconds`` is
-    wall-clock time.
+    ``driver`` and ``device`` are None without a GPU, ``gpus`` is empty then. ``model`` is what the
+    smoke test ran on (``probe …``, or a folder of the user's) and ``cycles`` how often it slept;
+    both are None for ``rollout verify``. ``framework`` is None where none ran. ``skipped`` says of
+    each check and transport that was promised and cannot run here why. ``program`` has for each
+    check the identity of what decides its result (program.py). ``started`` is UTC in ISO 8601,
+    ``seconds`` is wall-clock time. What a report of an older schema cannot know is None.
     """
 
     image: str
@@ -86,12 +112,18 @@ class Report:
     torch: str | None
     cuda: str | None
     driver: str | None
+    gpus: list[Gpu] | None
     device: str | None
+    model: str | None
+    cycles: int | None
+    framework: Framework | None
+    added: list[Added] | None
     started: str
     seconds: float
     checks: list[Check]
+    skipped: dict[str, str]
+    program: dict[str, str] | None
     verdict: str
-    added: list[Added] = field(default_factory=list)
     schema: str = SCHEMA
 
 
@@ -100,21 +132,24 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def verdict(checks: Sequence[Check], expected: Collection[str] = ()) -> str:
-    """``proved``, ``failed`` or ``unproved``.
+def verdict(
+    checks: Sequence[Check], expected: Collection[str] = (), skipped: Collection[str] = ()
+) -> str:
+    """``proved``, ``in-part``, ``failed`` or ``unproved``.
 
-    A check named in ``expected`` that did not run leaves the whole unproved: silence is no proof.
+    A check named in ``expected`` that neither ran nor was ``skipped`` leaves the whole unproved:
+    silence is no proof. Where something was skipped the whole is proved in part.
     """
     if any(check.status == "failed" for check in checks):
         return "failed"
-    complete = set(expected) <= {check.name for check in checks}
+    complete = set(expected) <= {check.name for check in checks} | set(skipped)
     if checks and complete and all(check.status == "passed" for check in checks):
-        return "proved"
+        return "in-part" if skipped else "proved"
     return "unproved"
 
 
 def exit_code(outcome: str) -> int:
-    """The exit code that a verdict stands for: 0 proved, 1 failed, 3 unproved (else KeyError)."""
+    """The exit code of a verdict: 0 proved and in part, 1 failed, 3 unproved (else KeyError)."""
     return EXIT_CODES[outcome]
 
 
@@ -197,6 +232,134 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A report that somebody else wrote.
+
+    Raises:
+        ValueError: it is none; the message says why, as a clause that begins with a verb.
+    """
+    return parse(content(path))
+
+
+def content(path: Path) -> bytes:
+    """The bytes of a file of the size of a report, from a plain file alone.
+
+    Raises:
+        ValueError: it is something else; the message says what, as a clause.
+    """
+    try:
+        # Neither to follow a link out of the folder, nor to wait for who writes into a pipe.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError("is a link; put the file itself there") from None
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    except ValueError:  # a NUL in the name
+        raise ValueError("is no name of a file") from None
+    try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError("is no plain file")
+        if about.st_size > LARGEST:
+            raise ValueError(f"has {about.st_size:,} bytes, more than the {LARGEST:,} it may have")
+        with os.fdopen(descriptor, "rb", closefd=False) as stream:
+            return stream.read(LARGEST)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from None
+    finally:
+        os.close(descriptor)
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """The report that bytes hold, whoever sent them.
+
+    Raises:
+        ValueError: they hold none; the message says why, as a clause.
+    """
+    found = parse_json(data)
+    wrong = validate(found)
+    if wrong:
+        raise ValueError(f"is no report: {wrong[0]}")
+    report: dict[str, Any] = found  # type: ignore[assignment]
+    return report
+
+
+def parse_json(data: bytes) -> object:
+    """The JSON value that bytes hold, of no more depth and no other numbers than a report has.
+
+    Raises:
+        ValueError: they hold none; the message says why, as a clause.
+    """
+    try:
+        found: object = json.loads(
+            data.decode(), parse_constant=_no_number, object_pairs_hook=_once
+        )
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error.msg}, line {error.lineno})") from None
+    except _Odd as error:
+        raise ValueError(str(error)) from None
+    except ValueError:  # a number of more digits than Python reads
+        raise ValueError("holds a number that is none") from None
+    wrong = _strange(found)
+    if wrong:
+        raise ValueError(wrong)
+    return found
+
+
+class _Odd(ValueError):
+    """What JSON of ours never holds."""
+
+
+def _no_number(name: str) -> object:
+    raise _Odd(f"holds {name}, which is no JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _Odd(f"says {shown(name)} twice")
+    return found
+
+
+def _strange(value: object) -> str:
+    """What a parsed value has that no report of ours has, as a clause; empty if nothing."""
+    waiting: list[tuple[object, int]] = [(value, 0)]
+    while waiting:
+        item, depth = waiting.pop()
+        if isinstance(item, dict | list):
+            if depth == _DEEPEST:
+                return "is nested too deeply"
+            inside = [*item, *item.values()] if isinstance(item, dict) else item
+            waiting += [(one, depth + 1) for one in inside]
+        elif isinstance(item, str):
+            if len(item) > _LONGEST:
+                return f"holds a text of {len(item):,} characters"
+            try:
+                item.encode()
+            except UnicodeEncodeError:
+                return "holds half a character (a lone surrogate)"
+        elif isinstance(item, float) and not math.isfinite(item):
+            return "holds a number that is none"
+        elif isinstance(item, int) and abs(item) > 1 << 63:
+            return "holds a number of more than 64 bits"
+    return ""
+
+
+def shown(value: object) -> str:
+    """A value of a report as a sentence can hold it: short, and nothing that a terminal obeys."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # an integer of thousands of digits has no text
+        return "something without end"
+    text = text.encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 # The terminal -----------------------------------------------------------------------------------
 
 
@@ -240,28 +403,30 @@ def validate(data: object) -> list[str]:
     """What is wrong with a parsed report, one sentence each and the key first; empty if nothing."""
     if not isinstance(data, dict):
         return ["report: not an object"]
-    # Reports that were kept before anything could be added do not say what was.
-    wrong = _keys("", {"added": [], **data}, {f.name for f in fields(Report)})
+    wrong = _keys("", data, {f.name for f in fields(Report)})
     wrong += _values("", data, _REPORT)
-    engine, checks = data.get("engine"), data.get("checks")
-    if isinstance(engine, dict):
-        wrong += _keys("engine.", engine, {"name", "version"})
-        wrong += _values("engine.", engine, {"name": _text, "version": _text})
-    items = data.get("added")
-    for number, item in enumerate(items if isinstance(items, list) else []):
-        wrong += _validate_added(f"added[{number}]", item)
+    for key, tests in _PLAIN.items():
+        wrong += _validate_plain(key, data.get(key), tests)
+    checks, skipped = data.get("checks"), data.get("skipped")
     if isinstance(checks, list):
         for number, check in enumerate(checks):
             wrong += _validate_check(f"checks[{number}]", check)
-        wrong += _validate_verdict(checks, data.get("verdict"))
+        wrong += _validate_verdict(checks, skipped, data.get("verdict"))
     return wrong
 
 
-def _validate_added(where: str, item: object) -> list[str]:
-    if not isinstance(item, dict):
-        return [f"{where}: not an object"]
-    wrong = _keys(f"{where}.", item, {f.name for f in fields(Added)})
-    return wrong + _values(f"{where}.", item, dict.fromkeys(item, _text))
+def _validate_plain(key: str, value: object, tests: Mapping[str, _Test]) -> list[str]:
+    """An object with these keys, or a list of such; of other kinds the caller has spoken."""
+    if isinstance(value, dict):
+        return _keys(f"{key}.", value, set(tests)) + _values(f"{key}.", value, tests)
+    wrong: list[str] = []
+    for number, item in enumerate(value if isinstance(value, list) else []):
+        where = f"{key}[{number}]"
+        if isinstance(item, dict):
+            wrong += _keys(f"{where}.", item, set(tests)) + _values(f"{where}.", item, tests)
+        else:
+            wrong.append(f"{where}: not an object")
+    return wrong
 
 
 def _validate_check(where: str, check: object) -> list[str]:
@@ -276,21 +441,32 @@ def _validate_check(where: str, check: object) -> list[str]:
     return wrong
 
 
-def _validate_verdict(checks: list[object], given: object) -> list[str]:
+def _validate_verdict(checks: list[object], skipped: object, given: object) -> list[str]:
     known = [check for check in checks if isinstance(check, dict)]
-    names = Counter(str(check.get("name")) for check in known)
+    names = Counter(_bare(check.get("name")) for check in known)
     wrong = [f"checks: {name} is there {count} times" for name, count in names.items() if count > 1]
-    statuses = {str(check.get("status")) for check in known}
-    if given == "proved" and statuses != {"passed"}:
-        wrong.append("verdict: proved, though not every check passed")
+    ran = {_bare(name) for name in skipped} & set(names) if isinstance(skipped, dict) else set()
+    wrong += [f"skipped: {name} is there, and ran" for name in sorted(ran)]
+    statuses = {_bare(check.get("status")) for check in known}
+    passed = statuses == {"passed"}
+    if given in ("proved", "in-part") and not passed:
+        wrong.append(f"verdict: {given}, though not every check passed")
+    if given in ("proved", "in-part") and (given == "in-part") != bool(skipped):
+        wrong.append(f"verdict: {given}, which what was skipped contradicts")
     if (given == "failed") != ("failed" in statuses):
-        wrong.append(f"verdict: {given}, which the checks contradict")
+        wrong.append(f"verdict: {_bare(given)}, which the checks contradict")
     return wrong
 
 
 def _keys(where: str, data: Mapping[str, object], known: set[str]) -> list[str]:
     missing = [f"{where}{key}: missing" for key in sorted(known - set(data))]
-    return missing + [f"{where}{key}: unknown" for key in sorted(map(str, set(data) - known))]
+    unknown = sorted(_bare(key) for key in set(data) - known)
+    return missing + [f"{where}{key}: unknown" for key in unknown]
+
+
+def _bare(value: object) -> str:
+    """A name as a sentence can hold it, without the quotes of one that is a text."""
+    return shown(value).strip("'") if isinstance(value, str) else shown(value)
 
 
 _Test = Callable[[object], str]  # what is expected instead; empty if the value will do
@@ -298,21 +474,39 @@ _Test = Callable[[object], str]  # what is expected instead; empty if the value 
 
 def _values(where: str, data: Mapping[str, object], tests: Mapping[str, _Test]) -> list[str]:
     wrong = [(key, test(data[key])) for key, test in tests.items() if key in data]
-    return [f"{where}{key}: {data[key]!r} is not {why}" for key, why in wrong if why]
+    return [f"{where}{key}: {shown(data[key])} is not {why}" for key, why in wrong if why]
 
 
 def _text(value: object) -> str:
-    return "" if isinstance(value, str) and value else "a text"
+    """A line: what stands in a table or a terminal must not end or command it."""
+    fine = isinstance(value, str) and 0 < len(value) <= _LONGEST and value.isprintable()
+    return "" if fine else "a line of text"
 
 
-def _optional_text(value: object) -> str:
-    return "" if value is None or not _text(value) else "a text or null"
+def _lines(value: object) -> str:
+    if value is None:
+        return ""
+    fine = isinstance(value, str) and 0 < len(value) <= _LONGEST and not _strange(value)
+    return "" if fine else "a text or null"
+
+
+def _optional(test: _Test) -> _Test:
+    def tested(value: object) -> str:
+        why = "" if value is None else test(value)
+        return f"{why} or null" if why else ""
+
+    return tested
 
 
 def _seconds(value: object) -> str:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    fine = number and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
+    fine = number and 0 <= value <= 1e9  # type: ignore[operator]
     return "" if fine else "a finite number of seconds"
+
+
+def _count(value: object) -> str:
+    number = isinstance(value, int) and not isinstance(value, bool)
+    return "" if number and 0 < value < 1 << 63 else "a positive number"  # type: ignore[operator]
 
 
 def _sha256(value: object) -> str:
@@ -330,9 +524,9 @@ def _moment(value: object) -> str:
     wanted = "a moment in UTC, ISO 8601"
     try:
         moment = datetime.fromisoformat(value) if isinstance(value, str) else None
-    except ValueError:
+        offset = moment.utcoffset() if moment else None
+    except (ValueError, OverflowError):
         return wanted
-    offset = moment.utcoffset() if moment else None
     return "" if offset is not None and not offset else wanted
 
 
@@ -344,41 +538,61 @@ def _kind(kind: type, name: str) -> _Test:
     return lambda value: "" if isinstance(value, kind) else name
 
 
+def _texts(value: object) -> str:
+    """What a ``skipped`` is: names, and a reason for each."""
+    fine = isinstance(value, dict) and not any(_text(t) for pair in value.items() for t in pair)
+    return "" if fine else "an object of names and reasons"
+
+
+def _digests(value: object) -> str:
+    fine = isinstance(value, dict) and not any(_text(k) or _sha256(v) for k, v in value.items())
+    return "" if fine else "an object of names and sha256"
+
+
 def _metrics(value: object) -> str:
     fine = isinstance(value, dict) and all(isinstance(key, str) for key in value)
     return "" if fine and _is_finite(value) else "an object of finite JSON values"
 
 
-def _is_finite(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, dict):
-        return all(_is_finite(item) for item in value.values())
-    if isinstance(value, list):
-        return all(_is_finite(item) for item in value)
-    return value is None or isinstance(value, str | int)
+def _is_finite(value: object, depth: int = 0) -> bool:
+    if isinstance(value, dict | list):
+        inside = value.values() if isinstance(value, dict) else value
+        return depth < _DEEPEST and all(_is_finite(item, depth + 1) for item in inside)
+    return (value is None or isinstance(value, str | int | float)) and not _strange(value)
 
 
+_PLAIN: dict[str, dict[str, _Test]] = {
+    "engine": {"name": _text, "version": _text},
+    "framework": {"name": _text, "version": _text, "path": _text},
+    "gpus": {"name": _text, "memory_bytes": _count},
+    "added": {"name": _text, "version": _text, "place": _text},
+}
 _REPORT: dict[str, _Test] = {
     "schema": _one_of(SCHEMA),
     "image": _text,
     "lock_sha256": _sha256,
     "layers": _layers,
     "engine": _kind(dict, "an object"),
-    "torch": _optional_text,
-    "cuda": _optional_text,
-    "driver": _optional_text,
-    "device": _optional_text,
+    "torch": _optional(_text),
+    "cuda": _optional(_text),
+    "driver": _optional(_text),
+    "gpus": _optional(_kind(list, "a list")),
+    "device": _optional(_text),
+    "model": _optional(_text),
+    "cycles": _optional(_count),
+    "framework": _optional(_kind(dict, "an object")),
+    "added": _optional(_kind(list, "a list")),
     "started": _moment,
     "seconds": _seconds,
     "checks": _kind(list, "a list"),
+    "skipped": _texts,
+    "program": _optional(_digests),
     "verdict": _one_of(*EXIT_CODES),
-    "added": _kind(list, "a list"),
 }
 _CHECK: dict[str, _Test] = {
     "name": _text,
     "status": _one_of(*STATUSES),
     "seconds": _seconds,
     "metrics": _metrics,
-    "reason": _optional_text,
+    "reason": _lines,
 }

@@ -58,6 +58,11 @@ class Options:
     framework: Path | None = None  # a checkout that goes before the image's own framework
 
 
+def promised(wanted: Mapping[str, Any]) -> list[str]:
+    """The checks that an image promises, wherever it runs; ``wanted`` as in :func:`available`."""
+    return available(wanted, ANY)
+
+
 def available(wanted: Mapping[str, Any], gpus: int = 1) -> list[str]:
     """The checks of an image on so many GPUs; ``wanted`` is "smoke" in its image.json."""
     left_out = {f"sleep-{level}" for level in (1, 2) if level not in wanted["sleep_levels"]}
@@ -122,9 +127,37 @@ def _model_folder(given: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
+def skipped(wanted: Mapping[str, Any], gpus: int) -> dict[str, str]:
+    """What an image promises and so many GPUs cannot show: checks and transports, with the reason.
+
+    The report names all of it, so that nobody takes a promise for shown because nothing failed.
+    """
+    there = "one GPU is visible" if gpus == 1 else f"{gpus} GPUs are visible"
+    lacking = [name for name in promised(wanted) if name not in available(wanted, gpus)]
+    found = dict.fromkeys(lacking, f"it needs {wanted.get('tensor_parallel')} GPUs; {there}")
+    sent = transports(wanted["refit"], gpus)
+    why = f"it needs a second GPU, for NCCL refuses two processes on one; {there}"
+    return found | {transport: why for transport in wanted["refit"] if transport not in sent}
+
+
 def transports(wanted: Sequence[str], gpus: int) -> list[str]:
     """How weights are sent on so many GPUs: NCCL refuses two processes on one."""
     return [transport for transport in wanted if transport != "nccl" or gpus > 1]
+
+
+def sending(wanted: Mapping[str, Any], gpus: int) -> list[str]:
+    """The promised transports that so many GPUs can show, of which the first serves all checks.
+
+    Raises:
+        Problem: exit code 3 where there are none. By a transport that nobody promised it would be
+            shown that weights arrive, and not that they do as they will in training.
+    """
+    found = transports(wanted["refit"], gpus)
+    if not found:
+        way = " and ".join(wanted["refit"])
+        why = skipped(wanted, gpus)[wanted["refit"][0]]
+        raise Problem(f"the refit of this image goes by {way} alone: {why}", 3)
+    return found
 
 
 def visible_gpus(facts: Mapping[str, Any]) -> int:
@@ -134,6 +167,22 @@ def visible_gpus(facts: Mapping[str, Any]) -> int:
     import torch
 
     return int(torch.cuda.device_count())
+
+
+def gpus(facts: Mapping[str, Any]) -> list[report.Gpu]:
+    """The GPUs that this process may use, by name and memory; none in an image without CUDA."""
+    if not visible_gpus(facts):
+        return []
+    import torch
+
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [report.Gpu(str(one.name), int(one.total_memory)) for one in found]
+
+
+def model(facts: Mapping[str, Any], options: Options) -> str:
+    """What the checks run on, as a report names it: the probe, or a folder of the user's."""
+    size = "1b" if facts["cuda"] else "tiny"
+    return f"probe {size}, seed {SEED}" if options.model is None else str(options.model)
 
 
 def _trial(facts: dict[str, Any], options: Options, folder: Path, *, dummy: bool, gpus: int) -> Any:
@@ -187,7 +236,7 @@ def _trial(facts: dict[str, Any], options: Options, folder: Path, *, dummy: bool
         cycles=options.cycles,
         bound=oracle.BOUND_BF16,
         sleep_levels=facts["smoke"]["sleep_levels"],
-        transports=transports(facts["smoke"]["refit"], gpus),
+        transports=sending(facts["smoke"], gpus),
         serve=serve,
         fault=options.inject,
         reuse=facts["smoke"].get("reuse", "turns"),
@@ -243,6 +292,7 @@ def proof(
     if lacking:
         wanted = facts["smoke"]["tensor_parallel"]
         raise Problem(f"{', '.join(sorted(lacking))} needs {wanted} GPUs; {gpus} are visible", 3)
+    sending(facts["smoke"], gpus)
     names = selected(options.only, facts["smoke"], gpus)
     done: list[report.Check] = []
 

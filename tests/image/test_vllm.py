@@ -42,9 +42,9 @@ def test_the_layers_are_the_recorded_ones_and_a_proof_of_others_is_called_stale(
     recorded = layers.read(image)
     assert recorded is not None
     assert recorded.inputs == build.inputs(image), "recorded from other inputs: reproduce it again"
-    assert built.diff_ids == recorded.diff_ids
+    assert built.diff_ids[:-1] == recorded.diff_ids
     proof = json.loads(prove.kept(image).read_text(encoding="utf-8"))
-    stale = tuple(proof["layers"]) != recorded.diff_ids
+    stale = tuple(proof["layers"][:-1]) != recorded.diff_ids
     assert ("stale" in docs.standing(image).lower()) == stale
 
 

@@ -24,7 +24,6 @@ from images import (
     attach,
     build,
     builder,
-    docs,
     failures,
     host,
     layers,
@@ -37,12 +36,13 @@ from images import (
     registry,
     verify_published,
 )
+from images.contents import Summary
 from images.papers import Paper
 from images.publish import Copy, Tags
 from images.registry import Registry
 from rollout import report
 from rollout.problem import Problem
-from tests import layout
+from tests import layout, reports
 
 from .conftest import (
     IMAGE,
@@ -421,15 +421,13 @@ def built(toy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     sha256 = host.sha256(IMAGE.lock)
     labels = build.labels(IMAGE, lock.read(IMAGE), sha256, build.base_name())
     image = toy("base", "engine", labels=labels)
-    checks = [report.Check("files", "passed", 1.0), report.Check("refit", "passed", 1.0)]
-    proof = report.Report(
-        *(IMAGE.reference, sha256, [layer.diff_id for layer in image.source.layers]),
-        report.Engine("transformers", labels["rollout.engine.version"]),
-        *(labels["rollout.torch"], None, None, "a CPU", report.now(), 2.0, checks, "proved"),
-    )
+    diff_ids = [layer.diff_id for layer in image.source.layers]
     monkeypatch.setattr(prove, "REPORTS", tmp_path / "reports")
-    host.write(prove.report_path(IMAGE), json.dumps(report.document(proof)))
-    monkeypatch.setattr(docs, "current", lambda *_: True)
+    host.write(prove.report_path(IMAGE), json.dumps(reports.of(IMAGE, diff_ids)))
+    nothing = Summary({}, "owner", "mtime", "xattr", "order")
+    below = tuple(layers.Layer("base", diff_id, 2, 1, nothing) for diff_id in diff_ids[:-1])
+    record = layers.Record(build.inputs(IMAGE), "buildah", below)
+    monkeypatch.setattr(layers, "read", lambda _: record)
     monkeypatch.setattr(builder, "detect", lambda *_: Store(image))
     monkeypatch.setattr(packing, "source", lambda *_: image.source)
     monkeypatch.setattr(papers, "checkout_commit", lambda: "0" * 40)

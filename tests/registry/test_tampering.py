@@ -22,6 +22,7 @@ from images.papers import Paper
 from images.registry import Registry
 from rollout.problem import Problem
 from rollout.report import STATUSES
+from tests import reports
 from tests.conftest import VERSIONS, Checkout
 
 from .conftest import REPOSITORY
@@ -532,15 +533,21 @@ def test_the_report_of_another_image_is_found(
     found_by(verify(release.tags.moving), "report", "is not one that the provenance names")
 
 
+ANYTHING = {"name": "anything", "status": "passed", "seconds": 1, "metrics": {}, "reason": None}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"layers": ["sha256:" + "0" * 64]}, "its layers is not this one's"),
-        ({"lock_sha256": "0" * 64}, "its lock_sha256 is not this one's"),
-        ({"image": "verl-rollout:vllm-0.11"}, "its image is not this one's"),
-        ({"verdict": "perfect"}, "breaks its schema: verdict"),
+        ({"layers": ["sha256:" + "0" * 64]}, "its report is of other layers"),
+        ({"lock_sha256": "0" * 64}, "its report is of another lock"),
+        ({"image": "verl-rollout:vllm-0.11"}, "its report is of verl-rollout:vllm-0.11"),
+        ({"verdict": "perfect"}, "the smoke report is no report: verdict"),
+        ({"checks": [ANYTHING]}, "its report lacks files, distributions, libraries"),
+        ({"program": None}, "by earlier checks: by the checks of"),
+        ({"engine": {"name": "vllm", "version": "1"}}, "has the engine vllm 1, and the lock vllm"),
     ],
-    ids=["layers", "lock", "name", "schema"],
+    ids=["layers", "lock", "name", "schema", "anything", "program", "engine"],
 )
 def test_a_report_of_something_else_is_found_even_where_the_publisher_has_signed_it(
     image: Image,
@@ -555,12 +562,47 @@ def test_a_report_of_something_else_is_found_even_where_the_publisher_has_signed
     found_by(verify(mistaken.tags.moving), "report", words)
 
 
+NOT_SHOWN = {"sleep-2": "it takes two GPUs"}
+
+
+def test_what_is_proved_in_part_says_so_in_its_manifest(
+    image: Image, here: Registry, tmp_path: Path, verify: Verify
+) -> None:
+    part = Release(image, tmp_path / "tars", here, annotations=oci.of_proof(NOT_SHOWN))
+    data = reports.alone(image, part.diff_ids, {"sleep-2": "one GPU"})
+    part.publish(part.papers(report=json.dumps(data).encode()))
+    outcome = verify(part.tags.moving)
+    assert outcome.code == 0, outcome.text
+    assert "not_shown=sleep-2" in outcome.text
+
+
+@pytest.mark.parametrize(
+    "annotations",
+    [{}, oci.of_proof({"nccl": "why"}), {oci.NOT_SHOWN: "[]"}],
+    ids=["silent", "of something else", "no table"],
+)
+def test_what_is_proved_in_part_and_does_not_say_so_is_found(
+    image: Image,
+    here: Registry,
+    tmp_path: Path,
+    verify: Verify,
+    annotations: dict[str, str],
+) -> None:
+    part = Release(image, tmp_path / "tars", here, annotations=annotations)
+    data = reports.alone(image, part.diff_ids, {"sleep-2": "one GPU"})
+    part.publish(part.papers(report=json.dumps(data).encode()))
+    words = "is no table of texts" if oci.NOT_SHOWN in annotations else "has no reason for sleep-2"
+    if annotations == oci.of_proof({"nccl": "why"}):
+        words = "has no reason for sleep-2"
+    found_by(verify(part.tags.moving), "report", words)
+
+
 def test_a_failed_report_fails_and_names_the_check(
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     broken = Release(image, tmp_path / "tars", here)
     broken.publish(broken.papers(report=broken.failed_report()))
-    found_by(verify(broken.tags.moving), "report", "says failed: refit")
+    found_by(verify(broken.tags.moving), "report", "says that refit failed")
 
 
 # The SBOM
@@ -791,7 +833,7 @@ def test_without_a_key_a_report_of_another_image_fails_all_the_same(
     """Whoever replaces the report can write a provenance for it; but not make it fit."""
     attached = release.papers(report=stranger.report(), key=None)
     release.relist(release.attach(*attached))
-    found_by(verify(release.tags.moving, key=""), "report", "its layers is not this one's")
+    found_by(verify(release.tags.moving, key=""), "report", "its report is of other layers")
 
 
 def test_another_key_than_the_publishers_proves_nothing(release: Release, verify: Verify) -> None:

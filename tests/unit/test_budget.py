@@ -124,7 +124,7 @@ def check(image: Image, storage: Storage) -> None:
 
 
 def record(image: Image, *found: Layer) -> None:
-    layers.write(image, Record("inputs", "buildah 1", "id", "sha256:m", found))
+    layers.write(image, Record("inputs", "buildah 1", found))
 
 
 def files(checkout: Checkout) -> list[Path]:

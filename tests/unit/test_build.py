@@ -7,6 +7,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -462,13 +463,24 @@ def test_the_inputs_of_an_image_change_with_its_variables(
     assert build.inputs(checkout.image(changes)) != build.inputs(checkout.image())
 
 
-def test_the_inputs_of_an_image_change_with_its_labels(
+def test_neither_labels_nor_our_own_package_are_inputs_of_the_layers_below(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Or every reworded sentence would ask for two builds of every image from nothing."""
     image = checkout.image()
+    text = (
+        "ARG BASE\nFROM ${BASE}\n\n# our own files\nARG ENTRYPOINTS\nRUN sh entrypoints\n\n"
+        "USER 1000:0\n"
+    )
+    image.dockerfile.write_text(text)
     monkeypatch.setattr(build, "base_name", lambda: "base:1")
     before = build.inputs(image)
     monkeypatch.setattr(build, "labels", lambda *_: {"rollout.torch": "another"})
+    monkeypatch.setattr(build, "payload", lambda *_: {"rollout/checks.py": b"other"})
+    monkeypatch.setattr(build, "LAST", Path(__file__))
+    image.dockerfile.write_text(text.replace("sh entrypoints", "sh other").replace("our", "new"))
+    assert build.inputs(image) == before
+    image.dockerfile.write_text(text.replace("1000:0", "1001:0"))
     assert build.inputs(image) != before
 
 
@@ -511,8 +523,8 @@ def test_the_last_layer_holds_our_package_the_lock_and_what_the_image_is(
 
 
 def test_the_image_knows_what_it_has_to_prove(checkout: Checkout) -> None:
-    changes = {"backend": '"tensorrt-llm"', "requirements": '["tensorrt-llm"]'}
-    found = build.facts(checkout.image(changes), locked())
+    image = replace(checkout.image(), backend="tensorrt-llm")
+    found = build.facts(image, locked())
     assert found["reference"] == "verl-rollout:vllm-0.12"
     assert found["engine"] == {"name": "tensorrt-llm", "distribution": "tensorrt-llm"}
     assert found["imports"] == ["torch", "tensorrt_llm"]
@@ -528,15 +540,16 @@ def test_the_image_knows_what_it_has_to_prove(checkout: Checkout) -> None:
 
 def test_what_a_file_says_of_fp8_and_libraries_is_in_the_image(checkout: Checkout) -> None:
     changes = {
-        "smoke": "{ sleep-levels = [1], refit = ['nccl'], fp8 = true, server = true, "
-        "tensor-parallel = 2 }",
+        "backend": '"sglang"',
+        "requirements": '["sglang"]',
+        "smoke": "{ sleep-levels = [1], refit = ['nccl'], server = true, tensor-parallel = 2 }",
         "optional-libraries": '{ "libucp.so.0" = "UCX", "libmpi.so.40" = "MPI" }',
     }
     found = build.facts(checkout.image(changes), locked())
     assert found["smoke"] == {
         "sleep_levels": [1],
         "refit": ["nccl"],
-        "fp8": True,
+        "fp8": False,
         "server": True,
         "tensor_parallel": 2,
     }
@@ -795,7 +808,10 @@ def test_what_turns_clocks_can_be_installed() -> None:
 
 # what is recorded
 
-LAYERS = (Layer("base", "sha256:a", 2, 1, Summary({}, "o", "m", "x", "r")),)
+LAYERS = tuple(
+    Layer(name, f"sha256:{name[0]}", 2, 1, Summary({}, "o", "m", "x", "r"))
+    for name in ("base", "entrypoints")
+)
 
 
 @pytest.fixture
@@ -809,18 +825,17 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr(build, "measure", measure)
     monkeypatch.setattr(build, "base_name", lambda: "base:1")
-    monkeypatch.setattr(budget, "remembered", lambda: {"sha256:a": LAYERS[0]})
+    monkeypatch.setattr(budget, "remembered", lambda: {"sha256:b": LAYERS[0]})
     return made
 
 
-def test_a_record_holds_for_the_inputs_the_builder_and_the_image(
+def test_a_record_holds_for_the_inputs_and_the_builder_and_ends_below_our_own_package(
     checkout: Checkout, measured: list[tuple[Any, ...]]
 ) -> None:
     image, tool = checkout.image(), Fake()
-    found = build.record(image, tool, BUILT)
-    wanted = (build.inputs(image), "buildah 1.28.2", BUILT.id, BUILT.manifest, LAYERS)
-    assert found == Record(*wanted)
-    known = {"sha256:a": LAYERS[0]}
+    found = build.record(image, tool)
+    assert found == Record(build.inputs(image), "buildah 1.28.2", LAYERS[:1])
+    known = {"sha256:b": LAYERS[0]}
     assert measured == [(tool, "localhost/verl-rollout:vllm-0.12", NAMES, known)]
 
 
@@ -831,7 +846,7 @@ def test_an_image_that_breaks_a_rule_is_not_recorded(
     broken = Measured(LAYERS, ("logs: a log: var/log/x", "twice: in two layers: etc/x"))
     monkeypatch.setattr(build, "measure", lambda *_: broken)
     with pytest.raises(Problem) as caught:
-        build.record(checkout.image(), Fake(), BUILT)
+        build.record(checkout.image(), Fake())
     why = "logs: a log: var/log/x; twice: in two layers: etc/x"
     assert caught.value.sentence == f"verl-rollout:vllm-0.12 is not recorded: {why}"
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from images import catalog
-from images.catalog import Image
+from images import catalog, oci
+from images.catalog import ROOT, Image
+from rollout import backends
+from rollout.backends import Abilities
 from rollout.problem import Problem
 
 from ..conftest import KEYS, Checkout
@@ -149,6 +154,13 @@ def test_an_image_claims_a_level_of_reproducibility(checkout: Checkout, level: s
     assert catalog.parse(checkout.file({"reproducible": f'"{level}"'})).reproducible == level
 
 
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends that can do whatever a catalog file can promise."""
+    can = Abilities(catalog.TRANSPORTS, fp8=True, server=True, tensor_parallel=True)
+    monkeypatch.setattr(backends, "abilities", lambda _: can)
+
+
 PLAIN = {"sleep_levels": [1], "refit": ["disk"], "fp8": False, "server": False}
 
 
@@ -169,6 +181,7 @@ PLAIN = {"sleep_levels": [1], "refit": ["disk"], "fp8": False, "server": False}
     ],
     ids=["none", "fp8", "server", "tensor-parallel", "training", "reuse", "none, said", "all"],
 )
+@pytest.mark.usefixtures("able")
 def test_a_check_that_not_every_engine_has_is_made_where_a_file_asks_for_it(
     checkout: Checkout, more: str, facts: dict[str, bool | int | str]
 ) -> None:
@@ -177,6 +190,7 @@ def test_a_check_that_not_every_engine_has_is_made_where_a_file_asks_for_it(
     assert found == PLAIN | facts
 
 
+@pytest.mark.usefixtures("able")
 def test_weights_travel_as_a_file_says(checkout: Checkout) -> None:
     ways = '["cuda-ipc", "cuda-ipc-flattened", "nccl", "disk"]'
     image = catalog.parse(checkout.file({"smoke": f"{{ sleep-levels = [2], refit = {ways} }}"}))
@@ -299,6 +313,7 @@ def test_the_engine_has_to_be_asked_for(checkout: Checkout) -> None:
     assert sentence == "key 'requirements' does not ask for the engine 'vllm'"
 
 
+@pytest.mark.usefixtures("able")
 def test_the_engine_is_known_under_any_spelling(checkout: Checkout) -> None:
     changes = {"backend": '"tensorrt-llm"', "requirements": '["TensorRT_LLM==1.1"]'}
     assert catalog.parse(checkout.file(changes)).engine == "tensorrt-llm"
@@ -314,9 +329,9 @@ def test_a_file_that_is_no_toml_is_named(checkout: Checkout, content: bytes) -> 
 def test_a_file_that_cannot_be_read_is_named_with_the_cause(checkout: Checkout) -> None:
     path = checkout.file()
     path.unlink()
-    assert refused(path) == "cannot be read: No such file or directory"
+    assert refused(path) == "cannot be read (No such file or directory)"
     path.mkdir()
-    assert refused(path) == "cannot be read: Is a directory"
+    assert refused(path) == "is no plain file"
 
 
 def test_two_files_of_one_reference_are_both_named(checkout: Checkout) -> None:
@@ -512,3 +527,192 @@ def test_no_training_is_promised_without_a_framework(checkout: Checkout) -> None
     smoke = '{ sleep-levels = [1], refit = ["cuda-ipc"], training = true }'
     sentence = refused(checkout.file({"framework": None, "smoke": smoke}))
     assert sentence == "key 'smoke.training' needs the table [framework]; add one"
+
+
+# what cannot be promised, and names that nobody could use
+
+
+def promising(checkout: Checkout, backend: str, smoke: str, **keys: str) -> Path:
+    """A catalog file of a backend with this table of promises."""
+    changes = {"backend": f'"{backend}"', "requirements": f'["{backend}==1.0"]'}
+    return checkout.file({**changes, "smoke": f"{{ {smoke} }}", **keys})
+
+
+@pytest.mark.parametrize(
+    ("backend", "smoke", "sentence"),
+    [
+        (
+            *("transformers", 'sleep-levels = [1], refit = ["nccl"]'),
+            "key 'smoke.refit' promises nccl, and the transformers backend has shared-memory alone",
+        ),
+        (
+            *("transformers", 'sleep-levels = [1], refit = ["shared-memory"], fp8 = true'),
+            "key 'smoke.fp8' is promised, and the transformers backend has none",
+        ),
+        (
+            *("sglang", 'sleep-levels = [1], refit = ["disk"], fp8 = true'),
+            "key 'smoke.fp8' is promised, and the sglang backend has none",
+        ),
+        (
+            *("transformers", 'sleep-levels = [1], refit = ["shared-memory"], server = true'),
+            "key 'smoke.server' is promised, and the transformers backend has none",
+        ),
+        (
+            *("transformers", 'sleep-levels = [1], refit = ["shared-memory"], tensor-parallel = 2'),
+            "key 'smoke.tensor-parallel' is promised, and the transformers backend has none",
+        ),
+        (
+            *("sglang", 'sleep-levels = [1], refit = ["disk", "nccl", "disk"]'),
+            "key 'smoke.refit' has 'disk' twice; say it once",
+        ),
+        (
+            *("sglang", 'sleep-levels = [2, 2], refit = ["disk"]'),
+            "key 'smoke.sleep-levels' has 2 twice; say it once",
+        ),
+        (
+            *("tensorrt-llm", 'sleep-levels = [1], refit = ["disk"]'),
+            "key 'backend' is tensorrt-llm, which nothing drives yet; add its module",
+        ),
+    ],
+    ids=[
+        *("transport", "fp8", "fp8 of another", "server", "tensor-parallel", "transport twice"),
+        *("level twice", "no module"),
+    ],
+)
+def test_a_promise_that_the_backend_cannot_keep_is_refused_before_anything_is_built(
+    checkout: Checkout, backend: str, smoke: str, sentence: str
+) -> None:
+    assert refused(promising(checkout, backend, smoke)) == sentence
+
+
+def test_a_level_of_sleep_that_no_engine_of_a_backend_has_is_refused(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "abilities", lambda _: Abilities(("disk",), levels=(2,)))
+    path = promising(checkout, "vllm", 'sleep-levels = [2, 1], refit = ["disk"]')
+    assert refused(path) == "key 'smoke.sleep-levels' promises 1, and the vllm backend has 2 alone"
+
+
+@pytest.mark.parametrize("backend", ["vllm", "sglang", "transformers"])
+def test_what_a_backend_can_do_is_what_its_engine_says_and_needs_no_torch(backend: str) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from rollout import backends\n"
+        f"can, engine = backends.abilities({backend!r}), backends.importlib.import_module("
+        f"'rollout.backends.{backend}').Engine\n"
+        "assert can.transports == engine.transports and can.levels"
+    )
+    folder = ROOT / "entrypoints"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("repository", "tag", "sentence"),
+    [
+        ("Verl", "vllm", "the folder 'Verl' is no name of a repository; use a-z, 0-9 and sin"),
+        ("verl rollout", "vllm", "the folder 'verl rollout' is no name of a repository; use"),
+        ("-verl", "vllm", "the folder '-verl' is no name of a repository; use a-z, 0-9 and s"),
+        ("verl", "a b", "'a b' is no tag; use at most 128 of A-Z, a-z, 0-9, _ . -, a letter first"),
+        ("verl", ".hidden", "'.hidden' is no tag; use at most 128 of"),
+        ("verl", "-x", "'-x' is no tag; use at most 128 of"),
+        ("verl", "a\nb", "'a\\nb' is no tag; use at most 128 of"),
+        ("verl", "x" * 129, f"{'x' * 129!r} is no tag; use at most 128 of"),
+        ("verl", "vllm-unproved", "a tag that ends in -unproved stands for an image without a"),
+    ],
+)
+def test_a_name_that_no_registry_takes_is_refused(
+    checkout: Checkout, repository: str, tag: str, sentence: str
+) -> None:
+    path = checkout.file(tag=tag, repository=repository)
+    with pytest.raises(Problem) as caught:
+        catalog.parse(path)
+    assert caught.value.code == 2
+    assert f": {sentence}" in caught.value.sentence
+
+
+def test_the_ending_of_unproved_tags_is_the_one_that_publish_gives() -> None:
+    assert catalog.UNPROVED == oci.UNPROVED_TAG
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"resolved-as-of": "2999-01-01"}, "resolved-as-of"),
+        (
+            {"framework": '{ name = "verl", version = "0.7.1", resolved-as-of = 2999-01-01 }'},
+            "framework.resolved-as-of",
+        ),
+    ],
+    ids=["engine", "framework"],
+)
+def test_nothing_is_resolved_as_of_a_day_that_is_still_to_come(
+    checkout: Checkout, changes: dict[str, str], key: str
+) -> None:
+    said = f"key {key!r} is 2999-01-01, which is still to come; name a day that is over"
+    assert refused(checkout.file(changes)) == said
+
+
+@pytest.mark.parametrize("name", ["PATH", "HOME", "PYTHONPATH", "LD_PRELOAD", "ROLLOUT_PREFIX"])
+def test_a_variable_that_is_no_engines_is_refused(checkout: Checkout, name: str) -> None:
+    said = f"key 'env.{name}' is not an engine's to set; remove it"
+    assert refused(checkout.file({"env": f'{{ {name} = "x" }}'})) == said
+
+
+def test_what_nobody_can_show_has_a_reason(checkout: Checkout) -> None:
+    smoke = 'sleep-levels = [1], refit = ["disk", "nccl"], tensor-parallel = 2'
+    reasons = '{ nccl = "no release of it joins", tensor-parallel = "one GPU is all there is" }'
+    image = catalog.parse(promising(checkout, "sglang", smoke, **{"not-shown": reasons}))
+    assert image.not_shown == {
+        "nccl": "no release of it joins",
+        "tensor-parallel": "one GPU is all there is",
+    }
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        (
+            '{ tensor-paralel = "why" }',
+            "key 'not-shown.tensor-paralel' is nothing that this image promises; did you mean "
+            "'tensor-parallel'?",
+        ),
+        (
+            '{ fp8 = "why" }',
+            "key 'not-shown.fp8' is nothing that this image promises; remove it",
+        ),
+        ('{ nccl = " " }', "key 'not-shown.nccl' gives no reason; say why nobody can show it"),
+        ("{ nccl = 1 }", "key 'not-shown.nccl' must be a string"),
+    ],
+    ids=["misspelt", "not promised", "no reason", "no text"],
+)
+def test_a_reason_for_what_is_not_promised_or_none_is_refused(
+    checkout: Checkout, table: str, sentence: str
+) -> None:
+    smoke = 'sleep-levels = [1], refit = ["disk", "nccl"], tensor-parallel = 2'
+    assert refused(promising(checkout, "sglang", smoke, **{"not-shown": table})) == sentence
+
+
+def test_a_pipe_in_the_catalog_is_refused_and_not_waited_for(checkout: Checkout) -> None:
+    path = checkout.file()
+    path.unlink()
+    os.mkfifo(path)
+    assert refused(path) == "is no plain file"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a = " + b"[" * 5000, "is nested too deeply"),
+        (b"x" * (5 << 20), "has 5,242,880 bytes"),
+        ("\ufeffbackend = 'vllm'".encode(), "is not valid TOML: "),
+        (b'backend = "vl\0lm"', "is not valid TOML: "),
+    ],
+    ids=["deep", "large", "a byte order mark", "NUL"],
+)
+def test_a_file_that_nobody_wrote_is_one_sentence(
+    checkout: Checkout, content: bytes, said: str
+) -> None:
+    path = checkout.file()
+    path.write_bytes(content)
+    assert refused(path).startswith(said)

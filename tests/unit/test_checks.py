@@ -407,7 +407,7 @@ def test_weights_arrive_by_every_transport_and_the_engines_own_checker_agrees() 
     toy = dummy()
     metrics = checks.refit(trial(toy, transports=toy.transports))
     assert [call for call in toy.calls if call != "reset"] == [
-        *("refit", "refit", "refit"),  # these weights, others, these again
+        *("refit paper", "refit paper", "refit paper"),  # these weights, others, these again
         *("refit pencil", "refit pencil", "refit chalk", "refit chalk"),
     ]
     assert toy.weights == WEIGHTS
@@ -415,8 +415,24 @@ def test_weights_arrive_by_every_transport_and_the_engines_own_checker_agrees() 
     assert min(metrics["control_divergence"], metrics["stale_divergence"]) > 1.043
     assert (metrics["bytes"], metrics["tensors"], metrics["tensors_wrong"]) == (8, 2, 0)
     assert metrics["witness"] == "the engine's own checker"
-    assert {"pencil_gb_per_s", "chalk_gb_per_s"} < metrics.keys()
-    assert "paper_gb_per_s" not in metrics, "the first one has its own"
+    assert {"paper_gb_per_s", "pencil_gb_per_s", "chalk_gb_per_s"} < metrics.keys()
+
+
+@pytest.mark.usefixtures("plain")
+def test_what_was_promised_is_what_runs_and_not_the_first_that_the_engine_has() -> None:
+    toy = dummy()
+    metrics = checks.refit(trial(toy, transports=("chalk",)))
+    assert {call for call in toy.calls if call.startswith("refit")} == {"refit chalk"}
+    assert [key for key in metrics if key.endswith("_gb_per_s")] == [
+        *("chalk_gb_per_s", "copy_gb_per_s"),
+    ]
+
+
+@pytest.mark.usefixtures("plain")
+def test_every_check_sends_by_the_promised_transport() -> None:
+    toy = started()
+    checks.cycle(trial(toy, transports=("chalk",)))
+    assert {call for call in toy.calls if call.startswith("refit")} == {"refit chalk"}
 
 
 @pytest.mark.usefixtures("plain")

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import pytest
 
 from images.catalog import ROOT
-from rollout import cli, preflight, report, smoke, verify
+from rollout import cli, preflight, program, report, smoke, verify
 from rollout.problem import Problem
 from rollout.report import Check
 
@@ -219,19 +219,77 @@ def test_the_exit_code_is_the_verdict(
 
 
 @pytest.mark.parametrize(
-    ("missing", "code"),
-    [((), 0), (("tensor-parallel",), 0), (("server",), 3), (("fp8",), 3), (("multi-turn",), 3)],
-    ids=["none", "tensor-parallel", "server", "fp8", "multi-turn"],
+    ("missing", "gpus", "code", "verdict"),
+    [
+        ((), 2, 0, "proved"),
+        (("tensor-parallel",), 1, 0, "in-part"),
+        (("tensor-parallel",), 2, 3, "unproved"),
+        (("server",), 2, 3, "unproved"),
+        (("fp8",), 2, 3, "unproved"),
+        (("multi-turn",), 2, 3, "unproved"),
+    ],
+    ids=["none", "one GPU", "tensor-parallel", "server", "fp8", "multi-turn"],
 )
-def test_an_image_is_proved_by_the_checks_that_it_asks_for_on_one_gpu(
-    prefix: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], code: int
+def test_an_image_is_proved_by_all_that_it_promises_and_in_part_by_what_one_gpu_can_show(
+    prefix: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    missing: tuple[str, ...],
+    gpus: int,
+    code: int,
+    verdict: str,
 ) -> None:
     wanted = {"sleep_levels": [2], "refit": ["disk"], "fp8": True, "server": True}
     facts = FACTS | {"smoke": wanted | {"tensor_parallel": 2}}
     (prefix / "share/rollout/image.json").write_text(json.dumps(facts))
     checks = [check for check in ALL if check.name not in ("sleep-1", *missing)]
     monkeypatch.setattr(smoke, "run", lambda *_: (checks, "a GPU"))
-    assert cli.main(["smoke"]) == code
+    monkeypatch.setattr(smoke, "visible_gpus", lambda _: gpus)
+    monkeypatch.setattr(smoke, "gpus", lambda _: [report.Gpu("a GPU", 5)] * gpus)
+    path = prefix / "report.json"
+    assert cli.main(["smoke", "--report", str(path)]) == code
+    data = left(path)
+    assert data["verdict"] == verdict
+    reasons = {"tensor-parallel": "it needs 2 GPUs; one GPU is visible"}
+    assert data["skipped"] == (reasons if gpus == 1 else {})
+    assert [gpu["name"] for gpu in data["gpus"]] == ["a GPU"] * gpus
+    said = "not shown here: tensor-parallel (it needs 2 GPUs; one GPU is visible)\n"
+    assert (said in capsys.readouterr().out) == (gpus == 1)
+
+
+def test_a_report_names_the_program_of_its_checks_and_what_they_ran_on(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = FACTS["smoke"]
+    monkeypatch.setattr(smoke, "run", lambda *_: (ALL, "a CPU"))
+    path = prefix / "report.json"
+    cli.main(["smoke", "--report", str(path)])
+    data = left(path)
+    checks = smoke.promised(wanted)
+    found = program.identity("transformers", (), checks, program.settings(wanted))
+    assert data["program"] == found
+    assert (data["model"], data["cycles"]) == (f"probe tiny, seed {smoke.SEED}", 4)
+    monkeypatch.setattr(verify, "run", lambda *_, **__: [Check(verify.CHECKS[0], "passed", 1.0)])
+    cli.main(["verify", "--report", str(path)])
+    data = left(path)
+    assert data["program"] == program.identity("", verify.CHECKS, ())
+    assert (data["model"], data["cycles"], data["gpus"]) == (None, None, [])
+
+
+def test_the_verdict_is_said_even_where_the_report_cannot_be_written(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After minutes on a GPU a full disk must not take it away."""
+    monkeypatch.setattr(smoke, "run", lambda *_: (ALL, "a CPU"))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(["smoke", "--report", str(prefix / "report.json")]) == 2
+    said = capsys.readouterr()
+    assert "verl-rollout:transformers-cpu: proved in " in said.out
+    assert "No space left on device" in said.err
 
 
 @pytest.mark.parametrize(("status", "code"), [("passed", 0), ("failed", 1)])

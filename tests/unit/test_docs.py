@@ -14,9 +14,10 @@ from images.contents import Summary
 from rollout.faults import FAULTS
 from rollout.problem import Problem
 
-from ..conftest import VERSIONS, Checkout
+from .. import reports
+from ..conftest import VERSIONS, Checkout, sha256
 
-DIFF_IDS = ("sha256:a", "sha256:b")
+DIFF_IDS = tuple(f"sha256:{sha256(name)}" for name in ("base", "engine", "ours"))
 PROVED = "[proved](images/proofs/verl-rollout/vllm-0.12.json) on a GPU, 2026-01-02"
 
 
@@ -27,22 +28,15 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     found = checkout.image()
     keep(found)
     nothing = Summary({}, "owner", "mtime", "xattr", "order")
-    built = tuple(layers.Layer("base", diff_id, 2, 1, nothing) for diff_id in DIFF_IDS)
-    record = layers.Record(build.inputs(found), "buildah 1.28.2", "0123", "sha256:m", built)
+    built = tuple(layers.Layer("base", diff_id, 2, 1, nothing) for diff_id in DIFF_IDS[:-1])
+    record = layers.Record(build.inputs(found), "buildah 1.28.2", built)
     layers.write(found, record)
     return found
 
 
 def keep(image: Image, **changes: Any) -> None:
     """Keep a report of the image as it is now."""
-    data = {
-        "lock_sha256": host.sha256(image.lock),
-        "layers": list(DIFF_IDS),
-        "verdict": "proved",
-        "device": "a GPU",
-        "started": "2026-01-02T03:04:05Z",
-    }
-    host.write(prove.kept(image), json.dumps(data | changes))
+    host.write(prove.kept(image), json.dumps(reports.of(image, DIFF_IDS) | changes))
 
 
 def test_a_fresh_proof_is_shown_with_device_and_day(image: Image) -> None:
@@ -81,7 +75,7 @@ def stale_by_lock(image: Image) -> None:
 
 
 def stale_by_layers(image: Image) -> None:
-    keep(image, layers=[DIFF_IDS[0], "sha256:x"])
+    keep(image, layers=[DIFF_IDS[0], DIFF_IDS[2], DIFF_IDS[2]])
 
 
 def stale_by_inputs(image: Image) -> None:
@@ -93,13 +87,46 @@ def stale_by_nothing_to_compare_with(image: Image) -> None:
 
 
 @pytest.mark.parametrize(
-    "age",
-    [stale_by_lock, stale_by_layers, stale_by_inputs, stale_by_nothing_to_compare_with],
-    ids=lambda age: age.__name__,
+    ("age", "why"),
+    [
+        (stale_by_lock, "its report is of another lock"),
+        (stale_by_layers, "its report is of other layers"),
+        (stale_by_inputs, "its report is of layers that are not recorded for today's inputs"),
+        (
+            stale_by_nothing_to_compare_with,
+            "its report is of layers that are not recorded for today's inputs",
+        ),
+    ],
+    ids=lambda age: getattr(age, "__name__", ""),
 )
-def test_a_proof_of_another_lock_or_other_layers_is_stale(image: Image, age: Any) -> None:
+def test_a_proof_of_another_lock_or_other_layers_is_stale(image: Image, age: Any, why: str) -> None:
     age(image)
-    assert docs.standing(image) == f"stale: {PROVED}, for another lock or layers"
+    assert docs.standing(image) == f"{PROVED.replace('proved]', 'stale]')}: {why}"
+
+
+def test_what_a_proof_does_not_show_is_in_the_table(image: Image) -> None:
+    data = reports.of(image, DIFF_IDS)
+    data["checks"] = [check for check in data["checks"] if check["name"] != "sleep-2"]
+    host.write(
+        prove.kept(image),
+        json.dumps(data | {"skipped": {"sleep-2": "no room"}, "verdict": "in-part"}),
+    )
+    assert docs.standing(image) == PROVED.replace("proved]", "in part]") + "; not shown: sleep-2"
+
+
+def test_a_proof_by_earlier_checks_is_called_that(image: Image) -> None:
+    keep(image, program=None)
+    assert docs.standing(image) == PROVED.replace("proved]", "by earlier checks]")
+
+
+def test_a_kept_report_that_nobody_could_have_written_is_one_sentence(image: Image) -> None:
+    host.write(prove.kept(image), '{"device": "\\ud800"}')
+    with pytest.raises(Problem) as caught:
+        docs.standing(image)
+    assert caught.value.code == 2
+    assert caught.value.sentence == (
+        "images/proofs/verl-rollout/vllm-0.12.json holds half a character (a lone surrogate)"
+    )
 
 
 def test_a_row_says_what_the_lock_says(image: Image) -> None:
@@ -173,7 +200,7 @@ def test_the_faults_are_those_that_can_be_injected() -> None:
 
 
 def test_a_fault_found_on_a_gpu_links_to_the_report_of_that_run(image: Image) -> None:
-    host.write(prove.kept_fault(image, "lost-buffer"), "{}")
+    host.write(prove.kept_fault(image, "lost-buffer"), json.dumps(reports.of(image, DIFF_IDS)))
     lines = docs.fault_table([image]).splitlines()
     link = "[vllm-0.12](images/proofs/verl-rollout/vllm-0.12.faults/lost-buffer.json)"
     assert [line.endswith(f"| CPU (tests), {link} |") for line in lines].count(True) == 1
@@ -183,7 +210,7 @@ def test_a_fault_found_on_a_gpu_links_to_the_report_of_that_run(image: Image) ->
 CHECKS: dict[str, dict[str, float]] = {
     "files": {},
     "start": {"start_seconds": 40.0, "cache_files_added": 71},
-    "refit": {"gb_per_s": 70.0, "copy_gb_per_s": 1900.0},
+    "refit": {"cuda_ipc_gb_per_s": 70.0, "copy_gb_per_s": 1900.0},
     "generation": {"divergence": 1.0116, "control_divergence": 215.6},
     "sleep-1": {
         "freed_fraction": 1.0,
@@ -240,11 +267,14 @@ def test_a_second_start_stands_beside_the_first() -> None:
 
 
 def test_a_second_start_of_other_layers_is_not_shown(image: Image) -> None:
-    host.write(prove.beside(image, "warm"), json.dumps({"layers": ["sha256:a"]}))
-    assert docs.warm_report(image, {"layers": ["sha256:a"]}) == {"layers": ["sha256:a"]}
-    assert docs.warm_report(image, {"layers": ["sha256:b"]}) is None
+    first = reports.of(image, DIFF_IDS)
+    metrics = {"start": {"cache_files_added": 2}}
+    second = reports.of(image, DIFF_IDS, ["start"], metrics=metrics, started="2026-01-03T00:00:00Z")
+    host.write(prove.beside(image, "warm"), json.dumps(second))
+    assert docs.warm_report(image, first) == second
+    assert docs.warm_report(image, first | {"layers": ["sha256:b"]}) is None
     prove.beside(image, "warm").unlink()
-    assert docs.warm_report(image, {"layers": ["sha256:a"]}) is None
+    assert docs.warm_report(image, first) is None
 
 
 def test_an_image_without_fp8_has_no_row_of_it() -> None:

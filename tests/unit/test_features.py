@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from images import build, catalog, docs, features, host, layers, prove
+from images import build, catalog, docs, features, host, layers, prove, standing
 from images.catalog import Image, Smoke
 from images.contents import Summary
 from images.features import NOT_CLAIMED, NOT_SHOWN, STALE, Kept
+from images.standing import Standing
 from rollout.faults import FAULTS
 
-from ..conftest import Checkout
+from .. import reports
+from ..conftest import VERSIONS, Checkout, sha256
 
 EVERYTHING = Smoke(
     sleep_levels=(1, 2),
@@ -22,6 +24,12 @@ EVERYTHING = Smoke(
     server=True,
     tensor_parallel=2,
 )
+# The keys of a catalog file that promises a little more than that.
+SGLANG = {
+    "backend": '"sglang"',
+    "requirements": '["sglang"]',
+    "smoke": '{ sleep-levels = [2], refit = ["cuda-ipc", "disk"], server = true }',
+}
 LITTLE = Smoke(sleep_levels=(2,), refit=("cuda-ipc",))
 
 CHECKS: dict[str, dict[str, Any]] = {
@@ -29,7 +37,7 @@ CHECKS: dict[str, dict[str, Any]] = {
     "start": {"start_seconds": 20.0, "cache_files_added": 58},
     "refit": {
         "tensors": 35,
-        "gb_per_s": 80.0,
+        "cuda_ipc_gb_per_s": 80.0,
         "copy_gb_per_s": 1900.0,
         "witness": "the engine's own checker",
         "cuda_ipc_flattened_gb_per_s": 160.4,
@@ -85,8 +93,8 @@ def column(smoke: Smoke, kept: Kept | None) -> dict[str, str]:
     return {f.name: features.cell(f, smoke, kept) for f in features.FEATURES}
 
 
-def of(data: dict[str, Any], *, current: bool = True) -> Kept:
-    return Kept("proofs/x.json", data, current)
+def of(data: dict[str, Any], word: str = standing.PROVED) -> Kept:
+    return Kept("proofs/x.json", data, Standing(word, "because"))
 
 
 def test_a_cell_is_what_the_report_shows_with_its_telling_number() -> None:
@@ -132,7 +140,7 @@ def test_without_a_report_what_is_promised_is_not_shown_and_the_rest_is_not_clai
 
 
 def test_a_stale_report_shows_nothing_and_is_called_stale() -> None:
-    found = column(EVERYTHING, of(report("refit", "sleep-1"), current=False))
+    found = column(EVERYTHING, of(report("refit", "sleep-1"), standing.STALE))
     assert {name for name, cell in found.items() if cell == STALE} == {
         "sleep, weights kept (level 1)",
         "refit over CUDA IPC",
@@ -161,11 +169,21 @@ def test_a_transport_that_one_gpu_cannot_show_is_not_shown() -> None:
     assert found["refit from disk"] == "0.512 GB/s"
 
 
-def test_the_first_transport_of_an_image_has_the_metric_without_a_name() -> None:
-    cpu = Smoke(sleep_levels=(1, 2), refit=("shared-memory",))
-    assert features.rate_key("shared-memory", cpu) == "gb_per_s"
-    assert features.rate_key("disk", EVERYTHING) == "disk_gb_per_s"
-    assert column(cpu, of(report("refit")))["refit through shared memory"] == "80 GB/s"
+def test_what_came_another_way_is_not_shown_as_what_was_promised() -> None:
+    """Each transport has a metric of its name: no first one stands for whatever ran."""
+    nccl = Smoke(sleep_levels=(2,), refit=("nccl",))
+    data = report("refit")
+    data["checks"][0]["metrics"] = {"cuda_ipc_gb_per_s": 80.0}
+    assert column(nccl, of(data))["refit by NCCL, from another GPU"] == NOT_SHOWN
+
+
+def test_a_proof_by_earlier_checks_shows_its_numbers_and_says_what_it_is(
+    checkout: Checkout,
+) -> None:
+    kept = of(report(), standing.EARLIER)
+    assert column(EVERYTHING, kept)["refit from disk"] == "0.512 GB/s"
+    first = features.table([(checkout.image(), kept)]).splitlines()[0]
+    assert first == "| | [vllm-0.12](proofs/x.json), by earlier checks |"
 
 
 def test_rollouts_that_are_all_equal_part_nowhere() -> None:
@@ -179,9 +197,8 @@ def test_an_engine_that_insists_on_nothing_has_refused_nothing() -> None:
 
 
 def test_the_table_has_a_column_for_each_image(checkout: Checkout) -> None:
-    smoke = '{ sleep-levels = [2], refit = ["cuda-ipc", "disk"], server = true }'
     bare = checkout.image()
-    other = checkout.image({"smoke": smoke}, tag="other")
+    other = checkout.image(SGLANG, tag="other")
     lines = features.table([(bare, None), (other, of(report("sleep-2")))]).splitlines()
     assert lines[0] == "| | vllm-0.12 | [other](proofs/x.json) |"
     assert len(lines) == 2 + len(features.FEATURES)
@@ -197,26 +214,23 @@ def test_without_an_image_there_is_a_table_all_the_same() -> None:
 
 # kept reports of an image
 
+DIFF_IDS = tuple(f"sha256:{sha256(name)}" for name in ("base", "ours"))
+
 
 @pytest.fixture
 def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     """An image of level 2 alone, on a GPU, with a kept report of its layers."""
     monkeypatch.setattr(build, "base_name", lambda: "base:1")
-    smoke = '{ sleep-levels = [2], refit = ["cuda-ipc", "disk"], server = true }'
-    found = checkout.image({"smoke": smoke}, tag="sglang-x")
-    names = [name for name in CHECKS if name not in ("sleep-1", "fp8")]
-    data = report(*names) | {
-        "lock_sha256": host.sha256(found.lock),
-        "layers": ["sha256:a"],
-        "verdict": "proved",
-        "device": "a GPU",
-        "driver": "580.1",
-        "started": "2026-01-02T03:04:05Z",
-    }
+    found = checkout.image(SGLANG, tag="sglang-x", versions=VERSIONS | {"sglang": "1"})
+    names = [name for name in standing.promised(found) if name in CHECKS or name == "files"]
+    data = reports.of(found, DIFF_IDS, metrics={name: CHECKS[name] for name in names})
+    for check in data["checks"]:
+        if check["name"] == "refit":
+            check["metrics"].pop("nccl_gb_per_s")
     host.write(prove.kept(found), json.dumps(data))
     nothing = Summary({}, "owner", "mtime", "xattr", "order")
-    built = (layers.Layer("base", "sha256:a", 2, 1, nothing),)
-    record = layers.Record(build.inputs(found), "buildah 1.28.2", "0123", "sha256:m", built)
+    built = tuple(layers.Layer("base", diff_id, 2, 1, nothing) for diff_id in DIFF_IDS[:-1])
+    record = layers.Record(build.inputs(found), "buildah 1.28.2", built)
     layers.write(found, record)
     return found
 
@@ -224,12 +238,12 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
 def test_a_kept_report_is_of_today_until_the_inputs_change(image: Image) -> None:
     found = docs.kept(image)
     assert found is not None
-    assert found.current
+    assert found.standing.word == standing.PROVED
     assert found.where == "images/proofs/verl-rollout/sglang-x.json"
     image.dockerfile.write_text("FROM scratch\n")
     aged = docs.kept(image)
     assert aged is not None
-    assert not aged.current
+    assert aged.standing.word == standing.STALE
     assert "| refit from disk | stale |" in features.table([(image, aged)])
 
 
@@ -237,7 +251,7 @@ def test_an_image_without_a_report_or_a_record_keeps_nothing(image: Image) -> No
     layers.path(image).unlink()
     found = docs.kept(image)
     assert found is not None
-    assert not found.current
+    assert found.standing.word == standing.STALE
     prove.kept(image).unlink()
     assert docs.kept(image) is None
     assert docs.standing(image) == "not proved yet"
@@ -316,13 +330,14 @@ def test_no_row_names_an_engine() -> None:
 def test_tables_of_two_images_stand_apart_and_a_stale_one_says_so(
     image: Image, checkout: Checkout
 ) -> None:
-    other = checkout.image(tag="other")
+    other = checkout.image(SGLANG, tag="other", versions=VERSIONS | {"sglang": "1"})
     text = prove.kept(image).read_text(encoding="utf-8")
     host.write(prove.kept(other), text)  # of other layers than its own
     found = docs.gpu_numbers([image, other])
     first, second = found.split("\n\n`verl-rollout:other`")
-    assert first.startswith("`verl-rollout:sglang-x` on a GPU, driver 580.1, 2026-01-02, from [its")
-    assert second.startswith(" on a GPU, driver 580.1, 2026-01-02 (stale: of another lock or ")
+    driver = "driver 550.54.15"
+    assert first.startswith(f"`verl-rollout:sglang-x` on a GPU, {driver}, 2026-01-02, from [its")
+    assert second.startswith(f" on a GPU, {driver}, 2026-01-02 (not proved yet: its report is of ")
     assert "vLLM" not in found
 
 
@@ -340,6 +355,10 @@ def test_a_fault_is_shown_on_the_cpu_where_its_image_has_the_check(
 
     assert lines()["flipped-byte"].endswith("| `refit` | CPU (tests) |")
     assert lines()["deaf-server"].endswith("| `server` | not shown yet |")
-    host.write(prove.kept_fault(image, "deaf-server"), "{}")
+    data = reports.of(image, DIFF_IDS)
+    host.write(prove.kept_fault(image, "deaf-server"), json.dumps(data))
     link = "[sglang-x](images/proofs/verl-rollout/sglang-x.faults/deaf-server.json)"
     assert lines()["deaf-server"].endswith(f"| `server` | {link} |")
+    for changes, word in (({"program": None}, "by earlier checks"), ({"layers": []}, "stale")):
+        host.write(prove.kept_fault(image, "deaf-server"), json.dumps(data | changes))
+        assert lines()["deaf-server"].endswith(f"| `server` | {link} ({word}) |")

@@ -6,15 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from images import catalog, docs, features, matrix
+from images import catalog, host, matrix, prove
 from images.catalog import ROOT, Image
 from rollout.problem import Problem
+
+from .. import reports
+from ..conftest import Checkout, sha256
 
 IMAGES = catalog.load()
 ALL = [image.reference for image in IMAGES]
@@ -111,7 +114,6 @@ def test_another_dockerfile_changes_the_images_of_its_backend(clone: Path, image
         "images/base/Dockerfile",
         "images/base/install",
         "images/builder.py",
-        "entrypoints/rollout/cli.py",
     ],
 )
 def test_what_every_image_is_made_of_changes_them_all(clone: Path, path: str) -> None:
@@ -138,6 +140,44 @@ def test_what_no_layer_is_made_of_changes_none(clone: Path) -> None:
         append(clone / path, "\n# another one\n")
     append(clone / matrix.TOOLS, "another-tool==1.0\n")
     assert changed(clone) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "after"),
+    [
+        ("checks.py", "control: the engine had the weights", "control: it had all weights"),
+        ("checks.py", '"""sha256 of the bytes of a tensor."""', '"""Of the bytes."""'),
+        ("cli.py", 'help="print JSON"', 'help="as JSON"'),
+        ("oracle.py", "# 700: exp of more", "# exp of more"),
+    ],
+    ids=["sentence", "docstring", "help", "comment"],
+)
+def test_what_is_reworded_in_our_own_package_changes_none(
+    clone: Path, path: str, before: str, after: str
+) -> None:
+    file = clone / "entrypoints/rollout" / path
+    text = file.read_text(encoding="utf-8")
+    assert before in text
+    file.write_text(text.replace(before, after), encoding="utf-8")
+    assert changed(clone) == []
+
+
+def test_another_bound_changes_exactly_the_images_that_have_its_check(clone: Path) -> None:
+    file = clone / "entrypoints/rollout/oracle.py"
+    text = file.read_text(encoding="utf-8")
+    assert "BOUND_FP8 = 1.080" in text
+    file.write_text(text.replace("BOUND_FP8 = 1.080", "BOUND_FP8 = 1.070"), encoding="utf-8")
+    wanted = [image.reference for image in IMAGES if image.smoke.fp8]
+    assert wanted and changed(clone) == wanted
+
+
+def test_another_promise_changes_its_image(clone: Path) -> None:
+    image = next(image for image in IMAGES if 1 in image.smoke.sleep_levels)
+    path = clone / image.path.relative_to(ROOT)
+    text = path.read_text(encoding="utf-8")
+    assert text.count("sleep-levels = [1, 2]") == 1
+    path.write_text(text.replace("sleep-levels = [1, 2]", "sleep-levels = [1]"), encoding="utf-8")
+    assert changed(clone) == [image.reference]
 
 
 def test_a_new_image_counts_as_changed(clone: Path) -> None:
@@ -213,30 +253,37 @@ def test_changed_and_proved_are_not_asked_at_once() -> None:
     assert caught.value.code == 2
 
 
-KEPT = features.Kept("a report", {"verdict": "proved"}, current=True)
+LAYERS = [f"sha256:{sha256(name)}" for name in ("base", "engine", "ours")]
 
 
 @pytest.mark.parametrize(
-    ("kept", "counts"),
+    ("changes", "why"),
     [
-        (KEPT, True),
-        (replace(KEPT, current=False), False),
-        (replace(KEPT, report={"verdict": "unproved"}), False),
-        (replace(KEPT, report={"verdict": "failed"}), False),
-        (None, False),
+        ({}, ""),
+        ({"layers": LAYERS[1:]}, "stale: its report is of other layers"),
+        ({"program": None}, "by earlier checks: by the checks of 2026-01-02; "),
+        ({"skipped": {"nccl": "one GPU"}, "verdict": "in-part"}, "lacks nccl"),
+        (None, "there is no report"),
     ],
-    ids=["proved", "stale", "unproved", "failed", "no report"],
+    ids=["proved", "stale", "earlier", "in part", "no report"],
 )
-def test_only_a_current_proof_is_a_proof(
-    kept: features.Kept | None,
-    counts: bool,
+def test_a_release_publishes_what_the_one_rule_allows(
+    changes: dict[str, Any] | None,
+    why: str,
+    checkout: Checkout,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    image = IMAGES[0]
-    answer: Callable[[Image], features.Kept | None] = lambda _: kept  # noqa: E731
-    monkeypatch.setattr(docs, "kept", answer)
-    monkeypatch.setattr(docs, "standing", lambda _: "as the README says")
-    assert matrix.proved([image]) == ([image.reference] if counts else [])
-    said = f"{image.reference} is left out: as the README says\n"
-    assert capsys.readouterr().err == ("" if counts else said)
+    image = checkout.image()
+    now = prove.today(image, LAYERS)
+    monkeypatch.setattr(prove, "today", lambda *_: now)
+    if changes is not None:
+        host.write(prove.kept(image), json.dumps(reports.of(image, LAYERS) | changes))
+    if why == "lacks nccl":
+        wanted = replace(now, transports=("cuda-ipc", "nccl"))
+        monkeypatch.setattr(prove, "today", lambda *_: wanted)
+        why = "in part: all but nccl (one GPU); [not-shown] of the catalog has no reason for nccl"
+    assert matrix.proved([image]) == ([] if why else [image.reference])
+    said = capsys.readouterr().err
+    assert said.startswith(f"{image.reference} is left out: {why}" if why else "")
+    assert bool(said) == bool(why)

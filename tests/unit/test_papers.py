@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
 from cyclonedx.model.bom import Bom
 
-from images import base, build, host, lock, papers
+from images import base, build, host, lock, papers, standing
 from images.catalog import Image
 from images.papers import Key
 from rollout.problem import Problem
@@ -165,7 +165,14 @@ def test_a_provenance_names_what_the_image_was_made_from(image: Image) -> None:
     assert data["predicateType"] == "https://slsa.dev/provenance/v1"
     definition = data["predicate"]["buildDefinition"]
     assert definition["externalParameters"] == {"reference": "verl-rollout:vllm-0.12"}
-    assert definition["internalParameters"] == {"inputs": build.inputs(image)}
+    assert definition["internalParameters"] == {
+        "inputs": build.inputs(image),
+        "promised": {
+            "checks": list(standing.promised(image)),
+            "transports": ["cuda-ipc"],
+            "program": standing.program_of(image),
+        },
+    }
     *files, source = definition["resolvedDependencies"]
     assert {entry["name"]: entry["digest"] for entry in files} == {
         name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -634,3 +634,12 @@ def test_the_calibrated_seed_is_the_one_that_is_proved() -> None:
     from rollout import smoke
 
     assert smoke.SEED == calibrate.SEED
+
+
+def test_a_calibration_names_the_image_it_was_made_in(tmp_path: Path) -> None:
+    assert calibrate.of_image(tmp_path) == {}
+    (tmp_path / "share/rollout").mkdir(parents=True)
+    (tmp_path / "share/rollout/image.json").write_text('{"reference": "a:b"}')
+    (tmp_path / "share/rollout/requirements.lock").write_text("")
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert calibrate.of_image(tmp_path) == {"image": "a:b", "lock_sha256": empty}

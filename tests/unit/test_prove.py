@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from images import build, builder, catalog, host, layers, lock, prove
+from images import build, builder, catalog, host, layers, lock, prove, standing
 from images.builder import Built, Command
 from images.catalog import Image
 from images.contents import Summary
@@ -19,32 +20,49 @@ from rollout import report
 from rollout.faults import FAULTS
 from rollout.problem import Problem
 
-from ..conftest import Checkout, sha256
+from .. import reports
+from ..conftest import VERSIONS, Checkout, sha256
 
-LAYERS = (f"sha256:{sha256('a')}", f"sha256:{sha256('b')}")
+LAYERS = tuple(f"sha256:{sha256(name)}" for name in ("base", "top", "ours"))
 BUILT = Built("0" * 64, {}, LAYERS, "sha256:manifest")
 BUILDAH = "buildah 1.28.2"
 NO_FILES = Summary({}, "owner", "mtime", "xattr", "order")
 RECORD = layers.Record(
-    *("inputs", BUILDAH, BUILT.id, BUILT.manifest),
-    tuple(layers.Layer(n, d, 2, 1, NO_FILES) for n, d in zip(("base", "top"), LAYERS, strict=True)),
+    *("inputs", BUILDAH),
+    tuple(layers.Layer(name, d, 2, 1, NO_FILES) for name, d in zip(("base", "top"), LAYERS)),  # noqa: B905
 )
 
 
 def part(verdict: str, *names: str, **changes: Any) -> dict[str, Any]:
     """A report as ``rollout verify`` or ``rollout smoke`` leaves it."""
-    status = {"proved": "passed"}.get(verdict, verdict)
+    status = {"proved": "passed", "in-part": "passed"}.get(verdict, verdict)
     reason = None if status == "passed" else "because"
-    checks = [report.Check(name, status, 1.0, {}, reason) for name in names]
-    engine = report.Engine("vllm", "0.12.0")
+    skipped = {"nccl": "one GPU"} if verdict == "in-part" else {}
     whole = report.Report(
-        *("verl-rollout:vllm-0.12", sha256("lock"), list(LAYERS), engine, "2.9.0", "12.8"),
-        *("550.54.15", "a GPU", "2026-01-02T03:04:05Z", 2.5, checks, verdict),
+        image="verl-rollout:vllm-0.12",
+        lock_sha256=sha256("lock"),
+        layers=list(LAYERS),
+        engine=report.Engine("vllm", "0.12.0"),
+        torch="2.9.0",
+        cuda="12.8",
+        driver="550.54.15",
+        gpus=[],
+        device="a GPU",
+        model=None,
+        cycles=None,
+        framework=None,
+        added=[],
+        started=reports.STARTED,
+        seconds=2.5,
+        checks=[report.Check(name, status, 1.0, {}, reason) for name in names],
+        skipped=skipped,
+        program={name: sha256(name) for name in names},
+        verdict=verdict,
     )
     return report.document(whole) | changes
 
 
-VERDICTS = ("failed", "unproved", "proved")  # from weak to strong
+VERDICTS = ("failed", "unproved", "in-part", "proved")  # from weak to strong
 
 
 @pytest.mark.parametrize("one", VERDICTS)
@@ -52,6 +70,7 @@ VERDICTS = ("failed", "unproved", "proved")  # from weak to strong
 def test_two_reports_are_worth_what_the_weaker_is(one: str, two: str) -> None:
     merged = prove.merge([part(one, "files"), part(two, "start")])
     assert merged["verdict"] == min(one, two, key=VERDICTS.index)
+    assert merged["skipped"] == ({"nccl": "one GPU"} if "in-part" in (one, two) else {})
     assert report.validate(merged) == []
 
 
@@ -62,7 +81,11 @@ def test_two_reports_become_one_with_all_checks_in_order() -> None:
     assert merged["started"] == "2026-01-01T00:00:00Z"
     assert merged["seconds"] == 5.0
     assert merged["device"] == "a GPU"
+    assert list(merged["program"]) == ["files", "imports", "start", "refit"]
     assert report.validate(merged) == []
+    assert prove.merge([verify | {"program": None}, part("proved", "start")])["program"] == {
+        "start": sha256("start")
+    }
 
 
 def test_reports_lie_where_the_readme_says(checkout: Checkout) -> None:
@@ -113,7 +136,12 @@ class FakeDocker(Runs, builder.Docker):
     """The other builder."""
 
 
-SOUND = {"verify": (0, part("proved", "files")), "smoke": (0, part("proved", "start", "refit"))}
+def sound(image: Image) -> dict[str, Outcome]:
+    """What the commands of a sound image end with."""
+    return {
+        "verify": (0, reports.verified(image, LAYERS)),
+        "smoke": (0, reports.smoked(image, LAYERS)),
+    }
 
 
 CALIBRATION = json.loads(
@@ -123,10 +151,13 @@ CALIBRATION = json.loads(
 )
 
 
+OF_IMAGE = CALIBRATION | {"device": "cuda", "torch": "2.9.0+cu128", "transformers": "4.57.3"}
+
+
 @pytest.fixture
 def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     """An image that is built already, from a lock that has not drifted."""
-    found = checkout.image()
+    found = checkout.image(versions={**VERSIONS, "transformers": "4.57.3"})
     text = found.lock.read_text()
     monkeypatch.setattr(lock, "resolve", lambda _: text)
     monkeypatch.setattr(build, "inputs", lambda _: "inputs")
@@ -142,10 +173,10 @@ def left(image: Image) -> dict[str, Any]:
 
 
 def test_a_sound_image_leaves_one_report_of_both_commands(image: Image) -> None:
-    tool = Fake(**SOUND)
+    tool = Fake(**sound(image))
     assert prove.prove(image, tool, ["--cycles", "5"], keep=False) == 0
     assert left(image)["verdict"] == "proved"
-    assert [check["name"] for check in left(image)["checks"]] == ["files", "start", "refit"]
+    assert [check["name"] for check in left(image)["checks"]] == list(standing.promised(image))
     verify, smoke = tool.ran
     assert list(verify.argv) == ["rollout", "verify", "--report", "/report/verify.json"]
     assert list(smoke.argv)[1:] == ["smoke", "--report", "/report/smoke.json", "--cycles", "5"]
@@ -168,7 +199,7 @@ def test_a_smoke_that_left_no_report_is_never_called_proved(
     image: Image, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # No GPU, wrong usage, killed for memory: verify alone proves no image.
-    tool = Fake(verify=SOUND["verify"], smoke=(code, None))
+    tool = Fake(verify=sound(image)["verify"], smoke=(code, None))
     assert prove.prove(image, tool, [], keep=True) == code
     assert ": proved;" not in capsys.readouterr().out
     if prove.report_path(image).exists():
@@ -176,7 +207,7 @@ def test_a_smoke_that_left_no_report_is_never_called_proved(
 
 
 def test_a_report_of_an_earlier_run_is_not_left_as_this_ones(image: Image) -> None:
-    assert prove.prove(image, Fake(**SOUND), [], keep=False) == 0
+    assert prove.prove(image, Fake(**sound(image)), [], keep=False) == 0
     assert prove.prove(image, Fake(verify=(137, None)), [], keep=False) == 137
     assert not prove.report_path(image).exists() or left(image)["verdict"] != "proved"
 
@@ -184,7 +215,7 @@ def test_a_report_of_an_earlier_run_is_not_left_as_this_ones(image: Image) -> No
 @pytest.mark.parametrize("verdict", ["failed", "unproved"])
 def test_what_is_not_proved_is_not_kept(image: Image, verdict: str) -> None:
     code = report.exit_code(verdict)
-    tool = Fake(verify=SOUND["verify"], smoke=(code, part(verdict, "start")))
+    tool = Fake(verify=sound(image)["verify"], smoke=(code, part(verdict, "start")))
     assert prove.prove(image, tool, [], keep=True) == code
     assert left(image)["verdict"] == verdict
     assert not prove.kept(image).exists()
@@ -192,7 +223,7 @@ def test_what_is_not_proved_is_not_kept(image: Image, verdict: str) -> None:
 
 
 def test_a_proof_is_kept_with_the_layers_it_holds_for(image: Image) -> None:
-    assert prove.prove(image, Fake(**SOUND), [], keep=True) == 0
+    assert prove.prove(image, Fake(**sound(image)), [], keep=True) == 0
     assert json.loads(prove.kept(image).read_text()) == left(image)
     assert layers.read(image) == RECORD
 
@@ -203,7 +234,7 @@ def test_a_record_that_is_current_is_left_as_it_is(
     layers.write(image, replace(RECORD, builder="buildah 1.39.3"))
     before = layers.path(image).read_bytes()
     monkeypatch.delattr(build, "record")  # every layer would be read once more
-    assert prove.prove(image, Fake(**SOUND), [], keep=True) == 0
+    assert prove.prove(image, Fake(**sound(image)), [], keep=True) == 0
     assert layers.path(image).read_bytes() == before
     assert prove.kept(image).exists()
 
@@ -211,27 +242,31 @@ def test_a_record_that_is_current_is_left_as_it_is(
 def test_a_record_of_other_inputs_is_replaced_with_the_proof(image: Image) -> None:
     old = replace(RECORD, inputs="others")
     layers.write(image, old)
-    assert prove.prove(image, Fake(**SOUND), [], keep=False) == 0
+    assert prove.prove(image, Fake(**sound(image)), [], keep=False) == 0
     assert layers.read(image) == old
-    assert prove.prove(image, Fake(**SOUND), [], keep=True) == 0
+    assert prove.prove(image, Fake(**sound(image)), [], keep=True) == 0
     assert layers.read(image) == RECORD
 
 
-def test_the_record_of_another_builders_manifest_stays(image: Image) -> None:
-    old = replace(RECORD, builder="buildah 1.39.3", manifest="sha256:other")
-    layers.write(image, old)
-    assert prove.prove(image, Fake(**SOUND), [], keep=True) == 0
-    assert layers.read(image) == old
-    assert prove.kept(image).exists()
-
-
 def test_a_build_that_is_not_the_recorded_one_is_not_kept(image: Image) -> None:
-    old = replace(RECORD, manifest="sha256:other")  # the same inputs, the same builder
+    old = replace(RECORD, layers=(RECORD.layers[0], replace(RECORD.layers[1], diff_id="sha256:x")))
     layers.write(image, old)
     with pytest.raises(Problem, match=r"not kept: .* is a bug \('nox -s reproduce -- verl-"):
-        prove.prove(image, Fake(**SOUND), [], keep=True)
+        prove.prove(image, Fake(**sound(image)), [], keep=True)
     assert layers.read(image) == old
     assert not prove.kept(image).exists()
+
+
+def test_what_the_image_calls_proved_and_the_catalog_does_not_is_not_kept(
+    image: Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The image says what it ran, and the host whether that is what was promised."""
+    short = reports.of(image, LAYERS, ["start", "refit"])
+    tool = Fake(verify=sound(image)["verify"], smoke=(0, short))
+    assert prove.prove(image, tool, [], keep=True) == 3
+    said = "verl-rollout:vllm-0.12: not proved yet: its report lacks generation, multi-turn, "
+    assert said in capsys.readouterr().out
+    assert nothing_is_kept(image)
 
 
 def test_an_image_that_breaks_a_rule_for_layers_is_not_kept(
@@ -242,14 +277,14 @@ def test_an_image_that_breaks_a_rule_for_layers_is_not_kept(
 
     monkeypatch.setattr(build, "record", broken)
     with pytest.raises(Problem, match="is not recorded: logs"):
-        prove.prove(image, Fake(**SOUND), [], keep=True)
+        prove.prove(image, Fake(**sound(image)), [], keep=True)
     assert nothing_is_kept(image)
 
 
 def test_what_docker_built_is_proved_and_not_kept(image: Image) -> None:
-    assert prove.prove(image, FakeDocker(**SOUND), [], keep=False) == 0
+    assert prove.prove(image, FakeDocker(**sound(image)), [], keep=False) == 0
     with pytest.raises(Problem, match="--keep needs buildah: only its layers are rec") as caught:
-        prove.prove(image, FakeDocker(**SOUND), [], keep=True)
+        prove.prove(image, FakeDocker(**sound(image)), [], keep=True)
     assert caught.value.code == 2
     assert left(image)["verdict"] == "proved"
     assert nothing_is_kept(image)
@@ -259,7 +294,7 @@ def test_what_docker_built_is_proved_and_not_kept(image: Image) -> None:
     ("old", "sentence"),
     [
         (None, "no layers are recorded for this image"),
-        (RECORD, "the image is the recorded one, byte for byte"),
+        (RECORD, "the layers are the recorded ones, byte for byte"),
         (
             replace(RECORD, layers=RECORD.layers[:1]),
             "NOT the recorded layers: the number of layers differs, from the same inputs; "
@@ -276,14 +311,14 @@ def test_a_proof_says_whether_the_layers_are_the_recorded_ones(
 ) -> None:
     if old:
         layers.write(image, old)
-    assert prove.prove(image, Fake(**SOUND), [], keep=False) == 0
+    assert prove.prove(image, Fake(**sound(image)), [], keep=False) == 0
     assert f"verl-rollout:vllm-0.12: {sentence}\n" in capsys.readouterr().out
 
 
 def test_a_report_that_breaks_its_schema_is_no_report(image: Image) -> None:
     smoke = part("proved", "start", device=7)
-    with pytest.raises(Problem, match="the report breaks its own schema: device: 7"):
-        prove.prove(image, Fake(verify=SOUND["verify"], smoke=(0, smoke)), [], keep=True)
+    with pytest.raises(Problem, match="the report of rollout smoke is no report: device: 7"):
+        prove.prove(image, Fake(verify=sound(image)["verify"], smoke=(0, smoke)), [], keep=True)
     assert not prove.report_path(image).exists()
     assert not prove.kept(image).exists()
 
@@ -309,6 +344,13 @@ def about(image: Image, verdict: str, *names: str, **changes: Any) -> dict[str, 
     return part(verdict, *names, **{"lock_sha256": host.sha256(image.lock), **changes})
 
 
+def warm(image: Image, **changes: Any) -> dict[str, Any]:
+    """The report of a second start."""
+    metrics = {"start": {"cache_files_added": 2}}
+    found = reports.of(image, LAYERS, ["start"], metrics=metrics, started="2026-01-02T05:00:00Z")
+    return found | {"verdict": "unproved"} | changes
+
+
 def of_fault(image: Image, fault: str, *failed: str, reason: str = "") -> dict[str, Any]:
     """A report of a run with a fault, in which these checks failed; if none is named, its own."""
     said = reason or FAULTS[fault].reason
@@ -325,15 +367,15 @@ def folder(image: Image, tmp_path: Path) -> Path:
     """What a sound image leaves on a machine with a GPU: reports, two of faults, a calibration."""
     found = tmp_path / "from-gpu"
     found.mkdir()
-    reports = {
-        "verify": about(image, "proved", "files", "imports"),
-        "smoke": about(image, "proved", "start", "refit"),
-        "warm": about(image, "proved", "start") | {"verdict": "unproved"},
+    left_behind = {
+        "verify": reports.verified(image, LAYERS),
+        "smoke": reports.smoked(image, LAYERS),
+        "warm": warm(image),
         "fault-flipped-byte": of_fault(image, "flipped-byte"),
         "fault-lost-buffer": of_fault(image, "lost-buffer"),
-        "calibration": CALIBRATION,
+        "calibration": OF_IMAGE,
     }
-    for name, data in reports.items():
+    for name, data in left_behind.items():
         (found / f"{name}.json").write_text(json.dumps(data))
     return found
 
@@ -349,8 +391,7 @@ def nothing_is_kept(image: Image) -> bool:
 def test_reports_of_another_machine_become_one_and_are_left(image: Image, folder: Path) -> None:
     assert prove.adopt(image, Fake(), folder, keep=False) == 0
     assert left(image)["verdict"] == "proved"
-    names = ["files", "imports", "start", "refit"]
-    assert [check["name"] for check in left(image)["checks"]] == names
+    assert [check["name"] for check in left(image)["checks"]] == list(standing.promised(image))
     assert nothing_is_kept(image)
 
 
@@ -366,19 +407,29 @@ def test_they_are_kept_with_their_layers_faults_and_calibration(image: Image, fo
     kept = json.loads(prove.kept_fault(image, "lost-buffer").read_text())
     assert kept == of_fault(image, "lost-buffer")
     calibration = prove.kept(image).parent / "vllm-0.12.calibration.json"
-    assert json.loads(calibration.read_text()) == CALIBRATION
+    assert json.loads(calibration.read_text()) == OF_IMAGE
     assert json.loads(prove.beside(image, "warm").read_text())["verdict"] == "unproved"
 
 
 def test_a_second_start_that_failed_or_is_of_another_image_keeps_nothing(
     image: Image, folder: Path
 ) -> None:
-    put(folder, "warm", about(image, "failed", "start"))
+    put(folder, "warm", about(image, "failed", "start", started="2026-01-02T05:00:00Z"))
     with pytest.raises(Problem, match="shows no start that passed"):
         prove.adopt(image, Fake(), folder, keep=True)
-    put(folder, "warm", about(image, "unproved", "start", lock_sha256="0" * 64))
-    with pytest.raises(Problem, match="is about another image"):
+    put(folder, "warm", warm(image, lock_sha256="0" * 64))
+    with pytest.raises(Problem, match="is of another lock"):
         prove.adopt(image, Fake(), folder, keep=True)
+    assert nothing_is_kept(image)
+
+
+def test_the_first_start_is_not_taken_for_the_second(image: Image, folder: Path) -> None:
+    put(folder, "warm", json.loads((folder / "smoke.json").read_text()))
+    with pytest.raises(Problem) as caught:
+        prove.adopt(image, Fake(), folder, keep=True)
+    assert caught.value.sentence == (
+        f"--from: {folder}/warm.json shows no second start: it is of the first start itself"
+    )
     assert nothing_is_kept(image)
 
 
@@ -394,13 +445,14 @@ def test_a_proof_kept_anew_drops_the_second_start_of_the_last_one(
 @pytest.mark.parametrize(
     ("text", "code", "said"),
     [
-        ("no JSON", 2, "is no calibration"),
-        (b"\xff\xfe", 2, "is no calibration"),
+        ("no JSON", 2, "is not JSON"),
+        (b"\xff\xfe", 2, "is not UTF-8"),
+        (json.dumps(CALIBRATION), 2, "is of another image: it was measured on cpu"),
         ('{"schema": "rollout-report/1"}', 2, "is no calibration"),
         (json.dumps({"schema": "rollout-calibration/1"}), 2, "is no calibration"),
-        (json.dumps(CALIBRATION | {"noise": {**CALIBRATION["noise"], "max": 1.04}}), 1, "1.0400"),
+        (json.dumps(OF_IMAGE | {"noise": {**CALIBRATION["noise"], "max": 1.04}}), 1, "1.0400"),
     ],
-    ids=["text", "bytes", "a report", "empty", "too noisy"],
+    ids=["text", "bytes", "another image's", "a report", "empty", "too noisy"],
 )
 def test_a_calibration_that_is_none_or_misses_its_margins_keeps_nothing(
     image: Image, folder: Path, text: str | bytes, code: int, said: str
@@ -431,17 +483,23 @@ def test_a_proof_without_faults_or_calibration_is_kept_too(image: Image, folder:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("image", "verl-rollout:sglang-0.5", "its image is verl-rollout:sglang-0.5"),
-        ("lock_sha256", sha256("other"), f"its lock_sha256 is {sha256('other')}"),
-        ("layers", [LAYERS[0]], f"its layers is ['{LAYERS[0]}']"),
-        ("layers", [*reversed(LAYERS)], "its layers is ["),
-        ("layers", [], "its layers is []"),
+        ("image", "verl-rollout:sglang-0.5", "is of verl-rollout:sglang-0.5, not of verl-"),
+        ("lock_sha256", sha256("other"), "is of another lock"),
+        ("layers", [LAYERS[0], LAYERS[2]], "is of other layers"),
+        ("layers", [*reversed(LAYERS)], "is of other layers"),
+        ("layers", [], "is of other layers"),
+        (
+            "engine",
+            {"name": "vllm", "version": "0.13.0"},
+            "has the engine vllm 0.13.0, and the lock vllm 0.12.0",
+        ),
+        ("torch", "2.8.0", "has torch 2.8.0, and the lock 2.9.0"),
         ("device", 7, "is no report: device: 7 is not"),
-        ("schema", "rollout-report/2", "is no report: schema: 'rollout-report/2' is not"),
+        ("schema", "rollout-report/1", "is no report: schema: 'rollout-report/1' is not"),
     ],
     ids=[
         *("other image", "other lock", "fewer layers", "other order", "layers unknown"),
-        *("broken schema", "later schema"),
+        *("other version", "other torch", "broken schema", "earlier schema"),
     ],
 )
 def test_a_report_of_anything_else_is_refused(
@@ -461,12 +519,18 @@ def test_a_report_of_anything_else_is_refused(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is not JSON"),
-        (b'{"schema": "rollout-rep', "is not JSON"),
-        (b"\xff\xfe", "is not JSON"),
+        (b"", "is not JSON (Expecting value, line 1)"),
+        (
+            b'{"schema": "rollout-rep',
+            "is not JSON (Unterminated string starting at, line 1)",
+        ),
+        (b"\xff\xfe", "is not UTF-8"),
         (b"[]", "is no report: report: not an object"),
+        (b"[" * 900 + b"]" * 900, "is nested too deeply"),
+        (b'{"seconds": NaN}', "holds NaN, which is no JSON"),
+        (b'{"seconds": 1' + b"0" * 400 + b"}", "holds a number of more than 64 bits"),
     ],
-    ids=["empty", "cut short", "no text", "a list"],
+    ids=["empty", "cut short", "no text", "a list", "deep", "NaN", "huge"],
 )
 def test_a_file_that_is_no_report_is_refused(
     image: Image, folder: Path, name: str, content: bytes, said: str
@@ -476,6 +540,72 @@ def test_a_file_that_is_no_report_is_refused(
         prove.adopt(image, Fake(), folder, keep=True)
     assert (caught.value.code, caught.value.sentence) == (2, f"--from: {folder}/{name}.json {said}")
     assert nothing_is_kept(image)
+
+
+@pytest.mark.parametrize("name", ["verify", "smoke", "warm", "calibration", "fault-flipped-byte"])
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("link", "is a link; put the file itself there"), ("pipe", "is no plain file")],
+)
+def test_what_is_no_file_of_the_folder_is_refused_and_not_waited_for(
+    image: Image, folder: Path, tmp_path: Path, name: str, kind: str, said: str
+) -> None:
+    path = folder / f"{name}.json"
+    path.rename(tmp_path / "elsewhere.json")
+    if kind == "link":
+        path.symlink_to(tmp_path / "elsewhere.json")
+    else:
+        os.mkfifo(path)
+    with pytest.raises(Problem) as caught:
+        prove.adopt(image, Fake(), folder, keep=True)
+    assert (caught.value.code, caught.value.sentence) == (2, f"--from: {path} {said}")
+    assert nothing_is_kept(image)
+    assert not prove.report_path(image).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [
+        ("verify", "files, distributions, libraries, compilers, imports"),
+        ("smoke", "start, refit, generation, multi-turn, partial-rollout and 4 more"),
+    ],
+)
+def test_a_report_with_one_check_called_anything_is_refused_with_what_it_lacks(
+    image: Image, folder: Path, name: str, lacks: str
+) -> None:
+    data = json.loads((folder / f"{name}.json").read_text())
+    put(folder, name, data | {"checks": [data["checks"][0] | {"name": "anything"}]})
+    with pytest.raises(Problem) as caught:
+        prove.adopt(image, Fake(), folder, keep=True)
+    assert (caught.value.code, caught.value.sentence) == (
+        2,
+        f"--from: {folder} shows no proof of verl-rollout:vllm-0.12: its report lacks {lacks}, "
+        "and does not say why",
+    )
+    assert nothing_is_kept(image)
+    assert not prove.report_path(image).exists()
+
+
+def test_a_report_of_our_own_package_as_it_was_before_a_sentence_was_reworded_is_taken(
+    image: Image, folder: Path
+) -> None:
+    for name in ("verify", "smoke"):
+        data = json.loads((folder / f"{name}.json").read_text())
+        put(folder, name, data | {"layers": [*LAYERS[:-1], f"sha256:{sha256('reworded')}"]})
+    (folder / "warm.json").unlink()
+    assert prove.adopt(image, Fake(), folder, keep=True) == 0
+    assert prove.kept(image).exists()
+
+
+def test_a_report_by_earlier_checks_is_kept_and_not_called_a_proof(
+    image: Image, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = json.loads((folder / "smoke.json").read_text())
+    put(folder, "smoke", data | {"program": data["program"] | {"refit": sha256("other")}})
+    assert prove.adopt(image, Fake(), folder, keep=True) == 3
+    said = "by earlier checks: by the checks of 2026-01-02; asked otherwise today: refit"
+    assert f"verl-rollout:vllm-0.12: {said}\n" in capsys.readouterr().out
+    assert prove.kept(image).exists()
 
 
 @pytest.mark.parametrize("name", ["verify", "smoke"])
@@ -505,7 +635,8 @@ def test_a_fault_that_nobody_knows_is_refused_with_the_nearest(image: Image, fol
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_found_by_its_check_and_reason(image: Image, fault: str) -> None:
-    everything = replace(image, smoke=replace(image.smoke, sleep_levels=(1, 2), server=True))
+    smoke = replace(image.smoke, sleep_levels=(1, 2), server=True, training=True)
+    everything = replace(image, smoke=smoke)
     assert prove.found_by(of_fault(image, fault), fault, everything) == ""
 
 
@@ -629,7 +760,8 @@ def test_a_model_of_the_host_is_mounted(image: Image, tmp_path: Path) -> None:
 
 def test_what_is_asked_for_is_judged_apart_from_what_this_machine_has(checkout: Checkout) -> None:
     table = '{ sleep-levels = [1], refit = ["disk"], server = true, tensor-parallel = 2 }'
-    image = catalog.parse(checkout.file({"smoke": table}))
+    changes = {"smoke": table, "backend": '"sglang"', "requirements": '["sglang"]'}
+    image = catalog.parse(checkout.file(changes))
     asked = ["--only", "server,tensor-parallel"]
     assert prove.smoke_options(asked, image) == (asked, {})
     plain = catalog.parse(checkout.file())

@@ -12,25 +12,28 @@ from typing import Any
 import pytest
 
 from images import (
+    build,
     builder,
     catalog,
-    docs,
     failures,
     host,
+    layers,
     oci,
     prove,
     publish,
     registry,
 )
 from images.catalog import Image
+from images.contents import Summary
 from images.failures import Broken
 from images.registry import Registry
 from rollout import report
 from rollout.problem import Problem
 
+from .. import reports
 from ..conftest import Checkout, sha256
 
-DIFF_IDS = (f"sha256:{sha256('a')}", f"sha256:{sha256('b')}")
+DIFF_IDS = tuple(f"sha256:{sha256(name)}" for name in ("base", "engine", "ours"))
 NAME = "registry.example.com/team/verl-rollout"
 
 # Names
@@ -121,37 +124,43 @@ def test_every_image_of_the_catalog_has_tags_that_a_registry_takes() -> None:
 @pytest.fixture
 def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     """An image whose recorded layers are those of the reports below."""
-    monkeypatch.setattr(docs, "current", lambda *_: True)
-    return checkout.image()
+    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    found = checkout.image()
+    nothing = Summary({}, "owner", "mtime", "xattr", "order")
+    below = tuple(layers.Layer("base", diff_id, 2, 1, nothing) for diff_id in DIFF_IDS[:-1])
+    layers.write(found, layers.Record(build.inputs(found), "buildah 1", below))
+    return found
 
 
 def leave(of: Image, path: Path, **changes: Any) -> Path:
     """A report as a proof leaves it."""
-    checks = [report.Check("files", "passed", 1.0)]
-    whole = report.Report(
-        *(of.reference, host.sha256(of.lock), list(DIFF_IDS)),
-        *(report.Engine("vllm", "0.12.0"), "2.9.0", "12.8", "550.54.15", "a GPU"),
-        *("2026-01-02T03:04:05Z", 2.5, checks, "proved"),
-    )
-    host.write(path, json.dumps(report.document(whole) | changes))
+    host.write(path, json.dumps(reports.of(of, DIFF_IDS) | changes))
     return path
+
+
+def passing(image: Image) -> tuple[Path, bytes]:
+    """The report that allows these layers to be published."""
+    found = publish.passing(image, DIFF_IDS)
+    assert found.standing.word == "proved"
+    return found.path, found.data
 
 
 def test_the_report_of_the_last_run_comes_before_the_kept_one(image: Image) -> None:
     kept = leave(image, prove.kept(image))
-    assert publish.passing(image, DIFF_IDS) == (kept, kept.read_bytes())
+    assert passing(image) == (kept, kept.read_bytes())
     last = leave(image, prove.report_path(image), device="another GPU")
-    assert publish.passing(image, DIFF_IDS) == (last, last.read_bytes())
+    assert passing(image) == (last, last.read_bytes())
+
+
+FAILED = {"name": "files", "status": "failed", "seconds": 1, "metrics": {}, "reason": "fault"}
+UNPROVED = {"name": "x", "status": "unproved", "seconds": 1, "metrics": {}, "reason": "no GPU"}
+ANYTHING = {"name": "anything", "status": "passed", "seconds": 1, "metrics": {}, "reason": None}
 
 
 def test_a_run_that_failed_on_purpose_does_not_undo_a_kept_proof(image: Image) -> None:
     kept = leave(image, prove.kept(image))
-    failed = {"name": "files", "status": "failed", "seconds": 1, "metrics": {}, "reason": "fault"}
-    leave(image, prove.report_path(image), verdict="failed", checks=[failed])
-    assert publish.passing(image, DIFF_IDS) == (kept, kept.read_bytes())
-
-
-UNPROVED = {"name": "x", "status": "unproved", "seconds": 1, "metrics": {}, "reason": "no GPU"}
+    leave(image, prove.report_path(image), verdict="failed", checks=[FAILED])
+    assert passing(image) == (kept, kept.read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -161,9 +170,12 @@ UNPROVED = {"name": "x", "status": "unproved", "seconds": 1, "metrics": {}, "rea
         ({"layers": list(reversed(DIFF_IDS))}, "is of other layers"),
         ({"lock_sha256": "0" * 64}, "is of another lock"),
         ({"image": "verl-rollout:other"}, "is of verl-rollout:other"),
-        ({"verdict": "unproved", "checks": [UNPROVED]}, "says unproved"),
+        ({"verdict": "unproved", "checks": [UNPROVED]}, "lacks files, distributions"),
         ({"checks": [UNPROVED]}, "is no report"),
         ({"schema": "other"}, "is no report"),
+        ({"checks": [ANYTHING]}, "lacks files, distributions, libraries"),
+        ({"program": None}, "by earlier checks"),
+        ({"engine": {"name": "vllm", "version": "0.13.0"}}, "has the engine vllm 0.13.0"),
     ],
 )
 def test_a_report_that_does_not_prove_these_layers_publishes_nothing(
@@ -178,11 +190,38 @@ def test_a_report_that_does_not_prove_these_layers_publishes_nothing(
     assert "there is no build/reports" in caught.value.sentence
 
 
-def test_a_report_of_inputs_that_have_changed_publishes_nothing(
-    image: Image, monkeypatch: pytest.MonkeyPatch
+def test_the_report_of_verify_alone_publishes_nothing(image: Image) -> None:
+    host.write(prove.kept(image), json.dumps(reports.verified(image, DIFF_IDS)))
+    with pytest.raises(Problem, match="its report lacks start, refit, generation"):
+        publish.passing(image, DIFF_IDS)
+
+
+def test_what_is_proved_in_part_is_published_where_the_catalog_says_why(
+    checkout: Checkout, image: Image
 ) -> None:
+    data = reports.alone(image, DIFF_IDS, {"sleep-2": "no room"})
+    host.write(prove.kept(image), json.dumps(data))
+    with pytest.raises(Problem, match=r"\[not-shown\] of the catalog has no reason for sleep-2"):
+        publish.passing(image, DIFF_IDS)
+    told = catalog.parse(checkout.file({"not-shown": '{ sleep-2 = "it takes two GPUs" }'}))
+    found = publish.passing(told, DIFF_IDS)
+    assert (found.standing.word, list(found.standing.missing)) == ("in part", ["sleep-2"])
+
+
+def test_a_manifest_says_what_a_proof_does_not_show() -> None:
+    assert oci.of_proof(None) == {oci.UNPROVED: "true"}
+    assert oci.of_proof({}) == {}
+    annotations = oci.of_proof({"nccl": "one GPU"})
+    assert oci.not_shown(annotations) == {"nccl": "one GPU"}
+    assert oci.not_shown({}) == {}
+    for text in ("", "[]", "{}", "nccl", '{"nccl": 1}', '{"nccl": "\\u001b"}'):
+        with pytest.raises(Problem, match="is no table of texts"):
+            oci.not_shown({oci.NOT_SHOWN: text})
+
+
+def test_a_report_of_inputs_that_have_changed_publishes_nothing(image: Image) -> None:
     leave(image, prove.kept(image))
-    monkeypatch.setattr(docs, "current", lambda *_: False)
+    image.dockerfile.write_text("FROM scratch\n")
     with pytest.raises(Problem, match="is not of these inputs and layers"):
         publish.passing(image, DIFF_IDS)
 
@@ -190,7 +229,11 @@ def test_a_report_of_inputs_that_have_changed_publishes_nothing(
 def test_a_damaged_report_is_no_proof(image: Image) -> None:
     prove.kept(image).parent.mkdir(parents=True)
     prove.kept(image).write_bytes(b"\xff{")
-    with pytest.raises(Problem, match="cannot be read"):
+    with pytest.raises(Problem, match="is not UTF-8"):
+        publish.passing(image, DIFF_IDS)
+    prove.kept(image).unlink()
+    prove.kept(image).symlink_to("nowhere")
+    with pytest.raises(Problem, match="is a link"):
         publish.passing(image, DIFF_IDS)
 
 

@@ -6,14 +6,16 @@ import copy
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from rollout import report
 from rollout.problem import Problem
-from rollout.report import Check, Engine, Report
+from rollout.report import Added, Check, Engine, Framework, Gpu, Report
 
 
 def passed(name: str = "files", **metrics: Any) -> Check:
@@ -37,10 +39,17 @@ def make(checks: list[Check]) -> Report:
         torch="2.13.0+cpu",
         cuda=None,
         driver=None,
+        gpus=[Gpu("a GPU", 80 << 30)],
         device=None,
+        model="probe tiny",
+        cycles=4,
+        framework=Framework("verl", "0.7.1", "/opt/rollout/lib"),
+        added=[Added("omegaconf", "2.3.0", "/opt/mine")],
         started=report.now(),
         seconds=2.0,
         checks=checks,
+        skipped={},
+        program={"files": "0" * 64},
         verdict=report.verdict(checks),
     )
 
@@ -90,11 +99,12 @@ def test_a_check_without_a_status_or_reason_cannot_be_made(status: str, reason: 
 def test_the_document_has_exactly_the_promised_keys(data: dict[str, Any]) -> None:
     assert list(data) == [
         *("schema", "image", "lock_sha256", "layers", "engine", "torch", "cuda", "driver"),
-        *("device", "started", "seconds", "checks", "verdict", "added"),
+        *("gpus", "device", "model", "cycles", "framework", "added", "started", "seconds"),
+        *("checks", "skipped", "program", "verdict"),
     ]
     assert list(data["engine"]) == ["name", "version"]
     assert list(data["checks"][0]) == ["name", "status", "seconds", "metrics", "reason"]
-    assert data["schema"] == "rollout-report/1"
+    assert data["schema"] == "rollout-report/2"
 
 
 def test_what_the_report_writes_is_valid(data: dict[str, Any]) -> None:
@@ -118,7 +128,7 @@ def test_unknown_keys_are_named_at_every_level(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("schema", "rollout-report/2"),
+        ("schema", "rollout-report/1"),
         ("image", ""),
         ("image", None),
         ("lock_sha256", "abc"),
@@ -129,6 +139,23 @@ def test_unknown_keys_are_named_at_every_level(data: dict[str, Any]) -> None:
         ("cuda", ""),
         ("driver", 570),
         ("device", ["H200"]),
+        ("device", "an \x1b[2J H200"),
+        ("device", "two\nlines"),
+        ("device", "half \ud800"),
+        ("gpus", {"name": "a GPU", "memory_bytes": 5}),
+        ("gpus", "one"),
+        ("model", 5),
+        ("cycles", 0),
+        ("cycles", 4.0),
+        ("cycles", True),
+        ("framework", ["verl"]),
+        ("added", {}),
+        ("skipped", None),
+        ("skipped", ["nccl"]),
+        ("skipped", {"nccl": ""}),
+        ("skipped", {"nccl": None}),
+        ("program", {"refit": "abc"}),
+        ("program", ["refit"]),
         ("started", "yesterday"),
         ("started", "2026-07-08T10:00:00"),
         ("started", "2026-07-08T10:00:00+02:00"),
@@ -137,6 +164,8 @@ def test_unknown_keys_are_named_at_every_level(data: dict[str, Any]) -> None:
         ("seconds", True),
         ("seconds", -1),
         ("seconds", float("inf")),
+        ("seconds", 10**400),
+        ("seconds", 1e300),
         ("checks", {}),
         ("verdict", "passed"),
     ],
@@ -155,6 +184,9 @@ def test_a_wrong_value_is_named_by_its_key(data: dict[str, Any], key: str, value
         ("seconds", float("nan")),
         ("metrics", []),
         ("metrics", {"deep": [{"x": float("nan")}]}),
+        ("metrics", {"huge": 10**400}),
+        ("metrics", {"half": "\ud800"}),
+        ("metrics", {"odd": {5: "a"}.keys()}),
         ("reason", "given though it passed"),
     ],
 )
@@ -172,12 +204,13 @@ def test_additions_have_a_name_a_version_and_a_place(data: dict[str, Any]) -> No
     assert wrong.startswith("added[1].version: 1.5")
     (wrong,) = report.validate({**data, "added": [{**extra, "size": "1"}]})
     assert wrong == "added[0].size: unknown"
-    assert report.validate({**data, "added": None}) == ["added: None is not a list"]
+    assert report.validate({**data, "added": "extra"}) == ["added: 'extra' is not a list or null"]
 
 
-def test_a_report_of_before_there_were_additions_is_valid(data: dict[str, Any]) -> None:
-    del data["added"]
-    assert report.validate(data) == []
+def test_a_report_of_before_there_were_additions_says_that_it_does_not_know(
+    data: dict[str, Any],
+) -> None:
+    assert report.validate({**data, "added": None}) == []
 
 
 def test_a_verdict_that_the_checks_contradict_is_named(data: dict[str, Any]) -> None:
@@ -185,6 +218,215 @@ def test_a_verdict_that_the_checks_contradict_is_named(data: dict[str, Any]) -> 
     assert any(line.startswith("verdict: ") for line in report.validate(lying))
     assert any(line.startswith("verdict: ") for line in report.validate(data | {"checks": []}))
     assert any("verdict" in line for line in report.validate(data | {"verdict": "failed"}))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "skipped", "sound"),
+    [
+        ("in-part", {"nccl": "one GPU"}, True),
+        ("in-part", {}, False),
+        ("proved", {"nccl": "one GPU"}, False),
+        ("unproved", {"nccl": "one GPU"}, True),
+    ],
+)
+def test_what_was_skipped_and_the_verdict_have_to_agree(
+    data: dict[str, Any], verdict: str, skipped: dict[str, str], sound: bool
+) -> None:
+    assert (report.validate(data | {"verdict": verdict, "skipped": skipped}) == []) is sound
+
+
+def test_what_ran_was_not_skipped(data: dict[str, Any]) -> None:
+    lying = data | {"skipped": {"files": "why"}, "verdict": "in-part"}
+    assert report.validate(lying) == ["skipped: files is there, and ran"]
+
+
+def test_what_was_skipped_leaves_a_proof_in_part_and_the_exit_code_0() -> None:
+    """Nothing on that machine has to be changed for it; the report says what is missing."""
+    assert report.verdict([passed()], ["files", "nccl"], ["nccl"]) == "in-part"
+    assert report.verdict([passed()], ["files", "nccl"]) == "unproved"
+    assert report.verdict([failed()], ["files", "nccl"], ["nccl"]) == "failed"
+    assert report.exit_code("in-part") == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "item", "said"),
+    [
+        ("gpus", {"name": "a GPU"}, "gpus[1].memory_bytes: missing"),
+        ("gpus", {"name": "a GPU", "memory_bytes": -1}, "gpus[1].memory_bytes: -1 is not a posi"),
+        ("gpus", "a GPU", "gpus[1]: not an object"),
+        ("added", {"name": "x", "version": "1", "path": "/"}, "added[1].place: missing"),
+        ("added", 7, "added[1]: not an object"),
+    ],
+)
+def test_a_wrong_entry_of_a_list_is_named_by_its_place(
+    data: dict[str, Any], key: str, item: Any, said: str
+) -> None:
+    data[key].append(item)
+    assert any(line.startswith(said) for line in report.validate(data))
+
+
+# what others send
+
+
+def refused(path: Path) -> str:
+    """Why a file is no report; never a traceback, never a wait."""
+    with pytest.raises(ValueError, match=r"^(is|has|holds|says|cannot) ") as caught:
+        report.read(path)
+    said = str(caught.value)
+    assert "\n" not in said and len(said) < 300 and said.isprintable()
+    return said
+
+
+HOSTILE: dict[str, tuple[Callable[[str], bytes], str]] = {
+    "empty": (lambda _: b"", "is not JSON"),
+    "cut short": (lambda text: text[:40].encode(), "is not JSON"),
+    "a list": (lambda _: b"[]", "is no report: report: not an object"),
+    "not UTF-8": (lambda _: b"\xff\xfe", "is not UTF-8"),
+    "UTF-16": (lambda text: text.encode("utf-16"), "is not UTF-8"),
+    "UTF-16 without a mark": (lambda text: text.encode("utf-16-le"), "is not JSON"),
+    "a byte order mark": (lambda text: text.encode("utf-8-sig"), "is not JSON"),
+    "NUL": (lambda text: text.replace("a GPU", "a\0GPU").encode(), "is not JSON"),
+    "NaN": (lambda text: text.replace("2.0", "NaN").encode(), "holds NaN, which is no JSON"),
+    "infinity": (lambda text: text.replace("2.0", "-Infinity").encode(), "holds -Infinity, which"),
+    "1e999": (lambda text: text.replace("2.0", "1e999").encode(), "holds a number that is none"),
+    "10**400": (lambda text: text.replace("2.0", "1" + "0" * 400).encode(), "holds a number of mo"),
+    "10**9999": (lambda text: text.replace("2.0", "1" + "0" * 9999).encode(), "holds a number th"),
+    "lists": (lambda _: b"[" * 900 + b"]" * 900, "is nested too deeply"),
+    "very many lists": (lambda _: b"[" * 90_000, "is nested too deeply"),
+    "objects": (
+        lambda text: (text[:-2] + ', "x": ' + '{"a":' * 20 + "1" + "}" * 21).encode(),
+        "is",
+    ),
+    "half a character": (
+        lambda text: text.replace("a GPU", "\\ud800").encode(),
+        "holds half a cha",
+    ),
+    "a key twice": (
+        lambda text: text.replace("{", '{"image": "a", ', 1).encode(),
+        "says 'image' tw",
+    ),
+    "a long text": (
+        lambda text: text.replace("a GPU", "x" * 70_000).encode(),
+        "holds a text of 70",
+    ),
+    "a terminal's command": (lambda text: text.replace("a GPU", "\\u001b[2J").encode(), "is no re"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_file_that_is_no_report_is_one_sentence(
+    data: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    spoil, said = HOSTILE[name]
+    path = tmp_path / "report.json"
+    path.write_bytes(spoil(json.dumps(data)))
+    assert refused(path).startswith(said)
+
+
+def test_a_report_that_was_sent_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written = make([passed(bytes=5)])
+    report.write(tmp_path / "report.json", written)
+    assert report.read(tmp_path / "report.json") == report.document(written)
+
+
+def test_a_link_is_not_followed_out_of_the_folder(tmp_path: Path) -> None:
+    report.write(tmp_path / "report.json", make([passed()]))
+    (tmp_path / "link.json").symlink_to("report.json")
+    assert refused(tmp_path / "link.json") == "is a link; put the file itself there"
+
+
+def test_what_is_no_plain_file_is_neither_waited_for_nor_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path):
+        assert refused(path) == "is no plain file"
+    assert refused(tmp_path / "nothing") == "cannot be read (No such file or directory)"
+    assert refused(Path("a\0b")) == "is no name of a file"
+
+
+def test_a_file_of_100_mb_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    with path.open("wb") as stream:
+        stream.truncate(100 << 20)  # a hole: nothing is on the disk
+    monkeypatch.delattr(os, "fdopen")
+    assert refused(path).startswith("has 104,857,600 bytes, more than ")
+
+
+# the published schema
+
+ROOT = Path(__file__).resolve().parents[2]
+PROOFS = ROOT / "images" / "proofs"
+PUBLISHED = json.loads((PROOFS / "rollout-report.schema.json").read_text(encoding="utf-8"))
+SCHEMA = jsonschema.Draft202012Validator(PUBLISHED)
+
+
+def kept() -> dict[str, dict[str, Any]]:
+    """Every report that is kept in this repository, by its path."""
+    found = {}
+    for path in sorted(PROOFS.rglob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if str(data.get("schema", "")).startswith("rollout-report/"):
+            found[str(path.relative_to(PROOFS))] = data
+    return found
+
+
+def test_the_published_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(PUBLISHED)
+    assert list(PUBLISHED["properties"]) == list(report.document(make([])))
+    assert sorted(PUBLISHED["required"]) == sorted(PUBLISHED["properties"])
+
+
+def test_every_kept_report_is_one_of_the_published_schema() -> None:
+    reports = kept()
+    assert len(reports) > 10
+    for name, data in reports.items():
+        assert [error.message for error in SCHEMA.iter_errors(data)] == [], name
+        assert report.validate(data) == [], name
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("gpus", None),
+        ("gpus", []),
+        ("model", None),
+        ("cycles", None),
+        ("framework", None),
+        ("added", None),
+        ("program", None),
+        ("device", ""),
+        ("device", 5),
+        ("gpus", [{"name": "a"}]),
+        ("gpus", [{"name": "a", "memory_bytes": 0}]),
+        ("cycles", 0),
+        ("framework", {"name": "verl"}),
+        ("added", [5]),
+        ("skipped", {"nccl": ""}),
+        ("skipped", []),
+        ("program", {"a": "b"}),
+        ("seconds", -1),
+        ("seconds", 1e10),
+        ("started", "yesterday"),
+        ("started", "2026-07-08T10:00:00+02:00"),
+        ("layers", ["x"]),
+        ("lock_sha256", "x"),
+        ("verdict", "fine"),
+        ("extra", 1),
+    ],
+)
+def test_the_published_schema_and_the_image_agree(
+    data: dict[str, Any], key: str, value: Any
+) -> None:
+    changed = data | {key: value}
+    assert SCHEMA.is_valid(changed) == (report.validate(changed) == [])
+
+
+def test_a_check_that_did_not_pass_has_a_reason_in_the_published_schema_too(
+    data: dict[str, Any],
+) -> None:
+    assert SCHEMA.is_valid(data)
+    for status, reason in (("passed", "why"), ("failed", None), ("unproved", "")):
+        data["checks"][0] |= {"status": status, "reason": reason}
+        assert not SCHEMA.is_valid(data)
 
 
 def test_a_check_reported_twice_is_named(data: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def images(checkout: Checkout) -> list[Image]:
     """Two recorded images with the same torch."""
     found = [checkout.image(), checkout.image(tag="vllm-0.13")]
     for image, engine in zip(found, (ENGINE, OTHER), strict=True):
-        layers.write(image, Record("inputs", "buildah 1", "id", "sha256:m", (BASE, TORCH, engine)))
+        layers.write(image, Record("inputs", "buildah 1", (BASE, TORCH, engine)))
     return found
 
 

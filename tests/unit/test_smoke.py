@@ -141,6 +141,59 @@ def test_two_processes_on_one_gpu_do_not_speak_nccl() -> None:
         assert smoke.transports(wanted, gpus) == ["cuda-ipc", "cuda-ipc-flattened", "disk"]
 
 
+ASKS = {"sleep_levels": [2], "refit": ["cuda-ipc", "nccl", "disk"], "tensor_parallel": 2}
+NCCL = "it needs a second GPU, for NCCL refuses two processes on one; one GPU is visible"
+
+
+def test_what_is_promised_and_cannot_run_here_is_named_with_the_reason() -> None:
+    """Or a proof on one GPU would look like a proof of everything."""
+    assert smoke.skipped(ASKS, 1) == {
+        "tensor-parallel": "it needs 2 GPUs; one GPU is visible",
+        "nccl": NCCL,
+    }
+    assert smoke.skipped(ASKS, 2) == {}
+    assert smoke.skipped(WANTED, 0) == {}
+
+
+def test_what_is_promised_is_promised_wherever_it_runs() -> None:
+    assert smoke.promised(ASKS)[-1] == "tensor-parallel"
+
+
+def test_a_promised_transport_is_not_replaced_by_another() -> None:
+    assert smoke.sending({"refit": ["nccl", "disk"], "sleep_levels": [2]}, 1) == ["disk"]
+    with pytest.raises(Problem) as caught:
+        smoke.sending({"refit": ["nccl"], "sleep_levels": [2]}, 1)
+    assert caught.value.code == 3
+    assert caught.value.sentence == f"the refit of this image goes by nccl alone: {NCCL}"
+
+
+def test_an_image_that_refits_by_nccl_alone_starts_no_engine_on_one_gpu(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smoke, "visible_gpus", lambda _: 1)
+    with pytest.raises(Problem, match="goes by nccl alone"):
+        proof(tmp_path, wanted=WANTED | {"refit": ["nccl"]})
+    assert (engine.starts, engine.stopped) == ([], 0)
+
+
+def test_a_report_names_the_gpus_and_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimpleNamespace(
+        device_count=lambda: 2,
+        get_device_properties=lambda number: SimpleNamespace(
+            name=f"GPU {number}", total_memory=5 + number
+        ),
+    )
+    torch = ModuleType("torch")
+    vars(torch)["cuda"] = cuda
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    found = smoke.gpus(FACTS | {"cuda": "12.8"})
+    assert found == [report.Gpu("GPU 0", 5), report.Gpu("GPU 1", 6)]
+    assert smoke.gpus(FACTS) == []
+    assert smoke.model(FACTS, smoke.Options()) == f"probe tiny, seed {smoke.SEED}"
+    assert smoke.model(FACTS | {"cuda": "12.8"}, smoke.Options()).startswith("probe 1b, seed ")
+    assert smoke.model(FACTS, smoke.Options(model=Path("/m/qwen"))) == "/m/qwen"
+
+
 def test_gpus_are_counted_where_there_is_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # an import fails
     assert smoke.visible_gpus(FACTS) == 0

@@ -114,7 +114,9 @@ def test_a_dockerfile_installs_each_layer_of_a_lock_behind_its_argument(image: I
     steps = [step for step in recipe if step[0] in ("ARG", "RUN")]
     assert steps.pop(0) == ("ARG", "BASE")
     arguments = [value for name, value in steps[::2] if name == "ARG"]
-    installed = [shlex.split(value)[-1].rpartition("/")[2] for name, value in steps[1::2] if name == "RUN"]
+    installed = [
+        shlex.split(value)[-1].rpartition("/")[2] for name, value in steps[1::2] if name == "RUN"
+    ]
     # A layer that this lock does not fill needs no step; a step needs its layer.
     assert arguments == [name.upper() for name in installed] == [name.upper() for name in layers]
 

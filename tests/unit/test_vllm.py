@@ -5,6 +5,7 @@ vLLM and torch are not here: what answers in their place does what the real ones
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import multiprocessing
 import subprocess
@@ -79,7 +80,11 @@ class Llm:
     def __init__(self) -> None:
         self.options: dict[str, Any] = {}
         self.calls: list[tuple[Any, ...]] = []
-        self.answers: dict[str, Any] = {"smoke_held": 7, "reset_prefix_cache": True}
+        self.answers: dict[str, Any] = {
+            "smoke_held": 7,
+            "smoke_block": 32,
+            "reset_prefix_cache": True,
+        }
         self.broken: Exception | None = None  # what its start raises
         code = "import time; time.sleep(600)"
         self.process = subprocess.Popen([sys.executable, "-c", code])
@@ -122,6 +127,16 @@ class Llm:
         return self.answer("reset_prefix_cache")
 
 
+def takes(monkeypatch: pytest.MonkeyPatch, *lacking: str) -> None:
+    """Let this vLLM be one whose arguments are all that we give but these, and some of its own."""
+    options = vllm.arguments(MODEL, GIB, dummy=True, fp8=True)
+    names = [name for name in (*options, "tensor_parallel_size") if name not in lacking]
+    module = ModuleType("vllm.engine.arg_utils")
+    vars(module)["EngineArgs"] = dataclasses.make_dataclass("EngineArgs", names)
+    monkeypatch.setitem(sys.modules, "vllm.engine", ModuleType("vllm.engine"))
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", module)
+
+
 @pytest.fixture
 def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Llm]:
     """A machine with vLLM and one GPU."""
@@ -137,6 +152,7 @@ def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Llm]:
     vars(torch).update(cuda=cuda, device=lambda kind, index: (kind, index))
     monkeypatch.setitem(sys.modules, "vllm", fake)
     monkeypatch.setitem(sys.modules, "torch", torch)
+    takes(monkeypatch)
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # the engine sets it where nobody did
     yield made
     made.process.kill()
@@ -158,11 +174,35 @@ def test_it_starts_on_what_this_gpu_has(llm: Llm) -> None:
     engine.start(MODEL, dummy=True, fp8=True)
     assert llm.options == vllm.arguments(MODEL, 80 * GIB, dummy=True, fp8=True)
     assert (engine.device, engine.transports) == ("a GPU", ("cuda-ipc",))
-    assert (engine.levels, engine.cache_block) == ((1, 2), 16)
+    assert (engine.levels, engine.cache_block) == ((1, 2), 32)
     assert (engine.mlp_bias, engine.witness, engine.insisting) == (True, False, {})
     assert (engine.held(), engine.memory()) == (7, 50 * GIB)
-    assert [call[0] for call in llm.calls] == ["smoke_follow", "smoke_held"]
+    assert [call[0] for call in llm.calls] == ["smoke_follow", "smoke_held", "smoke_block"]
     engine.stop()
+
+
+def test_what_an_older_version_lacks_and_nothing_depends_on_is_left_out(
+    llm: Llm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takes(monkeypatch, "kv_cache_memory_bytes", "use_tqdm_on_load")
+    engine = vllm.Engine()
+    engine.start(MODEL, dummy=True)
+    whole = vllm.arguments(MODEL, 80 * GIB, dummy=True, fp8=False)
+    assert whole.keys() - llm.options.keys() == {"kv_cache_memory_bytes", "use_tqdm_on_load"}
+    assert llm.options.items() <= whole.items()
+    engine.stop()
+
+
+@pytest.mark.parametrize("lacking", ["enable_sleep_mode", "worker_extension_cls"])
+def test_an_engine_without_an_argument_that_the_proof_needs_is_not_started(
+    llm: Llm, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    takes(monkeypatch, lacking)
+    for engine in (vllm.Engine(), vllm.Server()):
+        with pytest.raises(EngineError, match=f"no argument '{lacking}'"):
+            engine.start(MODEL, dummy=True)
+        engine.stop()
+    assert not llm.options
 
 
 def test_an_engine_that_does_not_start_says_why(llm: Llm) -> None:
@@ -525,7 +565,7 @@ class Service:
 
     def __init__(self, site: Site, process: int) -> None:
         self.servers: list[Played] = []
-        self.answers: dict[str, Any] = {"smoke_follow": process, "smoke_held": 7}
+        self.answers: dict[str, Any] = {"smoke_follow": process, "smoke_held": 7, "smoke_block": 32}
         self.short = 0  # tokens after which it ends an answer by itself
         self.paused = threading.Event()
         site.routes |= {
@@ -622,11 +662,12 @@ def test_a_server_is_started_as_the_engine_is_and_offers_what_a_trainer_calls(
     assert http.argv == ["/model", *served.flags(options)]
     assert http.variables == {"VLLM_SERVER_DEV_MODE": "1"}
     assert "--enable-sleep-mode" in http.argv
-    assert site.paths() == ["/health", "/pause", "/collective_rpc", "/collective_rpc"]
+    assert site.paths() == ["/health", *vllm.PAUSING, *["/collective_rpc"] * 3]
     assert server.pauses and not service.paused.is_set(), (
         "asked whether it is there, and not for it"
     )
     assert (server.held(), server.memory()) == (7, 50 * GIB)
+    assert server.cache_block == 32
     assert http.log.parent == tmp_path
     server.stop()
     assert http.ended == 1
@@ -732,8 +773,9 @@ def test_rollouts_of_a_server_are_stopped_by_a_pause_and_nobody_hangs_up(
 
 
 @pytest.mark.usefixtures("service")
-def test_a_server_without_a_pause_is_not_asked_for_one(site: Site) -> None:
-    del site.routes["/pause"]
+@pytest.mark.parametrize("path", vllm.PAUSING)
+def test_a_server_without_a_pause_or_its_end_is_not_asked_for_one(site: Site, path: str) -> None:
+    del site.routes[path]
     server = vllm.Server()
     server.start(MODEL, dummy=True)
     assert not server.pauses

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,12 @@ def test_digests_are_of_the_model_that_the_worker_runs(monkeypatch: pytest.Monke
     assert made.smoke_digests() == {"of": "the model"}
 
 
+def test_the_block_of_the_cache_is_the_one_that_vllm_settled_on() -> None:
+    made = Extension()
+    made.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=64))
+    assert made.smoke_block() == 64
+
+
 # with torch: inside the images
 
 
@@ -64,6 +71,7 @@ def worker(model: Any, torch: Any) -> Extension:
     made = Extension()
     made.model_runner = SimpleNamespace(get_model=lambda: model)
     made.model_config = "config"
+    made.vllm_config = "everything"
     made.device = torch.device("cpu")
     return made
 
@@ -122,13 +130,19 @@ def test_a_block_of_zeros_stays_zero(torch: Any) -> None:
 
 # a refit, with a vLLM that is none
 
+SETTINGS: list[Any] = []  # the configuration that is set now
+
 
 @pytest.fixture
 def fp8_method(monkeypatch: pytest.MonkeyPatch, torch: Any) -> Any:
     """What a refit imports of vLLM: how fp8 layers are made, and what strips them after loading."""
 
     class Fp8LinearMethod:
+        kernel: object = None
+
         def create_weights(self, layer: Any, **options: Any) -> None:
+            assert SETTINGS == ["everything"], "newer layers cannot be made without"
+            self.kernel = object()
             assert options["weight_loader"] is layer.weight_loader_v2
             shape = (sum(options["output_partition_sizes"]), options["input_size_per_partition"])
             blocks = [-(-length // BLOCK) for length in shape]
@@ -141,17 +155,26 @@ def fp8_method(monkeypatch: pytest.MonkeyPatch, torch: Any) -> Any:
                 setattr(layer, name, parameter)
 
         def process_weights_after_loading(self, layer: Any) -> None:
+            assert SETTINGS == ["everything"]
             for name, parameter in dict(layer.named_parameters()).items():
                 stripped = torch.nn.Parameter(parameter.data, requires_grad=False)
                 setattr(layer, name, stripped)
 
     def process(model: Any, config: Any, device: Any) -> None:
+        assert SETTINGS == ["everything"]
         assert (config, device.type) == ("config", "cpu")
         model.processed += 1
+
+    @contextlib.contextmanager
+    def current(config: Any) -> Iterator[None]:
+        SETTINGS.append(config)
+        yield
+        SETTINGS.pop()
 
     package = "vllm.model_executor"
     contents: dict[str, dict[str, Any]] = {
         "vllm": {},
+        "vllm.config": {"set_current_vllm_config": current},
         package: {},
         f"{package}.model_loader": {},
         f"{package}.model_loader.utils": {"process_weights_after_loading": process},
@@ -238,6 +261,7 @@ def test_a_refit_in_fp8_quantises_on_the_way_and_keeps_every_parameters_place(
 ) -> None:
     model = small_model(torch, fp8_method)
     before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    fp8_method.kernel = chosen = object()
     norm, weight = torch.full((4,), 3.0), torch.randn(130, 200).to(torch.bfloat16)
     for turn in (1.0, 2.0):
         bucket = [("norm.weight", norm * turn), ("proj.weight", weight * turn)]
@@ -249,4 +273,6 @@ def test_a_refit_in_fp8_quantises_on_the_way_and_keeps_every_parameters_place(
         # CUDA graphs have recorded the addresses.
         after = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
         assert after == before
+        assert fp8_method.kernel is chosen, "compiled graphs call the kernel of the start"
+    assert not SETTINGS
     assert model.loads[0] == ["norm.weight", "proj.weight", "proj.weight_scale_inv"]

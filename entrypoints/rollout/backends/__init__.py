@@ -121,6 +121,32 @@ class Served(Engine, Protocol):
         """The paths that it has answered since its start."""
 
 
+@dataclass(frozen=True)
+class Abilities:
+    """What a backend can be asked for, as its module says in ``ABILITIES``.
+
+    The host reads it, without torch and without the engine: a catalog file that promises more is
+    refused there, and not by a run on a GPU hours later. What a release of the engine lacks beside
+    that, the run finds.
+    """
+
+    transports: tuple[str, ...]  # of a refit, as the catalog names them
+    levels: tuple[int, ...] = (1, 2)  # of sleep
+    fp8: bool = False  # weights in 8 bits
+    server: bool = False  # the engine's own HTTP server
+    tensor_parallel: bool = False  # a model divided among GPUs
+
+
+def abilities(backend: str) -> Abilities | None:
+    """What a backend can be asked for; None where there is no module of it."""
+    try:
+        module = importlib.import_module(f"rollout.backends.{backend.replace('-', '_')}")
+    except ModuleNotFoundError:
+        return None
+    found: Abilities = module.ABILITIES
+    return found
+
+
 def create(backend: str, *, served: bool = False) -> Engine:
     """The engine of a backend: module ``rollout.backends.<backend>``, class ``Engine``.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout import cuda_ipc
-from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError, gpu
+from rollout.backends import KV_CACHE, WEIGHTS, Abilities, Completion, EngineError, gpu
 from rollout.backends.piped import Piped
 from rollout.backends.served import (
     STOPPING,
@@ -43,6 +43,7 @@ LONGEST = 512  # tokens of prompt and completion
 REQUESTS = 16  # at once, and the largest batch that a CUDA graph is captured for
 TIMEOUT = 600.0  # seconds without an answer after which the engine counts as hung
 FLATTENED = "cuda-ipc-flattened"
+ABILITIES = Abilities(("cuda-ipc", FLATTENED, "nccl", "disk"), server=True, tensor_parallel=True)
 
 
 def arguments(model: Path, *, dummy: bool, level: int, gpus: int) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def arguments(model: Path, *, dummy: bool, level: int, gpus: int) -> dict[str, A
 class Engine(Piped):
     """The trainer's side of SGLang (see :class:`rollout.backends.Engine`)."""
 
-    transports: tuple[str, ...] = ("cuda-ipc", FLATTENED, "nccl", "disk")
+    transports: tuple[str, ...] = ABILITIES.transports
     kv_bytes = KV_BYTES
     cache_block = 1  # its radix cache shares single tokens
     patience = TIMEOUT

@@ -23,13 +23,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError
+from rollout.backends import KV_CACHE, WEIGHTS, Abilities, Completion, EngineError
 from rollout.backends.piped import Piped
 from rollout.transport import TransportError, as_bytes, receive, send
 
 if TYPE_CHECKING:
     import torch
 
+ABILITIES = Abilities(("shared-memory",))
 BLOCK_TOKENS = 16
 KV_POOL_BYTES = 128 << 20
 LEAK_BYTES = 24 << 20
@@ -41,9 +42,9 @@ SMALL = 50_000_000
 class Engine(Piped):
     """The trainer's side of the reference engine (see :class:`rollout.backends.Engine`)."""
 
+    transports: tuple[str, ...] = ABILITIES.transports
+    levels: tuple[int, ...] = ABILITIES.levels
     kv_bytes = KV_POOL_BYTES
-    transports: tuple[str, ...] = ("shared-memory",)
-    levels: tuple[int, ...] = (1, 2)
     cache_block = BLOCK_TOKENS
     mlp_bias = True
     witness = True

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError, gpu
+from rollout.backends import KV_CACHE, WEIGHTS, Abilities, Completion, EngineError, gpu
 from rollout.backends.served import Server as Http
 from rollout.backends.served import discard, flags, interrupted, log_file
 from rollout.transport import TransportError
@@ -28,6 +28,7 @@ from rollout.transport import TransportError
 if TYPE_CHECKING:
     import torch
 
+ABILITIES = Abilities(("cuda-ipc",), fp8=True, server=True)
 KV_BYTES = 4 << 30
 LONGEST = 512  # tokens of prompt and completion
 REQUESTS = 16  # at once: vLLM captures CUDA graphs for batches of up to twice as many
@@ -103,9 +104,9 @@ def known(options: Mapping[str, Any]) -> dict[str, Any]:
 class Engine:
     """The trainer's side of vLLM (see :class:`rollout.backends.Engine`)."""
 
-    transports: tuple[str, ...] = ("cuda-ipc",)
+    transports: tuple[str, ...] = ABILITIES.transports
+    levels: tuple[int, ...] = ABILITIES.levels  # whatever it was started for
     kv_bytes = KV_BYTES
-    levels: tuple[int, ...] = (1, 2)  # whatever it was started for
     cache_block = 16  # until it has started, and says so itself
     mlp_bias = True
     witness = False
