@@ -242,6 +242,19 @@ ValueError: Total available GPUs 0 is less than total desired GPUs 1
 """
 
 
+ENGINE = """\
+(vLLMHttpServer pid=7) (EngineCore_DP0 pid=9) ERROR 11-28 10:00:01 [core.py:843] ValueError: no room
+(vLLMHttpServer pid=7) RuntimeError: Engine core initialization failed. See root cause above. {}
+ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+"""
+
+
+def test_what_followed_from_an_error_does_not_hide_it() -> None:
+    assert verl.last_words(ENGINE) == "ValueError: no room"
+    died = ENGINE.splitlines()[-1]
+    assert verl.last_words(f"hello\n{died}\n") == died, "where it is all that is said"
+
+
 def test_its_last_words_are_the_last_error_and_one_line() -> None:
     assert verl.last_words(TRACE) == (
         "ValueError: Total available GPUs 0 is less than total desired GPUs 1"

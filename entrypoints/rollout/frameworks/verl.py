@@ -85,7 +85,16 @@ _ROLLOUT = {
 }
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_PREFIX = re.compile(r"^\s*\((?:[^()]*\bpid=\d+[^()]*)\)\s?")  # of a line that Ray passes on
+# Of a line that Ray passes on, and, behind it, of one that an engine's process wrote.
+_PREFIX = re.compile(
+    r"^(?:\s*\([^()]*\bpid=\d+[^()]*\)\s?)+"
+    r"(?:(?:ERROR|WARNING|INFO) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\]\s?)?"
+)
+# What is said where something else has gone wrong before.
+_AFTERMATH = re.compile(
+    r"RayTaskError|ActorDiedError|ActorUnavailableError|EngineDeadError|WorkerCrashedError"
+    r"|Engine core initialization failed|Engine core proc .* died"
+)
 _STEP = re.compile(r"(?:^|\s)step:(\d+) - (.+)$")
 _NUMBER = re.compile(r"^(?:np\.\w+\()?([-+]?(?:\d[\d.]*(?:e[-+]?\d+)?|inf|nan))\)?$", re.IGNORECASE)
 
@@ -137,14 +146,14 @@ def step(number: int, values: Mapping[str, float]) -> Step | None:
 
 def last_words(text: str) -> str:
     """Why it ended, from its own log: its last line that names an exception, or its last one."""
-    lines = [line for line in map(plain, text.splitlines()) if line.strip()]
+    lines = [line.strip() for line in map(plain, text.splitlines()) if line.strip()]
     named = [
-        line.strip()
+        line
         for line in lines
-        if re.match(r"\s*[\w.]*(?:Error|Exception|Interrupt)\b[^:]*:\s*\S", line)
-        and "RayTaskError" not in line.split(":")[0]
+        if re.match(r"[\w.]*(?:Error|Exception|Interrupt)\b[^:]*:\s*\S", line)
     ]
-    found = (named or lines or ["it wrote nothing"])[-1].strip()
+    named = [line for line in named if not _AFTERMATH.search(line)] or named
+    found = (named or lines or ["it wrote nothing"])[-1]
     return found if len(found) <= SAID else found[:SAID] + "…"
 
 
