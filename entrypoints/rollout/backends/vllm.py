@@ -267,10 +267,10 @@ class Engine:
         return found
 
     def remember(self) -> None:
-        raise EngineError("vLLM has no weights checker that is asked here")
+        raise EngineError("vLLM is asked for no weights checker of its own")
 
     def unchanged(self) -> bool:
-        raise EngineError("vLLM has no weights checker that is asked here")
+        raise EngineError("vLLM is asked for no weights checker of its own")
 
     def held(self) -> int:
         return self._held

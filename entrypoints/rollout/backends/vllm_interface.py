@@ -7,8 +7,8 @@ routes of its server. A version in which something has moved or gone is found he
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def worker(seen: Comparison) -> None:
     seen.called(f"{WORKER}.wake_up", tags=[])
     seen.fields(("vllm.config:CacheConfig",), ["block_size"])
     seen.called(f"{RUNNERS[0]}.get_model")
-    if importlib.util.find_spec(RUNNERS[1].partition(":")[0]) is not None:
+    if find_spec(RUNNERS[1].partition(":")[0]) is not None:
         seen.called(f"{RUNNERS[1]}.get_model")
 
 
@@ -124,7 +124,8 @@ def model(seen: Comparison) -> None:
     llama = "vllm.model_executor.models.llama:LlamaForCausalLM"
     seen.called(f"{llama}.load_weights", "weights")
     kind = seen.thing(llama)
-    packed = {name: tuple(parts) for name, parts in getattr(kind, "packed_modules_mapping").items()}  # noqa: B009
+    found = getattr(kind, "packed_modules_mapping", {})
+    packed = {name: tuple(parts) for name, parts in found.items()}
     seen.look("names", llama, packed == PACKED, f"packs {packed}, not {PACKED}")
     for layer in ("QKVParallelLinear", "MergedColumnParallelLinear"):
         seen.assigned(f"{LAYERS}.linear:{layer}", ["output_sizes"])
@@ -143,7 +144,7 @@ def allocator(seen: Comparison) -> None:
     for name in ("get_instance", "get_current_usage"):
         there = name in methods
         seen.look("calls", f"{ALLOCATOR}:CuMemAllocator", there, f"has no method {name!r}")
-    built = importlib.util.find_spec("vllm.cumem_allocator") is not None
+    built = find_spec("vllm.cumem_allocator") is not None
     seen.look("names", "vllm.cumem_allocator", built, "is not built: this vLLM cannot sleep")
 
 
@@ -193,7 +194,7 @@ def _parsed(seen: Comparison, given: list[str] | None = None) -> Any:
 
 
 def _source(module: str) -> str:
-    found = importlib.util.find_spec(module)
+    found = find_spec(module)
     if found is None or found.origin is None:
         raise ModuleNotFoundError(f"No module named {module!r}")
     return Path(found.origin).read_text(encoding="utf-8")
