@@ -74,6 +74,8 @@ class Framework:
     fits: tuple[str, ...] = ()
     # The framework's extra that bounds the engine, where these releases are held against it too.
     extra: str = ""
+    # What it imports and does not ask for: a requirement, with its reason.
+    undeclared: Mapping[str, str] = field(default_factory=dict)
     # What the framework asks for and this image holds otherwise: a requirement, with its reason.
     overrides: Mapping[str, str] = field(default_factory=dict)
     # What it asks for and this image does not have, by its normal name, with the reason.
@@ -170,6 +172,7 @@ _FRAMEWORK_KEYS: dict[str, tuple[type, bool]] = {
     "requirements": (list, False),
     "fits": (list, False),
     "extra": (str, False),
+    "undeclared": (dict, False),
     "overrides": (dict, False),
     "left-out": (dict, False),
     "source-distributions": (dict, False),
@@ -431,6 +434,8 @@ def _framework(table: Mapping[str, Any], path: Path) -> Framework:
         raise Problem(f"{shown(path)}: {what} {table['version']}; make them agree", 2)
     fits = table.get("fits", [])
     _requirements([f"{name}=={release}" for release in fits], path, "framework.fits")
+    undeclared = _strings(table.get("undeclared", {}), path, "framework.undeclared")
+    _requirements(list(undeclared), path, "framework.undeclared")
     overrides = _strings(table.get("overrides", {}), path, "framework.overrides")
     _requirements(list(overrides), path, "framework.overrides")
     return Framework(
@@ -440,6 +445,7 @@ def _framework(table: Mapping[str, Any], path: Path) -> Framework:
         requirements=tuple(lines),
         fits=tuple(fits),
         extra=table.get("extra", ""),
+        undeclared=undeclared,
         overrides=overrides,
         left_out=_named(table, path, "left-out", "framework."),
         source_distributions=_named(table, path, "source-distributions", "framework."),

@@ -209,7 +209,7 @@ def above_question(image: Image, engine: Sequence[Locked]) -> Question:
     return Question(
         image.python,
         framework.resolved_as_of,
-        (*image.requirements, *framework.requirements, *TOOLS),
+        (*image.requirements, *framework.requirements, *framework.undeclared, *TOOLS),
         tuple(sorted(image.sources)),
         pins,
         (*framework.overrides, *nowhere),

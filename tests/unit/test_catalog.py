@@ -475,12 +475,14 @@ def test_a_framework_comes_with_its_reasons(checkout: Checkout) -> None:
         overrides='{ "transformers==5.6.0" = "the engine pins it" }',
         left_out='{ Tensor_Board = "nothing imports it" }',
         source_distributions='{ PyLatexEnc = "no wheel" }',
+        undeclared='{ "mathruler>=0.1" = "a reward imports it" }',
     )
     image = catalog.parse(checkout.file({"framework": given}))
     assert image.framework is not None
     assert image.framework.overrides == {"transformers==5.6.0": "the engine pins it"}
     assert image.framework.left_out == {"tensor-board": "nothing imports it"}
     assert image.framework.source_distributions == {"pylatexenc": "no wheel"}
+    assert image.framework.undeclared == {"mathruler>=0.1": "a reward imports it"}
     assert image.sources == {"pylatexenc"}
     assert image.source_distributions == {}, "a layer of the engine would be built of it"
 
@@ -506,6 +508,10 @@ def test_a_framework_without_a_wheel_is_asked_for_by_what_it_needs(checkout: Che
         (
             table(requirements='["= 1"]'),
             "key 'framework.requirements' has '= 1', not a requirement (PEP 508)",
+        ),
+        (
+            table(undeclared='{ "not a name" = "why" }'),
+            "key 'framework.undeclared' has 'not a name', not a requirement (PEP 508)",
         ),
         (
             table(overrides='{ "not a name" = "why" }'),

@@ -343,7 +343,8 @@ def test_the_framework_is_resolved_with_every_pin_of_the_engine_held(
     uv(answer)
     framework = (
         '{ name = "verl", version = "0.7.1", resolved-as-of = 2026-03-20, '
-        'overrides = { "transformers==5.6.0" = "why" }, left-out = { tensorboard = "why" }, '
+        'undeclared = { mathruler = "why" }, overrides = { "transformers==5.6.0" = "why" }, '
+        'left-out = { tensorboard = "why" }, '
         'source-distributions = { pylatexenc = "why" } }'
     )
     image = checkout.image({"framework": framework, "source-distributions": '{ ray = "why" }'})
@@ -354,7 +355,7 @@ def test_the_framework_is_resolved_with_every_pin_of_the_engine_held(
     assert files["requirements.in"] == list(image.requirements)
     assert not {"--constraints", "--overrides"} & set(engine)
     assert above[above.index("--exclude-newer") + 1] == "2026-03-20"
-    assert more["requirements.in"] == [*image.requirements, "verl==0.7.1", "pip"]
+    assert more["requirements.in"] == [*image.requirements, "verl==0.7.1", "mathruler", "pip"]
     assert more["pins.txt"] == ["vllm==0.12.0"]
     assert more["overrides.txt"] == [
         "transformers==5.6.0",
