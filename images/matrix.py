@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from images import build, catalog, host, lock, prove, standing
+from images import build, catalog, host, leftovers, lock, prove, standing
 from images.catalog import ROOT, Image
 from rollout.problem import Problem
 
@@ -85,8 +84,8 @@ def commit(revision: str) -> str:
 @contextmanager
 def worktree(revision: str) -> Iterator[Path]:
     """The files of a commit in a folder of their own; removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="rollout-matrix-") as name:
-        folder = Path(name) / "tree"
+    with leftovers.temporary("matrix") as place:
+        folder = place / "tree"
         host.run(worktree_argv(folder, revision), quiet=True, cwd=ROOT)
         try:
             yield folder

@@ -31,7 +31,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from images import build, builder, catalog, contents, host, layers, lock, pinned, prove
+from images import (
+    build,
+    builder,
+    catalog,
+    contents,
+    host,
+    layers,
+    leftovers,
+    lock,
+    owner,
+    pinned,
+    prove,
+)
 from images.catalog import ROOT, Image, shown
 from images.contents import Entry
 from rollout.problem import Problem
@@ -274,9 +286,8 @@ def discard(work: Path) -> None:
 
 def sweep(place: Path) -> None:
     """Remove what a killed run has left here: it may be more than the disk has room for twice."""
-    for work in place.glob("reproduce-*-*"):
-        number = work.name.split("-")[1]
-        if number.isdigit() and not Path("/proc", number).exists():
+    for work in place.glob("rollout-reproduce-*"):
+        if owner.abandoned(work):
             discard(work)
 
 
@@ -333,7 +344,7 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
         record = recorded
         if not recorded or recorded.inputs != inputs or verdict.differs:
             with storage_of(one.storage):
-                record = build.record(image, tool)
+                record = build.record(image, tool, one.built)
         assert record  # noqa: S101 - either of the two
         if recorded and verdict.differs:
             for layer, difference in layers.explain(recorded.layers, record.layers):
@@ -393,7 +404,7 @@ def main(arguments: Sequence[str]) -> int:
         raise Problem(f"--work: {place} is not a folder; name one with room for two builds", 2)
     sweep(place)
     build.check_disk(place, room(image))
-    work = Path(tempfile.mkdtemp(prefix=f"reproduce-{os.getpid()}-", dir=place))
+    work = Path(tempfile.mkdtemp(prefix=leftovers.name("reproduce"), dir=place))
     try:
         return reproduce(image, work, keep=given.keep)
     finally:

@@ -18,14 +18,13 @@ import json
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from images import host, lock, oci, papers, standing
+from images import host, leftovers, lock, oci, papers, standing
 from images.failures import Unreachable
 from images.oci import Descriptor, Manifest
 from images.papers import Envelope, Paper, PublicKey
@@ -457,9 +456,9 @@ def check_contents(image: Published) -> Metrics:
     """Every layer has its digest and its diff_id, and the lock inside is the one of the papers."""
     host.require("zstd")
     total, text = 0, b""
-    with tempfile.TemporaryDirectory(prefix="rollout-published-", dir=host.scratch()) as folder:
+    with leftovers.temporary("published", host.scratch()) as folder:
         for number, (layer, diff_id) in enumerate(zip(image.layers, image.diff_ids, strict=True)):
-            path = Path(folder) / str(number)
+            path = folder / str(number)
             image.registry.download(image.repository, layer.digest, path, size=layer.size)
             which = f"layer {number + 1} of {len(image.layers)} ({layer.digest})"
             found = unpacked(path, which)

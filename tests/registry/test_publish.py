@@ -408,11 +408,10 @@ class Store(builder.Buildah):
     def __init__(self, toy: Toy) -> None:
         self.toy = toy
 
-    def inspect(self, name: str) -> builder.Built | None:
+    @property
+    def built(self) -> builder.Built:
         config = json.loads(self.toy.config)
-        there = name == self.local + IMAGE.reference
-        ids = tuple(config["rootfs"]["diff_ids"])
-        return builder.Built("0" * 64, config["config"], ids) if there else None
+        return builder.Built("0" * 64, config["config"], tuple(config["rootfs"]["diff_ids"]))
 
 
 @pytest.fixture
@@ -429,6 +428,7 @@ def built(toy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     record = layers.Record(build.inputs(IMAGE), "buildah", below)
     monkeypatch.setattr(layers, "read", lambda _: record)
     monkeypatch.setattr(builder, "detect", lambda *_: Store(image))
+    monkeypatch.setattr(build, "current", lambda _, tool: tool.built)
     monkeypatch.setattr(packing, "source", lambda *_: image.source)
     monkeypatch.setattr(papers, "checkout_commit", lambda: "0" * 40)
     return image

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -167,24 +167,6 @@ def test_the_script_for_enroot_starts_the_entrypoint(
 
 
 # The session's own arguments
-
-
-class Store(builder.Buildah):
-    """A storage that holds one image."""
-
-    def __init__(self, labels: Mapping[str, str] | None) -> None:
-        self.labels = labels
-
-    def inspect(self, name: str) -> builder.Built | None:  # noqa: ARG002
-        return None if self.labels is None else builder.Built("0", {"Labels": self.labels}, ())
-
-
-def test_what_is_not_built_or_of_an_old_lock_is_not_exported() -> None:
-    for labels, words in ((None, "not built"), ({"rollout.lock.sha256": "0"}, "another lock")):
-        with pytest.raises(Problem, match=words) as caught:
-            export.current(IMAGE, Store(labels))
-        assert caught.value.code == 3
-        assert f"nox -s build -- {IMAGE.reference}" in caught.value.sentence
 
 
 def test_docker_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from images import build, builder, catalog, contents, host, layers, lock, reproduce
+from images import build, builder, catalog, contents, host, layers, lock, owner, reproduce
 from images.builder import Built
 from images.catalog import Image
 from images.contents import Entry, Part, Summary
@@ -400,7 +400,7 @@ def two(checkout: Checkout, work: Path, monkeypatch: pytest.MonkeyPatch) -> Two:
         files = made.first if outcome.storage.name == "first-own" else made.second
         return [files.get(name, [entry(f"opt/{name}")]) for name in NAMES]
 
-    def recorded(image: Image, _: builder.Buildah) -> Record:
+    def recorded(image: Image, _: builder.Buildah, __: Built) -> Record:
         made.recorded.append(os.environ["CONTAINERS_STORAGE_CONF"])
         return record(image, made.one)
 
@@ -767,8 +767,10 @@ def test_what_builds_left_is_removed_and_what_is_no_mount_does_no_harm(work: Pat
 
 
 def test_what_a_killed_run_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    left = tmp_path / "reproduce-4194305-x"  # more than the greatest process id of Linux
-    running, strange = tmp_path / f"reproduce-{os.getpid()}-y", tmp_path / "reproduce-mine"
+    here = owner.this()
+    gone = replace(here, process=4194305)  # more than the greatest process id of Linux
+    left, running = (tmp_path / f"rollout-reproduce-{whose}-x" for whose in (gone, here))
+    strange = tmp_path / "rollout-reproduce-mine"
     for folder in (left / "first-own/graphroot/overlay", running, strange):
         folder.mkdir(parents=True)
     reproduce.sweep(tmp_path)
