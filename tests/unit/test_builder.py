@@ -356,6 +356,17 @@ def test_buildah_is_taken_and_asked_for_unless_told_otherwise(
     assert required == ["buildah"]
 
 
+@pytest.mark.parametrize("folder", ["/nonexistent", "/dev/null"])
+@pytest.mark.parametrize("name", ["buildah", "docker"])
+def test_a_wrong_folder_for_temporary_files_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, folder: str
+) -> None:
+    monkeypatch.setenv("TMPDIR", folder)
+    with pytest.raises(Problem, match=f"^TMPDIR is {folder}, no folder that can be") as caught:
+        builder.detect(name)
+    assert caught.value.code == 2
+
+
 # when it fails
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from images import host
+from images.catalog import ROOT
 from rollout.problem import Problem
 
 DEBIAN = 'PRETTY_NAME="Debian GNU/Linux 12"\nID=debian\n'
@@ -201,6 +203,27 @@ def test_what_a_station_raises_is_one_sentence_and_an_exit_code(
 
     assert host.guarded(main, []) == code
     assert capsys.readouterr() == ("", said)
+
+
+def test_an_odd_byte_in_what_a_command_says_is_no_traceback() -> None:
+    done = host.run(["printf", "caf\\351\\n"], quiet=True)
+    assert done.stdout == "caf\ufffd\n"
+    with pytest.raises(Problem, match=r"exited with 3: caf.$"):
+        host.run(["sh", "-c", "printf 'caf\\351\\n' >&2; exit 3"], quiet=True)
+
+
+def test_another_package_called_rollout_does_not_answer_in_place_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "rollout").mkdir()
+    (tmp_path / "rollout" / "__init__.py").write_text("")
+    program = "import images, rollout.problem; print(rollout.problem.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == str(ROOT / "entrypoints/rollout/problem.py"), done.stderr
 
 
 def test_what_nobody_expected_keeps_its_traceback() -> None:
