@@ -371,6 +371,12 @@ def publish_image(
     proof = None if unproved else passing(image, built.diff_ids)
     names = tags(image, unproved=unproved)
     commit = papers.checkout_commit()
+    if not unproved and commit.endswith(papers.DIRTY):
+        raise Problem(
+            f"{image.reference} is not published: this checkout has changes that are in no commit, "
+            "and its provenance names one; commit them, or publish with --unproved",
+            2,
+        )
     where = registry.name(image.repository)
     host.say(f"{image.reference}: publish to {where} as {names.immutable}")
     registry.resolve(image.repository, names.immutable)  # a wrong host or password is told first

@@ -58,6 +58,7 @@ class Origin:
     commit: str
     dirty: bool
     builder: str
+    checkout: str  # the address of the repository; empty for a person's own
     byproducts: frozenset[tuple[str, str]]  # media type and sha256
     checks: tuple[str, ...]  # that a proof has to show
     transports: tuple[str, ...]
@@ -260,6 +261,13 @@ def check_provenance(image: Published) -> Metrics:
             raise Problem(f"it is of {origin.reference}, the image is {image.labels[oci.TITLE]}")
         if origin.lock != image.labels[LOCK]:
             raise Problem(f"it names the lock {origin.lock or '(none)'}, the image another")
+        if origin.dirty and not image.unproved:
+            raise Problem(
+                f"it was built from commit {origin.commit[:12]} and changes that are in no commit"
+            )
+        if not built_there(origin):
+            what = origin.checkout or "no repository"
+            raise Problem(f"it names {origin.builder} as its builder, and {what} as what it built")
     metrics = {"commit": origin.commit[:12], "dirty": origin.dirty, "builder": origin.builder}
     if image.key is None:
         raise Problem(
@@ -267,6 +275,16 @@ def check_provenance(image: Published) -> Metrics:
             _UNPROVED,
         )
     return metrics
+
+
+def built_there(origin: Origin) -> bool:
+    """Whether a builder and a checkout fit: a person's own, or a workflow of that repository."""
+    if not origin.checkout:
+        return origin.builder == papers.LOCAL_BUILDER
+    repository, _, ref = origin.checkout.removeprefix("git+").rpartition("@")
+    return origin.builder.startswith(f"{repository}/.github/workflows/") and (
+        origin.builder.endswith(f"@{ref}")
+    )
 
 
 def statement_of(paper: Paper, key: PublicKey | None) -> dict[str, Any] | None:
@@ -312,6 +330,7 @@ def origin_of(statement: Mapping[str, Any], digest: str) -> Origin:
             commit=str(source["digest"]["gitCommit"]),
             dirty=bool(source["annotations"]["dirty"]),
             builder=str(details["builder"]["id"]),
+            checkout=str(source.get("uri", "")),
             byproducts=frozenset(
                 (str(entry["mediaType"]), str(entry["digest"]["sha256"]))
                 for entry in details["byproducts"]

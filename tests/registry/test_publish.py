@@ -472,6 +472,17 @@ def test_without_a_passing_report_nothing_is_sent(
     assert not server.requests("POST") and not built.read
 
 
+def test_what_no_commit_holds_is_published_as_unproved_alone(
+    built: Toy, here: Registry, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(papers, "checkout_commit", lambda: "0" * 40 + papers.DIRTY)
+    with pytest.raises(Problem, match="changes that are in no commit") as caught:
+        publish.main([IMAGE.tag, "--to", here.target])
+    assert caught.value.code == 2
+    assert not server.requests("POST") and not built.read
+    assert publish.main([IMAGE.tag, "--to", here.target, "--unproved"]) == 0
+
+
 def test_the_report_that_is_attached_is_the_one_that_was_looked_at(
     built: Toy, here: Registry
 ) -> None:
