@@ -504,7 +504,7 @@ def build(
     locked = lock.read(image)
     if platform.machine() != "x86_64":
         raise Problem(f"the locks are for x86-64, this machine is {platform.machine()}", 3)
-    check_disk(tool.storage())
+    check_disk(tool.storage(), DISK_NEEDED * tool.copies())
     name = tool.local + (tag or image.reference)
     texts = layers(locked, image.engine, image.sources)
     files = payload(image, locked)

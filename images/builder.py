@@ -116,6 +116,10 @@ class Builder(ABC):
     def storage(self) -> Path:
         """The folder that holds its images."""
 
+    def copies(self) -> int:
+        """How many times the room of an image its storage takes."""
+        return 1
+
     @abstractmethod
     def own(self) -> Path:
         """The folder for what we keep of this storage."""
@@ -186,9 +190,17 @@ class Buildah(Builder):
     name = "buildah"
     local = "localhost/"
 
+    def _store(self) -> Mapping[str, Any]:
+        said = host.run(["buildah", "info"], quiet=True).stdout
+        found: Mapping[str, Any] = json.loads(said)["store"]
+        return found
+
     def storage(self) -> Path:
-        info = host.run(["buildah", "info"], quiet=True).stdout
-        return Path(json.loads(info)["store"]["GraphRoot"])
+        return Path(self._store()["GraphRoot"])
+
+    def copies(self) -> int:
+        # Of each layer a copy of all below it, and while it is made another one.
+        return 3 if self._store()["GraphDriverName"] == "vfs" else 1
 
     def own(self) -> Path:
         return self.storage() / "verl-rollout"
@@ -226,8 +238,12 @@ class Buildah(Builder):
         return Built(data["FromImageID"], image["config"], layers, data["FromImageDigest"], about)
 
     def version(self) -> str:
-        """Name and release: another one may write another manifest of the same layers."""
-        return " ".join(host.run(["buildah", "--version"], quiet=True).stdout.split()[::2][:2])
+        """Name and release: another one may write another manifest of the same layers.
+
+        Without root it may write other layers of the same files, so that is told apart too.
+        """
+        release = " ".join(host.run(["buildah", "--version"], quiet=True).stdout.split()[::2][:2])
+        return release if os.geteuid() == 0 else f"{release} without root"
 
     def blobs(self, name: str, folder: Path) -> list[Path]:
         """The uncompressed layers of an image, from the lowest up: files named by their sha256."""

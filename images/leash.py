@@ -24,11 +24,14 @@ GRACE = 10.0
 def leashed(argv: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """A running command, in a process group of its own; the group is gone at the end.
 
+    It has no input: of a terminal's, only the group in front may have any, and others are stopped.
+
     Raises:
         OSError: the command cannot be started.
     """
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     watch = subprocess.Popen(_WATCH, stdin=subprocess.PIPE, process_group=0, **quiet)
+    options.setdefault("stdin", subprocess.DEVNULL)
     process = None
     try:
         process = subprocess.Popen(list(argv), process_group=watch.pid, text=True, **options)

@@ -341,6 +341,18 @@ def smoke_options(options: Sequence[str], image: Image) -> tuple[list[str], dict
     return [*options, "--model", "/model"], {str(folder): "/model:ro"}
 
 
+HELP = """\
+usage: nox -s prove -- [REF ...] [--keep] [OPTION ...]
+       nox -s prove -- REF --from FOLDER [--keep]
+
+  --keep         keep the report, and the layers that it holds for, in the repository
+  --from FOLDER  take in what runs of the image on another machine have left there: verify.json,
+                 smoke.json and what else there is of them; nothing is run here
+
+Every OPTION goes to `rollout smoke` in the image:
+"""
+
+
 def main(arguments: Sequence[str]) -> int:
     """``nox -s prove [-- REF … OPTIONS]``, or ``REF --from FOLDER``.
 
@@ -348,6 +360,9 @@ def main(arguments: Sequence[str]) -> int:
     """
     images = catalog.load()
     chosen, options = catalog.select(arguments, images)
+    if {"-h", "--help"} & set(options):
+        host.say(HELP)
+        cli.parser().parse_args(["smoke", "--help"])
     keeping = "--keep" in options
     options = [option for option in options if option != "--keep"]
     if "--from" in options:

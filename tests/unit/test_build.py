@@ -649,6 +649,9 @@ class Looks:
     def own(self) -> Path:
         return build.BUILD / "own"
 
+    def copies(self) -> int:
+        return 1
+
     def build(self, recipe: builder.Recipe) -> str:
         files = {str(p.relative_to(recipe.context)) for p in recipe.context.rglob("*.*")}
         self.seen = {
@@ -697,7 +700,7 @@ def image(
 ) -> Image:
     """An image, on a host with an index of its own, credentials and a CA bundle."""
     monkeypatch.setattr(build, "base_image", lambda *_, **__: "localhost/base:1")
-    monkeypatch.setattr(build, "check_disk", lambda _: None)
+    monkeypatch.setattr(build, "check_disk", lambda *_: None)
     (checkout.root / "uv").write_text("uv")
     (checkout.root / "ca.pem").write_text("the company's root")
     monkeypatch.setattr(host, "uv", lambda: str(checkout.root / "uv"))

@@ -143,11 +143,25 @@ def test_both_builders_describe_an_image_alike(
         "buildah version 1.28.2\n",
     ],
 )
-def test_buildah_says_its_release_and_nothing_of_its_own_parts(
-    answers: dict[str, tuple[int, str]], says: str
+@pytest.mark.parametrize(("user", "told"), [(0, ""), (1234, " without root")])
+def test_buildah_says_its_release_and_whose_it_is_and_nothing_of_its_own_parts(
+    answers: dict[str, tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    says: str,
+    user: int,
+    told: str,
 ) -> None:
     answers["buildah --version"] = (0, says)
-    assert Buildah().version() == "buildah 1.28.2"
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert Buildah().version() == f"buildah 1.28.2{told}"
+
+
+@pytest.mark.parametrize(("driver", "copies"), [("overlay", 1), ("vfs", 3)])
+def test_a_storage_that_copies_layers_needs_more_room(
+    answers: dict[str, tuple[int, str]], driver: str, copies: int
+) -> None:
+    answers["buildah info"] = (0, json.dumps({"store": {"GraphDriverName": driver}}))
+    assert Buildah().copies() == copies
 
 
 def test_the_layers_of_an_image_come_in_the_order_of_its_manifest(

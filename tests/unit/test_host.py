@@ -259,3 +259,19 @@ def test_large_files_lie_beside_the_caches_and_not_in_tmp(
     assert folder.is_relative_to(host.cache())
     assert host.cache().is_relative_to(tmp_path)
     assert host.scratch() == folder, "it may be there already"
+
+
+def test_a_sentence_that_quotes_a_huge_line_stays_one_that_can_be_read(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    huge = "y" * 10_000_000
+
+    def main(_: Sequence[str]) -> int:
+        raise Problem(f"x.lock:7: not a requirement: {huge!r}", 2)
+
+    assert host.guarded(main, []) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: x.lock:7: not a requirement: 'yyy")
+    assert said.endswith("characters more)\n")
+    assert len(said) < 5000
+    assert Problem("x" * 3000).sentence == "x" * 3000

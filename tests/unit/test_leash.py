@@ -56,6 +56,14 @@ def test_the_exit_code_of_a_command_is_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == f"{tmp_path}\nb\n"
 
 
+def test_a_command_waits_for_no_input_of_a_terminal() -> None:
+    program = "from images import leash; raise SystemExit(leash.run(['cat']))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], input="typed", capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 def test_what_a_command_leaves_running_ends_with_it(tmp_path: Path) -> None:
     leash.run(["sh", "-c", f"sleep 60 & echo $! > {tmp_path}/pid"])
     assert ended(numbers(tmp_path / "pid"))

@@ -820,3 +820,16 @@ def test_from_takes_one_image_one_folder_and_nothing_else(
     with pytest.raises(Problem, match="--from FOLDER takes one REF before it") as caught:
         prove.main([argument.format(folder=tmp_path) for argument in arguments])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["vllm-0.12", "--help"]])
+@pytest.mark.usefixtures("image")
+def test_help_names_the_options_of_the_session_and_of_the_smoke(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        prove.main(arguments)
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    for option in ("--keep", "--from FOLDER", "--only", "--inject"):
+        assert option in said
