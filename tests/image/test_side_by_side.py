@@ -144,14 +144,19 @@ def machine(tool: builder.Buildah, tmp_path: Path) -> Iterator[Machine]:  # noqa
     reproduce.discard(tmp_path)
 
 
-def sleepers(seconds: int) -> list[int]:
-    """The processes that are ``sleep SECONDS``, in whatever container."""
-    wanted, found = f"sleep\0{seconds}\0".encode(), []
+def processes(*argv: str) -> list[int]:
+    """The processes with this command line, in whatever container."""
+    wanted, found = "".join(f"{word}\0" for word in argv).encode(), []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if (entry / "cmdline").read_bytes() == wanted:
                 found.append(int(entry.name))
     return found
+
+
+def sleepers(seconds: int) -> list[int]:
+    """The processes that sleep for so long."""
+    return processes("sleep", str(seconds))
 
 
 def within(seconds: float, true: Callable[[], bool]) -> bool:
@@ -164,14 +169,15 @@ def within(seconds: float, true: Callable[[], bool]) -> bool:
     return False
 
 
-SLOW = "ARG BASE\nFROM ${BASE}\nUSER 0\nRUN touch /one\nRUN sleep 3; touch /two\nRUN touch /three\n"
+SLOW = "ARG BASE\nFROM ${BASE}\nUSER 0\nRUN touch /one\nRUN sleep 5; touch /two\nRUN touch /three\n"
 
 
 def test_two_clones_that_build_at_once_both_end_well_with_the_same_image(machine: Machine) -> None:
     alone = machine.build("--no-cache", STEPS=SLOW)
     machine.buildah("rmi", "--all", "--force")
     one = machine.start("build", IMAGE.reference, "--no-cache", STEPS=SLOW)
-    time.sleep(1.5)
+    lock = machine.folder / "graphroot" / "verl-rollout" / "lock"
+    assert within(30, lambda: f"-{one.pid}-" in lock.read_text())
     checkout = str(machine.folder / "two")
     two = machine.start("build", IMAGE.reference, "--no-cache", STEPS=SLOW, CHECKOUT=checkout)
     said = [process.communicate()[0] for process in (one, two)]
@@ -184,35 +190,33 @@ def test_two_clones_that_build_at_once_both_end_well_with_the_same_image(machine
 
 def test_a_users_own_build_on_top_of_ours_is_left_alone(machine: Machine) -> None:
     machine.build()
-    file = machine.folder / "Dockerfile"
-    file.write_text(
-        f"FROM {NAME}\nUSER 0\nRUN touch /mine\nRUN sleep 4; touch /more\nRUN touch /end\n"
-    )
     theirs = machine.buildah("from", "--pull-never", NAME)
-    argv = [
-        "buildah",
-        "bud",
-        "--isolation",
-        "chroot",
-        "--network",
-        "host",
-        "--layers",
-        "-t",
-        "mine",
-    ]
+    sign = machine.folder / "sign"
+    sign.mkdir()
+    os.mkfifo(sign / "go")  # a step that reads it waits until somebody writes
+    file = machine.folder / "Dockerfile"
+    steps = ("USER 0", "RUN touch /mine", "RUN cat /sign/go", "RUN touch /end")
+    file.write_text("\n".join([f"FROM {NAME}", *steps, ""]))
+    argv = ["buildah", "bud", "--isolation", "chroot", "--network", "host", "--layers"]
     user = subprocess.Popen(
-        [*argv, "-f", str(file), str(machine.folder / "two")],
+        [*argv, "-t", "mine", "-v", f"{sign}:/sign", "-f", file, machine.folder / "two"],
         env={**os.environ, **machine.env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
-    assert within(10, lambda: bool(sleepers(4)))
-    before = machine.containers()
-    machine.build()
-    machine.build("--no-cache")
-    assert set(before) <= set(machine.containers())
-    said, _ = user.communicate()
+    try:
+        assert within(30, lambda: bool(processes("cat", "/sign/go")))
+        before = machine.containers()
+        machine.build()
+        machine.build("--no-cache")
+        assert set(before) <= set(machine.containers())
+        (sign / "go").write_text("go")
+        said, _ = user.communicate()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(user.pid, signal.SIGKILL)
     assert user.returncode == 0, said
     assert machine.inspect("localhost/mine:latest")
     assert machine.containers() == [theirs]
@@ -221,7 +225,7 @@ def test_a_users_own_build_on_top_of_ours_is_left_alone(machine: Machine) -> Non
 def test_a_build_that_is_killed_goes_on_nowhere_and_the_next_one_clears_up(
     machine: Machine,
 ) -> None:
-    slow = SLOW.replace("sleep 3", "sleep 6542")
+    slow = SLOW.replace("sleep 5", "sleep 6542")
     process = machine.start("build", IMAGE.reference, STEPS=slow)
     assert within(20, lambda: bool(sleepers(6542)))
     process.kill()
