@@ -199,7 +199,7 @@ def test_a_users_own_build_on_top_of_ours_is_left_alone(machine: Machine) -> Non
     file.write_text("\n".join([f"FROM {NAME}", *steps, ""]))
     argv = ["buildah", "bud", "--isolation", "chroot", "--network", "host", "--layers"]
     user = subprocess.Popen(
-        [*argv, "-t", "mine", "-v", f"{sign}:/sign", "-f", file, machine.folder / "two"],
+        [*argv, "-t", "mine:1", "-v", f"{sign}:/sign", "-f", file, machine.folder / "two"],
         env={**os.environ, **machine.env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -218,7 +218,7 @@ def test_a_users_own_build_on_top_of_ours_is_left_alone(machine: Machine) -> Non
         with suppress(ProcessLookupError):
             os.killpg(user.pid, signal.SIGKILL)
     assert user.returncode == 0, said
-    assert machine.inspect("localhost/mine:latest")
+    assert machine.inspect("localhost/mine:1")
     assert machine.containers() == [theirs]
 
 
