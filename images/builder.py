@@ -208,7 +208,7 @@ class Buildah(Builder):
     def build(self, recipe: Recipe) -> str:
         # buildah keeps cache mounts below TMPDIR, by default in one folder for all users of the
         # machine, where the second one may not write.
-        own = host.cache() / "buildah"
+        own = leftovers.buildah()
         own.mkdir(parents=True, exist_ok=True)
         with leftovers.temporary("id", host.scratch()) as folder:
             file = folder / "id"

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from images import build, builder, catalog, host
+from images import build, builder, catalog, host, leftovers
 from images.build import TIMESTAMP
 from images.builder import Buildah, Built
 from images.catalog import ROOT, Image, shown
@@ -259,7 +259,9 @@ def export(
         if kind == "oci":
             argv = oci_argv(built.id, temporary, image.reference, layers)
             build.check_disk(folder)
-            host.run(argv, quiet=True)
+            # buildah lays the whole image out below TMPDIR first, and leaves it where it is killed.
+            with leftovers.temporary("export", host.scratch()) as place:
+                host.run(argv, quiet=True, env={**os.environ, "TMPDIR": str(place)})
         elif kind == "rootfs":
             rootfs(image, tool, built, temporary, level)
         else:

@@ -19,7 +19,8 @@ from images import host, owner
 # What is kept between runs below host.cache(), and made or fetched again where it is gone: the tars
 # of bases, their packages, compressed layers.
 KEPT = ("base-*.tar", "debs/*.deb", "layers/compressed/*.tar.zst")
-UNUSED = 30 * 24 * 3600.0
+_DAY = 24 * 3600.0
+UNUSED = 30 * _DAY
 
 
 def name(what: str) -> str:
@@ -43,6 +44,11 @@ def discard(path: Path) -> None:
             path.unlink()
 
 
+def buildah() -> Path:
+    """Where buildah puts what a build needs for a while, and the package caches of builds."""
+    return host.cache() / "buildah"
+
+
 def places() -> tuple[Path, ...]:
     """Where runs put what they need for a while."""
     cache = host.cache()
@@ -58,6 +64,12 @@ def sweep(*others: Path) -> None:
                 # Ours begin so; everything else in /tmp is other people's.
                 if entry.name.startswith(("rollout-", ".")) and owner.abandoned(Path(entry)):
                     discard(Path(entry))
+    # Names of buildah's own tell no owner. No step and no layer of a build takes so long.
+    for path in buildah().glob("*"):
+        with suppress(FileNotFoundError):
+            old = time.time() - path.lstat().st_mtime > _DAY
+            if old and not path.name.startswith("buildah-cache"):
+                discard(path)
 
 
 def used(path: Path) -> None:

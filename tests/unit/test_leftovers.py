@@ -59,6 +59,17 @@ def test_what_killed_runs_have_left_is_removed_wherever_runs_put_it(tmp_path: Pa
     assert [path for path in staying if not path.exists()] == []
 
 
+def test_what_a_killed_builder_has_left_is_removed_and_its_package_cache_stays() -> None:
+    old = {
+        name: aged(leftovers.buildah() / name, 25 * 3600)
+        for name in ("buildah123", "container_images_storage1", "buildah-cache-0")
+    }
+    new = aged(leftovers.buildah() / "buildah456", 23 * 3600)
+    leftovers.sweep()
+    assert [name for name, path in old.items() if path.exists()] == ["buildah-cache-0"]
+    assert new.exists()
+
+
 def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
