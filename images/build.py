@@ -469,17 +469,21 @@ def _contexts() -> Path:
     return BUILD
 
 
+def everything(image: Image) -> str:
+    """sha256 of all that decides an image, our own package and the labels too; needs no build."""
+    locked = lock.read(image)
+    texts = layers(locked, image.engine, image.sources)
+    values = arguments(texts, base_name(), payload(image, locked))
+    return digest(json.dumps(values, sort_keys=True), recipe_text(image, locked))
+
+
 def current(image: Image, tool: builder.Builder) -> builder.Built:
     """The image of today's inputs in the builder's storage, whatever is called so there by now.
 
     Raises:
         Problem: exit code 3 where it is not there: never built, or something in it has changed.
     """
-    today, recorded = inputs(image), layers_of.read(image)
-    built = storage.find(tool, today)
-    # One that came from elsewhere is known by the record alone.
-    if not built and recorded and recorded.inputs == today:
-        built = tool.inspect(recorded.image)
+    built = storage.find(tool, everything(image))
     if not built:
         other = tool.inspect(tool.local + image.reference)
         what = "is here as built from other inputs than today's" if other else "is not built here"
@@ -530,7 +534,7 @@ def build(
             built = tool.inspect(tool.build(recipe))
         if not built:
             raise Problem(f"{tool.name} finished, but {name} is not in its storage")
-        storage.remember(tool, inputs(image), built.id)
+        storage.remember(tool, everything(image), built.id)
     host.say(f"{name} is {built.id}")
     if check and isinstance(tool, builder.Buildah):  # docker's storage gives no layer away
         budget.check(image, tool, built, layer_names(image, locked))

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from images import build, builder, host, layers, owner, storage
+from images import build, builder, host, owner, storage
 from images.builder import Built
 from images.catalog import Image
-from images.layers import Record
 from rollout.problem import Problem
 
 from ..conftest import Checkout, sha256
@@ -50,7 +49,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
-    monkeypatch.setattr(build, "inputs", lambda _: "today")
+    monkeypatch.setattr(build, "everything", lambda _: "today")
     return checkout.image()
 
 
@@ -63,17 +62,6 @@ def test_the_image_of_todays_inputs_is_found_whatever_its_name_says(
     store.images = {OLD.id: OLD, NEW.id: NEW, f"localhost/{image.reference}": OLD}
     storage.remember(store, "today", NEW.id)
     assert build.current(image, store) == NEW, "another clone has given the name to its own"
-
-
-def test_an_image_that_another_machine_built_is_known_by_the_record(
-    image: Image, store: Store
-) -> None:
-    store.images = {NEW.id: NEW}
-    layers.write(image, Record("today", "buildah 1.28.2", NEW.id, NEW.manifest, ()))
-    assert build.current(image, store) == NEW
-    layers.write(image, Record("before", "buildah 1.28.2", NEW.id, NEW.manifest, ()))
-    with pytest.raises(Problem):
-        build.current(image, store)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +103,7 @@ def test_a_change_of_an_entrypoint_makes_an_image_stale(
     monkeypatch.setattr(build, "base_name", lambda: "base:1")
     image = checkout.image()
     store.images = {NEW.id: NEW}
-    storage.remember(store, build.inputs(image), NEW.id)
+    storage.remember(store, build.everything(image), NEW.id)
     assert build.current(image, store) == NEW
     (own / "cli.py").write_text("2")
     with pytest.raises(Problem, match="nox -s build"):
