@@ -93,7 +93,7 @@ def test_a_note_that_names_no_image_says_nothing(image: Image, store: Store, tex
         build.current(image, store)
 
 
-def test_a_change_of_an_entrypoint_makes_an_image_stale(
+def test_a_change_of_an_entrypoint_or_a_variable_makes_an_image_stale(
     checkout: Checkout, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "own"
@@ -108,6 +108,10 @@ def test_a_change_of_an_entrypoint_makes_an_image_stale(
     (own / "cli.py").write_text("2")
     with pytest.raises(Problem, match="nox -s build"):
         build.current(image, store)
+    (own / "cli.py").write_text("1")
+    assert build.current(checkout.image(), store) == NEW
+    with pytest.raises(Problem, match="nox -s build"):
+        build.current(checkout.image({"env": '{ A = "other" }'}), store)
 
 
 # one at a time
