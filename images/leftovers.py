@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,8 +36,21 @@ def temporary(what: str, place: Path | None = None) -> Iterator[Path]:
         yield Path(folder)
 
 
+def mounted(folder: Path, mounts: str) -> list[str]:
+    """What is mounted below a folder, the innermost first; ``mounts`` is /proc/self/mounts."""
+    # The kernel writes a space in a path as \040, and umount would not find that.
+    places = [line.split(" ")[1].replace("\\040", " ") for line in mounts.splitlines()]
+    return [place for place in reversed(places) if Path(place).is_relative_to(folder)]
+
+
 def discard(path: Path) -> None:
-    """Remove a file or folder as far as that is allowed; a link, and not what it leads to."""
+    """Remove a file or folder as far as that is allowed; a link, and not what it leads to.
+
+    What is mounted there goes first, or it would be busy: a storage has a mount on its own folder,
+    and a build that failed leaves its container's.
+    """
+    for place in mounted(path, Path("/proc/self/mounts").read_text(encoding="utf-8")):
+        subprocess.run(["umount", place], check=False, capture_output=True)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from images import build, builder, catalog, host, layers, reproduce
+from images import build, builder, catalog, host, layers, leftovers, reproduce
 from images.catalog import ROOT
 
 pytestmark = pytest.mark.image
@@ -81,7 +81,7 @@ def test_the_file_that_differs_in_a_real_layer_is_named(
     try:
         reached, lines = reproduce.compared(image, one, two, tmp_path)
     finally:
-        reproduce.discard(tmp_path)
+        leftovers.discard(tmp_path)
     assert reached == level
     assert [line.strip() for line in lines if not line.startswith("layer ")] == said
 

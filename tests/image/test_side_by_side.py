@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from images import builder, catalog, oci, reproduce
+from images import builder, catalog, leftovers, oci, reproduce
 from images.catalog import ROOT
 
 from ..layout import read
@@ -141,7 +141,7 @@ class Machine:
 def machine(tool: builder.Buildah, tmp_path: Path) -> Iterator[Machine]:  # noqa: ARG001
     """As root and with buildah, or these tests are skipped with the reason."""
     yield Machine(tmp_path)
-    reproduce.discard(tmp_path)
+    leftovers.discard(tmp_path)
 
 
 def processes(*argv: str) -> list[int]:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from images import build, builder, catalog, host, layers, reproduce
+from images import build, builder, catalog, host, layers, leftovers, reproduce
 from rollout.problem import Problem
 
 pytestmark = pytest.mark.image
@@ -23,7 +23,7 @@ def place() -> Iterator[Path]:
     """A folder on the disk, for a storage of the test's own."""
     with TemporaryDirectory(prefix="rollout-clones-", dir=host.scratch()) as name:
         yield Path(name)
-        reproduce.discard(Path(name))
+        leftovers.discard(Path(name))
         Path(name).mkdir()
 
 

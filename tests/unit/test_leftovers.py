@@ -80,6 +80,19 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "file").exists()
 
 
+def test_mounts_of_a_failed_build_are_taken_off_from_the_innermost() -> None:
+    mounts = (
+        "/dev/vda / ext4 rw 0 0\n"
+        "/dev/vda /w/reproduce-1-x/second-own/graphroot/overlay ext4 rw 0 0\n"
+        "overlay /w/reproduce-1-x/second-own/graphroot/overlay/c0\\040ffee/merged overlay rw 0 0\n"
+        "overlay /w/reproduce-1-xy/merged overlay rw 0 0\n"
+    )
+    assert leftovers.mounted(Path("/w/reproduce-1-x"), mounts) == [
+        "/w/reproduce-1-x/second-own/graphroot/overlay/c0 ffee/merged",
+        "/w/reproduce-1-x/second-own/graphroot/overlay",
+    ]
+
+
 def test_a_half_written_file_has_its_owner_in_its_name(tmp_path: Path) -> None:
     with host.replacing(tmp_path / "file") as temporary:
         temporary.touch()

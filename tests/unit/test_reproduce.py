@@ -747,34 +747,15 @@ def test_a_large_layer_needs_room_for_a_copy_of_it(checkout: Checkout) -> None:
     assert rooms[1] - rooms[0] == 10**9
 
 
-def test_mounts_of_a_failed_build_are_taken_off_from_the_innermost() -> None:
-    mounts = (
-        "/dev/vda / ext4 rw 0 0\n"
-        "/dev/vda /w/reproduce-1-x/second-own/graphroot/overlay ext4 rw 0 0\n"
-        "overlay /w/reproduce-1-x/second-own/graphroot/overlay/c0\\040ffee/merged overlay rw 0 0\n"
-        "overlay /w/reproduce-1-xy/merged overlay rw 0 0\n"
-    )
-    assert reproduce.mounted(Path("/w/reproduce-1-x"), mounts) == [
-        "/w/reproduce-1-x/second-own/graphroot/overlay/c0 ffee/merged",
-        "/w/reproduce-1-x/second-own/graphroot/overlay",
-    ]
-
-
-def test_what_builds_left_is_removed_and_what_is_no_mount_does_no_harm(work: Path) -> None:
-    put(work, "first-own/graphroot/overlay/x", "second-own/tmp/y", "one/README.md")
-    reproduce.discard(work)
-    assert not work.exists()
-
-
-def test_what_a_killed_run_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    here = owner.this()
-    gone = replace(here, process=4194305)  # more than the greatest process id of Linux
-    left, running = (tmp_path / f"rollout-reproduce-{whose}-x" for whose in (gone, here))
-    strange = tmp_path / "rollout-reproduce-mine"
-    for folder in (left / "first-own/graphroot/overlay", running, strange):
-        folder.mkdir(parents=True)
-    reproduce.sweep(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([running, strange])
+def test_what_a_killed_run_has_left_makes_room_for_the_next(
+    session: Session, tmp_path: Path
+) -> None:
+    gone = replace(owner.this(), process=4194305)  # more than the greatest process id of Linux
+    left = tmp_path / f"rollout-reproduce-{gone}-x"
+    (left / "first-own/graphroot/overlay").mkdir(parents=True)
+    assert reproduce.main(["vllm-0.12", "--work", str(tmp_path)]) == 1
+    assert not left.exists()
+    assert session.asked
 
 
 def test_what_the_host_needs_no_proxy_for_stays(
