@@ -4,4 +4,5 @@ import sys
 from pathlib import Path
 
 # The contracts that both sides share (report, faults) live in the package that every image carries.
-sys.path.append(str(Path(__file__).resolve().parent.parent / "entrypoints"))
+# Before everything else: another distribution called rollout would answer in its place.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "entrypoints"))

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from images import debian, host, rootfs
+from images import debian, host, leftovers, rootfs
 from images.apt_sources import ARCHITECTURE, SNAPSHOT, SUITE
 from images.catalog import ROOT, shown
 from images.debian import RELOCK, Deb
@@ -210,21 +209,22 @@ def fetch(lock: Path = LOCK, snapshot: str | None = None) -> Path:
         if kept.exists() and host.sha256(kept) != deb.sha256:
             kept.unlink()
             host.say(f"{deb.name}: the cached file is damaged; deleted, it is fetched again")
+        leftovers.used(kept)
     missing = _missing(locked, folder)
     if not missing:
         return folder
     host.say(f"fetching {len(missing)} Debian packages")
     with (
         debian.apt(snapshot) as conf,
-        tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new,
+        leftovers.temporary("debs", folder) as new,
     ):
         problem = debian.vanished(missing, debian.offered(conf, missing), locked.as_of)
         if problem:
             raise problem
-        debian.download(conf, missing, Path(new))
+        debian.download(conf, missing, new)
         wrong = []
         for deb in missing:
-            file = next(Path(new).glob(f"{debian.downloaded_name(deb)}_*.deb"))
+            file = next(new.glob(f"{debian.downloaded_name(deb)}_*.deb"))
             got = host.sha256(file)
             if got == deb.sha256:
                 file.replace(folder / f"{deb.sha256}.deb")
@@ -285,4 +285,5 @@ def tarball(lock: Path = LOCK) -> Path:
     if not path.exists():
         host.say("making the base image from Debian packages")
         make(lock, path)
+    leftovers.used(path)
     return path

@@ -56,7 +56,6 @@ def remembered() -> dict[str, Layer]:
 def check(
     image: Image,
     tool: builder.Buildah,
-    name: str,
     built: builder.Built,
     labels: Sequence[str],
 ) -> None:
@@ -71,7 +70,7 @@ def check(
         broken = over(image, found)
     else:
         host.say(f"{image.reference} has new layers: what do they hold, and what do they weigh?")
-        measured = layers.measure(tool, name, labels, seen)
+        measured = layers.measure(tool, built.id, labels, seen)
         broken = [*measured.broken, *over(image, measured.layers)]
         if not broken:
             for layer in measured.layers:

@@ -7,7 +7,6 @@ builder whose digests count is buildah; docker (BuildKit) builds the same Docker
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from images import base, budget, builder, catalog, host, lock
+from images import base, budget, builder, catalog, host, leftovers, lock, storage
 from images import layers as layers_of
 from images.catalog import BACKENDS, FRAMEWORKS, ROOT, Image, shown
 from images.layers import Record, measure
@@ -416,19 +415,6 @@ def _secrets(folder: Path, settings: Mapping[str, str], wheels: bool) -> Iterato
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    """One build at a time in a checkout: two would write the same context."""
-    BUILD.mkdir(exist_ok=True)
-    with (BUILD / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            host.say("another build is running in this checkout; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 def check_disk(folder: Path, needed: int = DISK_NEEDED) -> None:
     """See that a build has room.
 
@@ -458,25 +444,53 @@ def base_needs(uid: int) -> list[str]:
 def base_image(tool: builder.Builder, *, cache: bool = True) -> str:
     """The base image in the builder's storage; made where it is not there yet."""
     name = tool.local + base_name()
-    found = tool.inspect(name) if cache else None
-    if not found:
+    if not cache or not tool.inspect(name):
         host.require(*base_needs(os.geteuid()))
         tar = base.tarball()
-        folder = BUILD / "contexts" / "base"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        _place(tar, folder / "base.tar")
-        # The label makes bases of other inputs other images even where their files are the same:
-        # else layers cached on one would be taken for the other's, and carry its name and history.
-        text = dockerfile(BASE_DOCKERFILE.read_text("utf-8"), {}, {"rollout.base": base_name()})
-        (folder / "Dockerfile").write_text(text, encoding="utf-8")
-        tool.build(builder.Recipe(folder, name, TIMESTAMP, cache=cache))
-        shutil.rmtree(folder)
-        found = tool.inspect(name)
-    if not found:
-        raise Problem(f"{tool.name} finished, but {name} is not in its storage")
-    tool.sweep(found)
+        with leftovers.temporary("context", _contexts()) as place:
+            folder = place / "context"
+            folder.mkdir()
+            _place(tar, folder / "base.tar")
+            # The label makes bases of other inputs other images even where their files are the
+            # same: else layers cached on one would be taken for the other's, and carry its name and
+            # history.
+            text = dockerfile(BASE_DOCKERFILE.read_text("utf-8"), {}, {"rollout.base": base_name()})
+            (folder / "Dockerfile").write_text(text, encoding="utf-8")
+            found = tool.build(builder.Recipe(folder, name, TIMESTAMP, cache=cache))
+        if not tool.inspect(found):
+            raise Problem(f"{tool.name} finished, but {name} is not in its storage")
+    storage.keep_base(tool, name)
     return name
+
+
+def _contexts() -> Path:
+    """Where contexts lie: in the checkout, so that they share its large files."""
+    BUILD.mkdir(exist_ok=True)
+    return BUILD
+
+
+def everything(image: Image) -> str:
+    """sha256 of all that decides an image, our own package and the labels too; needs no build."""
+    locked = lock.read(image)
+    texts = layers(locked, image.engine, image.sources)
+    values = arguments(texts, base_name(), payload(image, locked))
+    return digest(json.dumps(values, sort_keys=True), recipe_text(image, locked))
+
+
+def current(image: Image, tool: builder.Builder) -> builder.Built:
+    """The image of today's inputs in the builder's storage, whatever is called so there by now.
+
+    Raises:
+        Problem: exit code 3 where it is not there: never built, or something in it has changed.
+    """
+    built = storage.find(tool, everything(image))
+    if not built:
+        other = tool.inspect(tool.local + image.reference)
+        what = "is here as built from other inputs than today's" if other else "is not built here"
+        raise Problem(
+            f"{image.reference} {what}; build it with 'nox -s build -- {image.reference}'", 3
+        )
+    return built
 
 
 def build(
@@ -494,7 +508,7 @@ def build(
     locked = lock.read(image)
     if platform.machine() != "x86_64":
         raise Problem(f"the locks are for x86-64, this machine is {platform.machine()}", 3)
-    check_disk(tool.storage())
+    check_disk(tool.storage(), DISK_NEEDED * tool.copies())
     name = tool.local + (tag or image.reference)
     texts = layers(locked, image.engine, image.sources)
     files = payload(image, locked)
@@ -503,28 +517,31 @@ def build(
     backend = lock.torch_backend([f"{e.name}=={e.version}" for e in locked], settings)
     if backend:
         settings["UV_TORCH_BACKEND"] = backend
-    with _alone():
+    leftovers.sweep(BUILD)
+    leftovers.prune()
+    with storage.alone(tool), leftovers.temporary("context", _contexts()) as place:
+        tool.sweep()
         bottom = base_image(tool, cache=cache)
-        folder = BUILD / "contexts" / image.repository / image.tag
+        folder = place / "context"
         prepare(folder, recipe_text(image, locked), texts, files, wheels, image.sources)
         values = arguments(texts, bottom, files)
         settings |= clock(os.environ)
         if CLOCK in os.environ:
             host.require(str(_FAKETIME))
             _place(_FAKETIME, folder / "tools" / _FAKETIME.name)
-        with _secrets(BUILD / "secrets", settings, bool(wheels)) as secrets:
-            tool.build(builder.Recipe(folder, name, TIMESTAMP, values, secrets, cache=cache))
-        shutil.rmtree(folder)
-    built = tool.inspect(name)
-    if not built:
-        raise Problem(f"{tool.name} finished, but {name} is not in its storage")
+        with _secrets(place / "secrets", settings, bool(wheels)) as secrets:
+            recipe = builder.Recipe(folder, name, TIMESTAMP, values, secrets, cache=cache)
+            built = tool.inspect(tool.build(recipe))
+        if not built:
+            raise Problem(f"{tool.name} finished, but {name} is not in its storage")
+        storage.remember(tool, everything(image), built.id)
     host.say(f"{name} is {built.id}")
     if check and isinstance(tool, builder.Buildah):  # docker's storage gives no layer away
-        budget.check(image, tool, name, built, layer_names(image, locked))
+        budget.check(image, tool, built, layer_names(image, locked))
     return built
 
 
-def record(image: Image, tool: builder.Buildah) -> Record:
+def record(image: Image, tool: builder.Buildah, built: builder.Built) -> Record:
     """What is recorded of an image that was just built: its layers below our own package.
 
     Every layer is read once more.
@@ -534,7 +551,7 @@ def record(image: Image, tool: builder.Buildah) -> Record:
     """
     known = budget.remembered() | budget.known()
     names = layer_names(image, lock.read(image))
-    measured = measure(tool, tool.local + image.reference, names, known)
+    measured = measure(tool, built.id, names, known)
     if measured.broken:
         raise Problem(f"{image.reference} is not recorded: {'; '.join(measured.broken)}")
     return Record(inputs(image), tool.version(), measured.layers[:-1])
@@ -552,7 +569,7 @@ def keep(image: Image, tool: builder.Buildah, built: builder.Built) -> None:
         command = f"nox -s reproduce -- {image.reference}"
         raise Problem(f"not kept: {verdict.sentence} ('{command}' says what differs)")
     if not recorded or recorded.inputs != today:
-        layers_of.write(image, record(image, tool))
+        layers_of.write(image, record(image, tool, built))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,22 +9,19 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any, ClassVar
 
-from images import host
+from images import host, leash, leftovers, owner
 from rollout.problem import Problem
 
 # What a failed build prints, and what it means for the person who reads it.
@@ -63,28 +60,14 @@ def stream(
         Problem: the command failed.
     """
     tail: deque[str] = deque(maxlen=40)
-    # A group of its own, so that the build's children end with it on Ctrl-C.
-    process = subprocess.Popen(
-        list(argv),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=None if env is None else dict(env),
-        cwd=cwd,
-        umask=umask,
-        start_new_session=True,
-    )
-    try:
+    options = {"env": None if env is None else dict(env), "cwd": cwd, "umask": umask}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
+    with leash.leashed(argv, **options, **output) as process:
         for line in process.stdout or ():
             sys.stdout.write(line)
             sys.stdout.flush()
             tail.append(line.rstrip())
         code = process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
-        raise
     if code:
         raise Problem(meaning(list(tail), code))
 
@@ -133,29 +116,41 @@ class Builder(ABC):
     def storage(self) -> Path:
         """The folder that holds its images."""
 
+    def copies(self) -> int:
+        """How many times the room of an image its storage takes."""
+        return 1
+
     @abstractmethod
-    def build_argv(self, recipe: Recipe) -> list[str]:
-        """The command that builds a recipe and tags the result."""
+    def own(self) -> Path:
+        """The folder for what we keep of this storage."""
 
     @abstractmethod
     def inspect(self, name: str) -> Built | None:
-        """An image of its storage, None where there is none of that name."""
+        """An image of its storage by name or id, None where there is none."""
 
     @abstractmethod
-    def run(self, command: Command, *, capture: bool = False) -> CompletedProcess[str]:
-        """Run a command in a fresh container, and remove the container."""
+    def run(self, command: Command) -> int:
+        """Run a command in a fresh container, and remove the container; returns its exit code."""
 
     @abstractmethod
     def writer(self, folder: Path) -> str:
         """The user of a container that has to write into a folder of this host, made so it can."""
 
-    def build(self, recipe: Recipe) -> None:
-        """Build a recipe, showing progress."""
-        stream(self.build_argv(recipe))
+    @abstractmethod
+    def build(self, recipe: Recipe) -> str:
+        """Build a recipe, showing progress; returns what :meth:`inspect` finds the result by."""
 
     @abstractmethod
-    def sweep(self, base: Built) -> None:
-        """Remove what a killed build on this base has left in the storage."""
+    def sweep(self) -> None:
+        """Remove what our own killed runs have left in the storage."""
+
+    @abstractmethod
+    def tags(self, repository: str) -> list[str]:
+        """The tags that images of this name have in the storage."""
+
+    @abstractmethod
+    def remove(self, name: str) -> bool:
+        """Take a name from its image, and the image away where it has no other; false if in use."""
 
 
 def _pairs(flag: str, values: Mapping[str, str]) -> list[str]:
@@ -181,30 +176,54 @@ def _run_options(command: Command) -> list[str]:
     ]
 
 
+_NAME = "rollout-container-"
+# Under this variable what runs in one of our containers has the container's name.
+CONTAINER = "ROLLOUT_CONTAINER"
+# buildah says of every container which file of mounts it was made with. A build's containers have
+# names of buildah's own, so this is where their owner stands; there is no such file.
+_MARK = "/nonexistent/rollout-build-"
+
+
 class Buildah(Builder):
     """buildah: no daemon, no registry, and a timestamp of our choice on every file."""
 
     name = "buildah"
     local = "localhost/"
 
-    def storage(self) -> Path:
-        info = host.run(["buildah", "info"], quiet=True).stdout
-        return Path(json.loads(info)["store"]["GraphRoot"])
+    def _store(self) -> Mapping[str, Any]:
+        said = host.run(["buildah", "info"], quiet=True).stdout
+        found: Mapping[str, Any] = json.loads(said)["store"]
+        return found
 
-    def build(self, recipe: Recipe) -> None:
+    def storage(self) -> Path:
+        return Path(self._store()["GraphRoot"])
+
+    def copies(self) -> int:
+        # Of each layer a copy of all below it, and while it is made another one.
+        return 3 if self._store()["GraphDriverName"] == "vfs" else 1
+
+    def own(self) -> Path:
+        return self.storage() / "verl-rollout"
+
+    def build(self, recipe: Recipe) -> str:
         # buildah keeps cache mounts below TMPDIR, by default in one folder for all users of the
         # machine, where the second one may not write.
-        own = host.cache() / "buildah"
+        own = leftovers.buildah()
         own.mkdir(parents=True, exist_ok=True)
-        stream(self.build_argv(recipe), {"TMPDIR": str(own), **os.environ})
+        with leftovers.temporary("id", host.scratch()) as folder:
+            file = folder / "id"
+            stream(self.build_argv(recipe, file), {"TMPDIR": str(own), **os.environ})
+            return file.read_text(encoding="utf-8").strip().removeprefix("sha256:")
 
-    def build_argv(self, recipe: Recipe) -> list[str]:
+    def build_argv(self, recipe: Recipe, file: Path) -> list[str]:
+        """The command that builds a recipe, tags the result, and writes its id into a file."""
         return [
+            *("buildah", "--default-mounts-file", f"{_MARK}{owner.this()}", "bud"),
             # chroot: the isolation that needs no OCI runtime and works inside a container too.
-            *("buildah", "bud", "--isolation", "chroot", "--format", "oci", "--network", "host"),
+            *("--isolation", "chroot", "--format", "oci", "--network", "host"),
             # The identity label would put the version of buildah into every image.
             *("--layers", "--timestamp", str(recipe.timestamp), "--identity-label=false"),
-            *_common(recipe),
+            *("--iidfile", str(file), *_common(recipe)),
         ]
 
     def inspect(self, name: str) -> Built | None:
@@ -219,8 +238,12 @@ class Buildah(Builder):
         return Built(data["FromImageID"], image["config"], layers, data["FromImageDigest"], about)
 
     def version(self) -> str:
-        """Name and release: another one may write another manifest of the same layers."""
-        return " ".join(host.run(["buildah", "--version"], quiet=True).stdout.split()[::2][:2])
+        """Name and release: another one may write another manifest of the same layers.
+
+        Without root it may write other layers of the same files, so that is told apart too.
+        """
+        release = " ".join(host.run(["buildah", "--version"], quiet=True).stdout.split()[::2][:2])
+        return release if os.geteuid() == 0 else f"{release} without root"
 
     def blobs(self, name: str, folder: Path) -> list[Path]:
         """The uncompressed layers of an image, from the lowest up: files named by their sha256."""
@@ -233,12 +256,17 @@ class Buildah(Builder):
     @contextmanager
     def container(self, image: str) -> Iterator[str]:
         """A working container of an image; removed at the end, whatever happened."""
-        name = f"rollout-{uuid.uuid4().hex[:12]}"
-        host.run(["buildah", "from", "--pull-never", "--name", name, image], quiet=True)
+        name = f"{leftovers.name('container')}{uuid.uuid4().hex[:8]}"
         try:
+            # In here: what a signal interrupts may be there already.
+            host.run(["buildah", "from", "--pull-never", "--name", name, image], quiet=True)
             yield name
         finally:
-            host.run(["buildah", "rm", name], quiet=True, check=False)
+            self._remove_container(name, name)
+
+    def _remove_container(self, name: str, reference: str) -> None:
+        leash.ended(CONTAINER, name)
+        host.run(["buildah", "rm", reference], quiet=True, check=False)
 
     def writer(self, folder: Path) -> str:
         if os.geteuid() != 0:
@@ -246,30 +274,48 @@ class Buildah(Builder):
         os.chown(folder, 1000, 0)
         return "1000:0"
 
-    def sweep(self, base: Built) -> None:
+    def sweep(self) -> None:
         listed = host.run(["buildah", "containers", "--json"], quiet=True).stdout
         for entry in json.loads(listed) or []:
-            found = self.inspect(entry["imageid"]) if unfinished(entry) else None
-            # Other people build on this machine too: only what stands on our base is ours.
-            if found and found.diff_ids[: len(base.diff_ids)] == base.diff_ids:
-                host.run(["buildah", "rm", entry["id"]], quiet=True, check=False)
+            whose = self.owner_of(entry)
+            if whose and owner.dead(whose):
+                self._remove_container(entry["containername"], entry["id"])
+
+    def owner_of(self, container: Mapping[str, str]) -> owner.Owner | None:
+        """Whose an entry of ``buildah containers --json`` is; None for what is not ours.
+
+        Other people build on this machine too, on our images among others.
+        """
+        name = container["containername"]
+        if name.startswith(_NAME):
+            return owner.parse(name)
+        if not re.search(r"working-container(-\d+)?$", name):
+            return None
+        argv = ["buildah", "inspect", "--type", "container", container["id"]]
+        done = host.run(argv, quiet=True, check=False)
+        if done.returncode:
+            return None  # gone in between
+        mark = str(json.loads(done.stdout).get("DefaultMountsFilePath", ""))
+        return owner.parse(mark) if mark.startswith(_MARK) else None
+
+    def tags(self, repository: str) -> list[str]:
+        argv = ["buildah", "images", "--format", "{{.Tag}}", "--filter", f"reference={repository}"]
+        return host.run(argv, quiet=True).stdout.split()
+
+    def remove(self, name: str) -> bool:
+        return host.run(["buildah", "rmi", name], quiet=True, check=False).returncode == 0
 
     def run_argv(self, command: Command, container: str) -> list[str]:
         """The command that runs something in a working container."""
         options = _run_options(command)
         return ["buildah", "run", "--isolation", "chroot", *options, container, "--", *command.argv]
 
-    def run(self, command: Command, *, capture: bool = False) -> CompletedProcess[str]:
-        with self.container(command.image) as container:
-            return host.run(self.run_argv(command, container), quiet=capture, check=False)
-
-
-def unfinished(container: Mapping[str, str]) -> bool:
-    """Whether an entry of ``buildah containers --json`` is a build's own, not a person's."""
-    image = container["imagename"]
-    nameless = not image or image in container["imageid"] or "verl-rollout-base" in image
-    name = container["containername"]
-    return nameless and re.search(r"-working-container(-\d+)?$", name) is not None
+    def run(self, command: Command) -> int:
+        # buildah lays out each run below TMPDIR, and leaves that behind where it is killed.
+        with leftovers.temporary("run") as folder, self.container(command.image) as container:
+            inside = replace(command, env={**command.env, CONTAINER: container})
+            env = {**os.environ, "TMPDIR": str(folder)}
+            return leash.run(self.run_argv(inside, container), env=env)
 
 
 @cache
@@ -291,7 +337,11 @@ class Docker(Builder):
         info = host.run(["docker", "info", "--format", "{{.DockerRootDir}}"], quiet=True)
         return Path(info.stdout.strip())
 
+    def own(self) -> Path:
+        return host.cache() / "docker"  # its storage is the engine's, not its users'
+
     def build_argv(self, recipe: Recipe) -> list[str]:
+        """The command that builds a recipe and tags the result."""
         return [*self._build(recipe), "--output", "type=docker", *_common(recipe)]
 
     def archive_argv(self, recipe: Recipe, archive: Path) -> list[str]:
@@ -314,15 +364,16 @@ class Docker(Builder):
         argv = ["docker", "info", "--format", "{{json .DriverStatus}}"]
         return "io.containerd.snapshotter" in host.run(argv, quiet=True).stdout
 
-    def build(self, recipe: Recipe) -> None:
+    def build(self, recipe: Recipe) -> str:
         if not self.containerd():
             _say_classic()
-            super().build(recipe)
-            return
-        with tempfile.TemporaryDirectory(prefix="rollout-docker-", dir=host.scratch()) as folder:
-            archive = Path(folder) / "image.tar"
+            stream(self.build_argv(recipe))
+            return recipe.name
+        with leftovers.temporary("docker", host.scratch()) as folder:
+            archive = folder / "image.tar"
             stream(self.archive_argv(recipe, archive))
             host.run(["docker", "load", "--quiet", "--input", str(archive)], quiet=True)
+        return recipe.name
 
     def inspect(self, name: str) -> Built | None:
         done = host.run(["docker", "image", "inspect", name], quiet=True, check=False)
@@ -337,17 +388,36 @@ class Docker(Builder):
     def writer(self, folder: Path) -> str:
         return f"{folder.stat().st_uid}:0"
 
-    def sweep(self, base: Built) -> None:
-        """Nothing: the engine removes what a build has left by itself."""
+    def sweep(self) -> None:
+        """Remove the containers of killed runs; what builds leave the engine removes by itself."""
+        argv = ["docker", "ps", "--all", "--format", "{{.Names}}", "--filter", f"name={_NAME}"]
+        for name in host.run(argv, quiet=True).stdout.split():
+            whose = owner.parse(name)
+            if whose and owner.dead(whose):
+                self._remove_container(name)
 
-    def run_argv(self, command: Command) -> list[str]:
+    def _remove_container(self, name: str) -> None:
+        host.run(["docker", "rm", "--force", name], quiet=True, check=False)
+
+    def tags(self, repository: str) -> list[str]:
+        argv = ["docker", "image", "ls", "--format", "{{.Tag}}", repository]
+        return host.run(argv, quiet=True).stdout.split()
+
+    def remove(self, name: str) -> bool:
+        return host.run(["docker", "image", "rm", name], quiet=True, check=False).returncode == 0
+
+    def run_argv(self, command: Command, container: str) -> list[str]:
         """The command that runs something in a fresh container."""
         entry, *rest = command.argv
-        options = _run_options(command)
-        return ["docker", "run", "--rm", "--entrypoint", entry, *options, command.image, *rest]
+        options = ["--name", container, "--entrypoint", entry, *_run_options(command)]
+        return ["docker", "run", "--rm", *options, command.image, *rest]
 
-    def run(self, command: Command, *, capture: bool = False) -> CompletedProcess[str]:
-        return host.run(self.run_argv(command), quiet=capture, check=False)
+    def run(self, command: Command) -> int:
+        name = f"{leftovers.name('container')}{uuid.uuid4().hex[:8]}"
+        try:
+            return leash.run(self.run_argv(command, name))
+        finally:
+            self._remove_container(name)  # the engine's, so it does not end with its client
 
 
 BUILDERS = {"buildah": Buildah, "docker": Docker}
@@ -357,10 +427,14 @@ def detect(wanted: str | None = None) -> Builder:
     """The builder asked for, else buildah, installed where that is possible.
 
     Raises:
-        Problem: exit code 2 for an unknown name, 3 where the builder cannot be had here.
+        Problem: exit code 2 for an unknown name or a wrong TMPDIR, 3 where the builder cannot be
+            had here.
     """
     if wanted and wanted not in BUILDERS:
         raise Problem(f"unknown builder {wanted!r}; known are {', '.join(BUILDERS)}", 2)
+    folder = os.environ.get("TMPDIR")
+    if folder and not (Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise Problem(f"TMPDIR is {folder}, no folder that can be written; make it, or unset it", 2)
     choice = wanted or "buildah"
     if choice == "docker":
         if not shutil.which("docker"):

@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import subprocess
-import tempfile
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from images import apt_sources
+from images import apt_sources, leftovers
 from images.apt_sources import ARCHITECTURE, SUITE, Source
 from rollout.problem import Problem
 
@@ -57,8 +56,7 @@ class Deb:
 def apt(snapshot: str | None) -> Iterator[Path]:
     """An apt of our own with fresh indexes; gives its configuration file."""
     sources = apt_sources.sources_text(_sources(snapshot))
-    with tempfile.TemporaryDirectory(prefix="rollout-apt-") as folder:
-        root = Path(folder)
+    with leftovers.temporary("apt") as root:
         for part in ("state/lists/partial", "cache/archives/partial", "sources"):
             (root / part).mkdir(parents=True)
         (root / "state/status").touch()

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from images import build, builder, catalog, host
+from images import build, builder, catalog, host, leftovers
 from images.build import TIMESTAMP
 from images.builder import Buildah, Built
 from images.catalog import ROOT, Image, shown
@@ -52,7 +52,7 @@ def target(image: Image, kind: str, folder: Path) -> Path:
     return folder / f"{image.tag}.{FORMATS[kind][0]}"
 
 
-def oci_argv(name: str, file: Path, reference: str, layers: str) -> list[str]:
+def oci_argv(identity: str, file: Path, reference: str, layers: str) -> list[str]:
     """The command that writes an OCI archive.
 
     zstd is smaller and opens faster. An Apptainer made with an umoci older than 0.5 (2025) reads
@@ -60,7 +60,7 @@ def oci_argv(name: str, file: Path, reference: str, layers: str) -> list[str]:
     """
     return [
         *("buildah", "push", "--quiet", "--format", "oci", "--compression-format", layers),
-        *(name, f"oci-archive:{file}:{reference}"),
+        *(identity, f"oci-archive:{file}:{reference}"),
     ]
 
 
@@ -204,7 +204,7 @@ def pack(argv: Sequence[str], file: Path, write: Callable[[IO[bytes]], None]) ->
 
 
 @contextmanager
-def mounted(tool: Buildah, name: str) -> Iterator[Path]:
+def mounted(tool: Buildah, identity: str) -> Iterator[Path]:
     """The files of an image, in a working container that is removed at the end.
 
     Raises:
@@ -214,21 +214,21 @@ def mounted(tool: Buildah, name: str) -> Iterator[Path]:
         raise Problem(
             "buildah mounts images for root alone; run it as root, or take --format oci", 3
         )
-    with tool.container(name) as container:
+    with tool.container(identity) as container:
         yield Path(host.run(["buildah", "mount", container], quiet=True).stdout.strip())
 
 
 def rootfs(image: Image, tool: Buildah, built: Built, file: Path, level: int) -> None:
     """Write the files of an image and the launcher."""
-    with mounted(tool, tool.local + image.reference) as root:
+    with mounted(tool, built.id) as root:
         _check_disk(file.parent, root)
         variables = environment(built.config, built.diff_ids)
         pack(zstd_argv(level), file, lambda out: write_tar(out, root, stem(image), variables))
 
 
-def sqsh(image: Image, tool: Buildah, built: Built, file: Path, level: int) -> None:
+def sqsh(tool: Buildah, built: Built, file: Path, level: int) -> None:
     """Write a squashfs file. What enroot needs goes into the container, not into the image."""
-    with mounted(tool, tool.local + image.reference) as root:
+    with mounted(tool, built.id) as root:
         _check_disk(file.parent, root)
         for name, text in enroot_files(built.config, built.diff_ids).items():
             (root / name).write_text(text, encoding="utf-8")
@@ -243,23 +243,6 @@ def _check_disk(folder: Path, root: Path) -> None:
     build.check_disk(folder, size(root) * 2 // 3)
 
 
-def current(image: Image, tool: builder.Builder) -> Built:
-    """The image in the builder's storage.
-
-    Raises:
-        Problem: exit code 3 where it is not there, or was built from another lock than today's.
-    """
-    built = tool.inspect(tool.local + image.reference)
-    how = f"build it with 'nox -s build -- {image.reference}'"
-    if not built:
-        raise Problem(f"{image.reference} is not built on this machine; {how}", 3)
-    if (built.config.get("Labels") or {}).get("rollout.lock.sha256") != host.sha256(image.lock):
-        raise Problem(
-            f"{image.reference} here is of another lock than {shown(image.lock)}; {how}", 3
-        )
-    return built
-
-
 def export(
     image: Image,
     tool: Buildah,
@@ -270,17 +253,19 @@ def export(
     layers: str = "zstd",
 ) -> Path:
     """Write one image as one file, whole or not at all. Returns the file."""
-    built = current(image, tool)
+    built = build.current(image, tool)
     file = target(image, kind, folder)
     with host.replacing(file) as temporary:
         if kind == "oci":
-            argv = oci_argv(tool.local + image.reference, temporary, image.reference, layers)
+            argv = oci_argv(built.id, temporary, image.reference, layers)
             build.check_disk(folder)
-            host.run(argv, quiet=True)
+            # buildah lays the whole image out below TMPDIR first, and leaves it where it is killed.
+            with leftovers.temporary("export", host.scratch()) as place:
+                host.run(argv, quiet=True, env={**os.environ, "TMPDIR": str(place)})
         elif kind == "rootfs":
             rootfs(image, tool, built, temporary, level)
         else:
-            sqsh(image, tool, built, temporary, level)
+            sqsh(tool, built, temporary, level)
     return file
 
 

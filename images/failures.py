@@ -6,6 +6,7 @@ else, since the registry gave no verdict (Unreachable), or let who asked judge t
 
 from __future__ import annotations
 
+import email.utils
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from rollout.problem import Problem
 
 # Seconds before each further attempt, after a connection broke or the registry was out of order.
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
+# Seconds that a registry may ask for before it is worth more to end and say so.
+LONGEST = 300.0
 _TLS = "TLS with {host} failed: {why}; name its CA with SSL_CERT_FILE=FILE or --cert-dir DIR"
 PLAIN = (
     "{host} does not speak TLS; only a registry on this machine may do without (127.0.0.1, "
@@ -55,7 +58,12 @@ class Unreachable(Problem):
 
 
 class Broken(Unreachable):
-    """What another attempt may mend: a broken connection, a registry that is out of order."""
+    """What another attempt may mend: a broken connection, a registry that is out of order.
+
+    ``after`` are the seconds that the registry wants to be left alone.
+    """
+
+    after = 0.0
 
 
 class Odd(Problem):
@@ -74,6 +82,17 @@ def _says(body: bytes) -> str:
         detail = first.get("detail")
         return oci.shown(f"{first['message']}" + (f" ({json.dumps(detail)})" if detail else ""))
     return oci.shown(text.splitlines()[0]) if text else "no reason given"
+
+
+def seconds(header: str, now: float | None = None) -> float:
+    """What a ``Retry-After`` asks for: seconds, or a moment; 0 for what is neither."""
+    if re.fullmatch("[0-9]{1,9}", header):
+        return float(header)
+    try:
+        moment = email.utils.parsedate_to_datetime(header).timestamp()
+    except ValueError:
+        return 0.0
+    return max(0.0, moment - (time.time() if now is None else now))
 
 
 def meaning(status: int, body: bytes, name: str, *, login: bool = True) -> Problem:
@@ -162,10 +181,12 @@ def patiently(
 ) -> T:
     """Try something again where that may help, after longer and longer waits.
 
+    A registry that says when to come back is not asked before.
+
     Patience begins anew where ``moved`` says that a failed attempt has brought something.
 
     Raises:
-        Unreachable: it failed once more after the last wait.
+        Unreachable: it failed once more after the last wait, or the next one would be very long.
         Problem: it failed in a way that no patience mends.
     """
     waits, failed = WAITS if waits is None else waits, 0
@@ -174,8 +195,12 @@ def patiently(
             return attempt()
         except Broken as problem:
             failed = 1 if moved() else failed + 1
+            if problem.after > LONGEST:
+                pause = f"asks to be left alone for {problem.after / 60:.0f} minutes"
+                raise Unreachable(f"{problem.sentence}, and {pause}; run this again then") from None
             if failed > len(waits):
                 sentence = f"{problem.sentence}, {failed} times in a row; run this again later"
                 raise Unreachable(sentence) from None
-            host.say(f"{problem.sentence}; again in {waits[failed - 1]:g} s")
-            time.sleep(waits[failed - 1])
+            wait = max(waits[failed - 1], problem.after)
+            host.say(f"{problem.sentence}; again in {wait:g} s")
+            time.sleep(wait)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from images import owner
 from rollout.problem import Problem
 
 # Command, or file by its whole path -> the Debian package that has it.
@@ -72,7 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name for a file that gets its own when it is whole, and none if it never is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside it, since only a rename within one file system is all or nothing.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{owner.this()}")
     try:
         yield temporary
         temporary.replace(path)
@@ -185,6 +186,7 @@ def run(
             cwd=cwd,
             check=False,
             text=True,
+            errors="replace",  # names of files, and what a server says, may be in any encoding
             stdout=subprocess.PIPE if quiet else None,
             stderr=subprocess.PIPE if quiet else None,
         )

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from images import builder, contents, host
+from images import builder, contents, host, leftovers
 from images.catalog import Image, shown
 from images.contents import Difference, Part, Summary
 from images.rootfs import EPOCH
@@ -125,8 +124,8 @@ def measure(
 ) -> Measured:
     """Read every layer of an image, and compress those that are not known; labels name them."""
     found, everything = [], []
-    with tempfile.TemporaryDirectory(prefix="rollout-layers-", dir=host.scratch()) as folder:
-        blobs = tool.blobs(name, Path(folder))
+    with leftovers.temporary("layers", host.scratch()) as folder:
+        blobs = tool.blobs(name, folder)
         for number, (label, blob) in enumerate(zip(labels, blobs, strict=True), 1):
             entries, owners = contents.load(blob)
             everything.append(entries)

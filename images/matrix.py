@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from images import build, catalog, host, lock, prove, standing
+from images import build, catalog, host, leftovers, lock, prove, standing
 from images.catalog import ROOT, Image
 from rollout.problem import Problem
 
@@ -37,15 +36,33 @@ def say(text: str) -> None:
 
 
 def makers(tree: Path) -> str:
-    """A digest of what turns inputs into layers, in a checkout of any revision."""
-    parts: list[bytes] = []
-    for name in MAKERS:
-        path = tree / name
-        parts.append(path.read_bytes() if path.exists() else b"")
-    tools = tree / TOOLS
-    text = tools.read_text(encoding="utf-8") if tools.exists() else ""
+    """A digest of what turns inputs into layers, in a checkout of any revision.
+
+    Raises:
+        FileNotFoundError: one of these files is not there, so nothing would be compared.
+    """
+    parts = [(tree / name).read_bytes() for name in MAKERS]
+    text = (tree / TOOLS).read_text(encoding="utf-8")
     pinned = [line.split()[0] for line in text.splitlines() if line.startswith(INSTALLER)]
     return build.digest(*parts, *pinned)
+
+
+def same_makers(tree: Path) -> bool:
+    """Whether another revision turns inputs into layers as this one does.
+
+    Raises:
+        Problem: exit code 2 where this checkout lacks one of the files: the list of them is old.
+    """
+    try:
+        today = makers(ROOT)
+    except FileNotFoundError as error:
+        raise Problem(
+            f"{error.filename} is not there; name in images/matrix.py what builds images now", 2
+        ) from None
+    try:
+        return makers(tree) == today
+    except FileNotFoundError:
+        return False  # it kept them elsewhere: one build too many costs less than one too few
 
 
 def decides(image: Image) -> str:
@@ -85,8 +102,8 @@ def commit(revision: str) -> str:
 @contextmanager
 def worktree(revision: str) -> Iterator[Path]:
     """The files of a commit in a folder of their own; removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="rollout-matrix-") as name:
-        folder = Path(name) / "tree"
+    with leftovers.temporary("matrix") as place:
+        folder = place / "tree"
         host.run(worktree_argv(folder, revision), quiet=True, cwd=ROOT)
         try:
             yield folder
@@ -114,7 +131,7 @@ def changed_since(revision: str, images: Sequence[Image]) -> list[str]:
     """The references of images that are built from something else than at a revision."""
     with worktree(commit(revision)) as tree:
         before = inputs_at(tree)
-        if makers(tree) != makers(ROOT):
+        if not same_makers(tree):
             say(f"{', '.join((*MAKERS, 'or uv'))} changed, so all images count")
             before = {}
     return changed(before, {image.reference: decides(image) for image in images})

@@ -14,14 +14,13 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from images import build, builder, catalog, export, host, layers, prove, reproduce
+from images import build, builder, catalog, export, host, layers, leftovers, prove, reproduce
 from images.catalog import ROOT, Image, shown
 from rollout.problem import Problem
 
@@ -44,13 +43,13 @@ def seconds(action: Callable[[], object]) -> float:
 _run = partial(host.run, quiet=True)
 
 
-def inside(image: Image, tool: builder.Buildah) -> dict[str, float]:
+def inside(tool: builder.Buildah, built: builder.Built) -> dict[str, float]:
     """Start-up of ``rollout info``, and ``rollout verify`` beside a plain sha256 pass.
 
     All in one container, in turn, so that both read the same files from the same page cache.
     """
     found: dict[str, float] = {}
-    with tool.container(tool.local + image.reference) as name:
+    with tool.container(built.id) as name:
 
         def once(*argv: str) -> float:
             command = tool.run_argv(builder.Command("", argv), name)
@@ -74,8 +73,8 @@ def inside(image: Image, tool: builder.Buildah) -> dict[str, float]:
 
 def exported(image: Image, tool: builder.Buildah, built: builder.Built) -> dict[str, float]:
     """Bytes of all files of the image in one zstd stream, as ``nox -s export`` writes them."""
-    with tempfile.TemporaryDirectory(dir=build.BUILD) as folder:
-        file = Path(folder) / "rootfs"
+    with leftovers.temporary("measure", build.BUILD) as folder:
+        file = folder / "rootfs"
         export.rootfs(image, tool, built, file, layers.LEVEL)
         return {"export_bytes": float(file.stat().st_size)}
 
@@ -89,7 +88,7 @@ def cold_build(image: Image, tool: builder.Buildah) -> dict[str, float]:
     uv = host.uv()
     python = f"python{image.python}"
     for key, options in (("bare", []), ("bare_compiled", ["--compile-bytecode"])):
-        with tempfile.TemporaryDirectory() as folder:
+        with leftovers.temporary("measure") as folder:
             env = {**os.environ, **host.uv_environment(os.environ)}
             env["UV_CACHE_DIR"] = f"{folder}/cache"
             _run([uv, "venv", "--quiet", "--python", python, f"{folder}/venv"], env=env)
@@ -98,10 +97,10 @@ def cold_build(image: Image, tool: builder.Buildah) -> dict[str, float]:
             found[f"{key}_install_seconds"] = seconds(partial(_run, argv, env=env))
     found["base_seconds"] = seconds(lambda: build.base_image(tool, cache=False))
     tag = "verl-rollout:measured"
-    with tempfile.TemporaryDirectory() as folder:
+    with leftovers.temporary("measure") as folder:
         # buildah keeps the cache mounts of a Dockerfile below TMPDIR: an empty one, an empty cache.
         argv = [sys.executable, "-m", "images.build", image.reference, "--no-cache", "--tag", tag]
-        env = {**os.environ, "TMPDIR": folder}
+        env = {**os.environ, "TMPDIR": str(folder)}
         steps: list[tuple[float, str]] = []
         whole = seconds(lambda: steps.extend(_timed(argv, env)))
     _run(["buildah", "rmi", tool.local + tag])
@@ -145,11 +144,11 @@ def proof_times(image: Image) -> dict[str, float]:
 
     The clone is of the last commit; the tools are installed as the README's command does it.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        clone = Path(folder) / "clone"
+    with leftovers.temporary("measure") as folder:
+        clone = folder / "clone"
         _run(["git", "clone", "--quiet", str(ROOT), str(clone)])
-        storage = Path(folder) / "storage.conf"
-        storage.write_text(reproduce.storage_conf(Path(folder)), encoding="utf-8")
+        storage = folder / "storage.conf"
+        storage.write_text(reproduce.storage_conf(folder), encoding="utf-8")
         env = {**os.environ, "CONTAINERS_STORAGE_CONF": str(storage)}
         command = (
             f"cd {clone} && {sys.executable} -m pip install --quiet --target build/tools "
@@ -177,7 +176,7 @@ def main(arguments: Sequence[str]) -> int:
         "lock_sha256": host.sha256(image.lock),
     }
     steps: list[tuple[str, Callable[[], dict[str, float]]]] = [
-        ("inside the image", lambda: inside(image, tool)),
+        ("inside the image", lambda: inside(tool, built)),
         ("size of the export", lambda: exported(image, tool, built)),
     ]
     if "cuda" not in image.expect:  # those of a GPU image are in its proof

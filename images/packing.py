@@ -11,13 +11,12 @@ import hashlib
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from images import build, builder, export, host, layers, lock, oci
+from images import build, builder, host, layers, leftovers, lock, oci
 from images.catalog import Image
 from images.oci import Descriptor
 from rollout.problem import Problem
@@ -46,22 +45,22 @@ class Source:
 # What an image is in buildah's storage
 
 
-def config_argv(name: str) -> list[str]:
+def config_argv(identity: str) -> list[str]:
     """The command that prints the configuration of an image to the byte."""
-    return ["skopeo", "inspect", "--config", "--raw", f"containers-storage:{name}"]
+    return ["skopeo", "inspect", "--config", "--raw", f"containers-storage:{identity}"]
 
 
-def source(image: Image, tool: builder.Buildah) -> Source:
+def source(image: Image, tool: builder.Buildah, built: builder.Built) -> Source:
     """The image as buildah holds it.
 
     Raises:
-        Problem: exit code 3 where it is not built, or from another lock.
+        Problem: exit code 3 where skopeo sees another one.
     """
-    built = export.current(image, tool)
-    name = tool.local + image.reference
-    config = subprocess.run(config_argv(name), capture_output=True, check=False)
+    config = subprocess.run(config_argv(built.id), capture_output=True, check=False)
     if config.returncode or hashlib.sha256(config.stdout).hexdigest() != built.id:
-        raise Problem(f"skopeo does not read {name} as buildah does; build the image anew", 3)
+        raise Problem(
+            f"skopeo does not read {image.reference} as buildah does; build the image anew", 3
+        )
     names = build.layer_names(image, lock.read(image))
 
     @contextmanager
@@ -69,8 +68,8 @@ def source(image: Image, tool: builder.Buildah) -> Source:
         known = layers.read(image)
         needed = sum(layer.bytes for layer in known.layers) if known else build.DISK_NEEDED
         build.check_disk(host.scratch(), needed)
-        with tempfile.TemporaryDirectory(prefix="rollout-publish-", dir=host.scratch()) as folder:
-            tars = tool.blobs(name, Path(folder))
+        with leftovers.temporary("publish", host.scratch()) as folder:
+            tars = tool.blobs(built.id, folder)
             found = {f"sha256:{path.name}": path for path in tars}
             for diff_id in set(found) - set(wanted):
                 found.pop(diff_id).unlink()  # buildah writes all of them
@@ -113,15 +112,10 @@ def remembered(diff_id: str) -> Descriptor | None:
 def kept(diff_id: str, layer: Descriptor) -> Path | None:
     """The file of a compressed layer, where it is there in full."""
     file = packed(diff_id)
-    return file if file.is_file() and file.stat().st_size == layer.size else None
-
-
-def _sweep() -> None:
-    """Remove what a killed run has left of a layer."""
-    for file in store().glob(".*"):
-        pid = file.name.rpartition(".")[2]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            file.unlink(missing_ok=True)
+    if not file.is_file() or file.stat().st_size != layer.size:
+        return None
+    leftovers.used(file)
+    return file
 
 
 def compress(diff_id: str, tar: Path) -> Descriptor:
@@ -151,7 +145,7 @@ def compressed(
     """Compress layers of a source, by ``diff_id``."""
     found = {}
     if wanted:
-        _sweep()
+        leftovers.sweep()
         with source.opened(wanted) as tars:
             for diff_id in wanted:
                 found[diff_id] = compress(diff_id, tars[diff_id])

@@ -52,6 +52,8 @@ PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:verl-rollout:image:1"
 # A person's checkout: no platform vouches for what happened in it, only the key.
 LOCAL_BUILDER = "urn:verl-rollout:checkout"
+# The variable by which a workflow that is called names its own file.
+WORKFLOW = "ROLLOUT_WORKFLOW"
 # Properties of an SBOM: the locks that it was made from.
 LOCK_PROPERTY = "rollout:lock.sha256"
 BASE_PROPERTY = "rollout:base.lock.sha256"
@@ -194,8 +196,13 @@ def builder(environ: Mapping[str, str]) -> dict[str, Any]:
         return {"builder": {"id": LOCAL_BUILDER}}
     server, repository = environ["GITHUB_SERVER_URL"], environ["GITHUB_REPOSITORY"]
     run, attempt = environ["GITHUB_RUN_ID"], environ["GITHUB_RUN_ATTEMPT"]
+    # GitHub's own variable names the workflow that called the one that builds. The certificates are
+    # of the latter, and both have to name the same.
+    workflow = environ["GITHUB_WORKFLOW_REF"]
+    if environ.get(WORKFLOW):
+        workflow = f"{repository}/{environ[WORKFLOW]}@{environ['GITHUB_REF']}"
     return {
-        "builder": {"id": f"{server}/{environ['GITHUB_WORKFLOW_REF']}"},
+        "builder": {"id": f"{server}/{workflow}"},
         "metadata": {
             "invocationId": f"{server}/{repository}/actions/runs/{run}/attempts/{attempt}"
         },

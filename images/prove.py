@@ -15,12 +15,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from images import build, builder, catalog, host, layers, lock, standing
+from images import build, builder, catalog, host, layers, leftovers, lock, standing
 from images.catalog import ROOT, Image, shown
 from images.standing import Standing, Today
 from rollout import calibrate, cli, report, smoke
@@ -147,16 +146,15 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
     code = 0
     # A report of an earlier run must not be taken for this one's, however this one ends.
     report_path(image).unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="rollout-report-") as name:
-        folder = Path(name)
+    with leftovers.temporary("report") as folder:
         user = tool.writer(folder)
         smoking, volumes = smoke_options(options, image)
         for command, extra in (("verify", []), ("smoke", smoking)):
             host.say(f"\n{image.reference}: rollout {command}")
             inside = ["rollout", command, "--report", f"/report/{command}.json", *extra]
-            local = tool.local + image.reference
-            done = tool.run(builder.Command(local, inside, user, {name: "/report", **volumes}, env))
-            code = done.returncode
+            # By its id: another clone may give the name to an image of its own meanwhile.
+            places = {str(folder): "/report", **volumes}
+            code = tool.run(builder.Command(built.id, inside, user, places, env))
             path = folder / f"{command}.json"
             if not path.exists():
                 host.say(f"rollout {command} exited with {code} and left no report")
@@ -343,6 +341,18 @@ def smoke_options(options: Sequence[str], image: Image) -> tuple[list[str], dict
     return [*options, "--model", "/model"], {str(folder): "/model:ro"}
 
 
+HELP = """\
+usage: nox -s prove -- [REF ...] [--keep] [OPTION ...]
+       nox -s prove -- REF --from FOLDER [--keep]
+
+  --keep         keep the report, and the layers that it holds for, in the repository
+  --from FOLDER  take in what runs of the image on another machine have left there: verify.json,
+                 smoke.json and what else there is of them; nothing is run here
+
+Every OPTION goes to `rollout smoke` in the image:
+"""
+
+
 def main(arguments: Sequence[str]) -> int:
     """``nox -s prove [-- REF … OPTIONS]``, or ``REF --from FOLDER``.
 
@@ -350,6 +360,9 @@ def main(arguments: Sequence[str]) -> int:
     """
     images = catalog.load()
     chosen, options = catalog.select(arguments, images)
+    if {"-h", "--help"} & set(options):
+        host.say(HELP)
+        cli.parser().parse_args(["smoke", "--help"])
     keeping = "--keep" in options
     options = [option for option in options if option != "--keep"]
     if "--from" in options:

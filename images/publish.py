@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -24,10 +23,10 @@ from images import (
     build,
     builder,
     catalog,
-    export,
     failures,
     host,
     layers,
+    leftovers,
     lock,
     oci,
     packing,
@@ -347,8 +346,8 @@ def prepared(source: Source, annotations: Mapping[str, str], siblings: Sequence[
                 )
             files[diff_id] = packing.packed(diff_id)
         placed = {pack.digest: files[d] for d, pack in packs.items() if pack and d in files}
-        with tempfile.TemporaryDirectory(prefix="rollout-layout-", dir=host.scratch()) as folder:
-            oci.write_layout(Path(folder) / "layout", data, source.config, placed)
+        with leftovers.temporary("layout", host.scratch()) as folder:
+            oci.write_layout(folder / "layout", data, source.config, placed)
             yield f"oci:{folder}/layout", False
 
     labels = {digest: names[diff_id] for digest, diff_id in by_digest.items()}
@@ -368,10 +367,16 @@ def publish_image(
     Raises:
         Problem: it has no passing report and is not declared unproved, or the registry refuses.
     """
-    built = export.current(image, tool)
+    built = build.current(image, tool)
     proof = None if unproved else passing(image, built.diff_ids)
     names = tags(image, unproved=unproved)
     commit = papers.checkout_commit()
+    if not unproved and commit.endswith(papers.DIRTY):
+        raise Problem(
+            f"{image.reference} is not published: this checkout has changes that are in no commit, "
+            "and its provenance names one; commit them, or publish with --unproved",
+            2,
+        )
     where = registry.name(image.repository)
     host.say(f"{image.reference}: publish to {where} as {names.immutable}")
     registry.resolve(image.repository, names.immutable)  # a wrong host or password is told first
@@ -380,7 +385,7 @@ def publish_image(
     missing = {name: image.not_shown[name] for name in proof.standing.missing} if proof else None
     annotations = oci.of_proof(missing)
     copy = prepared(
-        packing.source(image, tool),
+        packing.source(image, tool, built),
         annotations,
         sorted(siblings - {registry.path(image.repository)}),
     )

@@ -12,7 +12,6 @@ import base64
 import http.client
 import os
 import re
-import signal
 import ssl
 import string
 import subprocess
@@ -26,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
-from images import credentials, failures, host, oci
+from images import credentials, failures, host, leash, oci
 from images.failures import Broken, Odd, Unreachable
 from images.oci import Damaged, Descriptor
 from rollout.problem import Problem
@@ -39,7 +38,7 @@ _PIECE = 1 << 20
 MOST_OF_A_MANIFEST = 4 << 20
 MOST_OF_A_BLOB = 64 << 20
 _MOST_OF_A_REASON = 64 << 10
-_PAGES = 1000  # of a list of tags
+_PAGES = 1000  # of a list
 _PORTS = 65535
 _LONGEST = 255  # of a name, HOST included: what docker and containers/image take
 _HOST = re.compile(
@@ -338,6 +337,9 @@ class Registry:
                         continue
                 try:
                     yield answer
+                except Broken as problem:
+                    problem.after = failures.seconds(answer.headers.get("Retry-After", ""))
+                    raise
                 except (
                     *(ConnectionError, TimeoutError, ssl.SSLError),
                     http.client.HTTPException,
@@ -378,7 +380,10 @@ class Registry:
             body = b""
             with error, suppress(*_NO_CONNECTION):
                 body = _reason(cast(http.client.HTTPResponse, error))
-            raise self._meaning(error.code, body, repository) from None
+            problem = self._meaning(error.code, body, repository)
+            if isinstance(problem, Broken):
+                problem.after = failures.seconds(error.headers.get("Retry-After", ""))
+            raise problem from None
         except _NO_CONNECTION as error:
             raise failures.unreachable(error, self.host) from None
         except Damaged:
@@ -541,10 +546,9 @@ class Registry:
         """
         found: set[str] = set()
         url, what = self._url(repository, "tags", "list"), f"the tags of {self.name(repository)}"
-        for _ in range(_PAGES):
-            answer = self._ask("GET", url, repository, expected=(200, 404), what=what)
+        for answer in self._pages(url, repository, expected=(200, 404), what=what):
             if answer.status == 404:
-                return sorted(found)
+                break
             given = oci.document(answer.body).get("tags", [])
             given = [] if given is None else given  # some say null where there are none
             if not isinstance(given, list) or not all(
@@ -552,23 +556,49 @@ class Registry:
             ):
                 raise Damaged(f"{what}: the registry gives something that is no list of tags")
             found.update(given)
-            more = re.match(r'<([^>]+)>;\s*rel="?next"?', answer.header("Link"))
-            if not more:
-                return sorted(found)
-            url = more[1]
-        raise Damaged(f"{what} come on more than {_PAGES} pages")
+        return sorted(found)
 
     def referrers(self, repository: str, digest: str) -> list[Descriptor]:
         """The papers of an image: by the referrers API, else by the fallback tag."""
-        url = self._url(repository, "referrers", digest)
+        url, what = self._url(repository, "referrers", digest), f"the papers of {digest}"
+        entries: list[Descriptor] = []
+        known = False
         try:
-            answer = self._ask("GET", url, repository, expected=(200, 400, 404, 405))
+            pages = self._pages(url, repository, expected=(200, 400, 404, 405), what=what)
+            for answer in pages:
+                fine = answer.status == 200 and answer.header("Content-Type").startswith(oci.INDEX)
+                if known and not fine:
+                    raise Damaged(
+                        f"{what}: the registry gives some of them, and then {answer.status}"
+                    )
+                if not fine:
+                    break
+                known = True
+                entries += oci.parse_index(answer.body)
         except Odd:
-            answer = Answer(404, {})
-        if answer.status == 200 and answer.header("Content-Type").startswith(oci.INDEX):
-            return oci.parse_index(answer.body)
+            if known:
+                raise  # some of the papers are worse than none: the others would be attached again
+        if known:
+            return entries
         found = self.manifest(repository, oci.fallback_tag(digest))
         return oci.parse_index(found[0]) if found else []
+
+    def _pages(
+        self, url: str, repository: str, *, expected: Sequence[int], what: str
+    ) -> Iterator[Answer]:
+        """The pages of a list, as far as the registry says that there are more.
+
+        Raises:
+            Damaged: they have no end.
+        """
+        for _ in range(_PAGES):
+            answer = self._ask("GET", url, repository, expected=expected, what=what)
+            yield answer
+            more = re.match(r'<([^>]+)>;\s*rel="?next"?', answer.header("Link"))
+            if not more:
+                return
+            url = more[1]
+        raise Damaged(f"{what} come on more than {_PAGES} pages")
 
     # Changes
 
@@ -708,22 +738,13 @@ def copy(
     """
     host.require("skopeo")
     with tempfile.TemporaryFile("w+", errors="replace") as output:
-        # A group of its own, so that it ends with us and not by itself on Ctrl-C.
-        process = subprocess.Popen(
-            list(argv), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
+        with leash.leashed(argv, stdout=output, stderr=subprocess.STDOUT) as process:
             while True:
                 try:
                     code = process.wait(seconds)
                     break
                 except subprocess.TimeoutExpired:
                     tick()
-        except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-            raise
         if code:
             output.seek(0)
             raise failures.meaning_of_skopeo(output.read(), code, name)

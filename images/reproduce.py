@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +30,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from images import build, builder, catalog, contents, host, layers, lock, pinned, prove
+from images import (
+    build,
+    builder,
+    catalog,
+    contents,
+    host,
+    layers,
+    leftovers,
+    lock,
+    pinned,
+    prove,
+)
 from images.catalog import ROOT, Image, shown
 from images.contents import Entry
 from rollout.problem import Problem
@@ -255,31 +265,6 @@ def look(image: Image, outcome: Outcome, folder: Path) -> list[list[Entry]]:
         return [contents.load(blob)[0] for blob in found]
 
 
-def mounted(work: Path, mounts: str) -> list[str]:
-    """What is mounted below a folder, the innermost first; ``mounts`` is /proc/self/mounts."""
-    # The kernel writes a space in a path as \040, and umount would not find that.
-    places = [line.split(" ")[1].replace("\\040", " ") for line in mounts.splitlines()]
-    return [place for place in reversed(places) if Path(place).is_relative_to(work)]
-
-
-def discard(work: Path) -> None:
-    """Remove everything; what is mounted there first, or it would be busy.
-
-    The storage has a mount on its own folder, and a build that failed leaves its container's.
-    """
-    for place in mounted(work, Path("/proc/self/mounts").read_text(encoding="utf-8")):
-        subprocess.run(["umount", place], check=False, capture_output=True)
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def sweep(place: Path) -> None:
-    """Remove what a killed run has left here: it may be more than the disk has room for twice."""
-    for work in place.glob("reproduce-*-*"):
-        number = work.name.split("-")[1]
-        if number.isdigit() and not Path("/proc", number).exists():
-            discard(work)
-
-
 def machine() -> dict[str, Any]:
     """Which machine this is, as far as two can be told apart without naming one."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -333,7 +318,7 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
         record = recorded
         if not recorded or recorded.inputs != inputs or verdict.differs:
             with storage_of(one.storage):
-                record = build.record(image, tool)
+                record = build.record(image, tool, one.built)
         assert record  # noqa: S101 - either of the two
         if recorded and verdict.differs:
             for layer, difference in layers.explain(recorded.layers, record.layers):
@@ -391,13 +376,13 @@ def main(arguments: Sequence[str]) -> int:
     place = (given.work or host.scratch()).resolve()  # the builds run in other folders
     if not place.is_dir():
         raise Problem(f"--work: {place} is not a folder; name one with room for two builds", 2)
-    sweep(place)
+    leftovers.sweep(place)
     build.check_disk(place, room(image))
-    work = Path(tempfile.mkdtemp(prefix=f"reproduce-{os.getpid()}-", dir=place))
+    work = Path(tempfile.mkdtemp(prefix=leftovers.name("reproduce"), dir=place))
     try:
         return reproduce(image, work, keep=given.keep)
     finally:
-        discard(work)
+        leftovers.discard(work)
 
 
 def room(image: Image) -> int:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from images import debian, host
+from images import debian, host, leftovers
 from images.apt_sources import ARCHITECTURE
 from images.debian import RELOCK, Deb, parse_stanzas
 from rollout.problem import Problem
@@ -90,11 +89,11 @@ def make(debs: Iterable[Deb], names: Iterable[str], cached: Path, tar: Path) -> 
     Raises:
         Problem: a file is not the package that it is locked as, or mmdebstrap fails.
     """
-    with tempfile.TemporaryDirectory(prefix="rollout-base-") as temporary:
-        repository = Path(temporary) / "debs"
+    with leftovers.temporary("base") as temporary:
+        repository = temporary / "debs"
         _repository(debs, cached, repository)
         # Without root, a stranger's user id inside the namespace has to read it.
-        Path(temporary).chmod(0o755)
+        temporary.chmod(0o755)
         argv = mmdebstrap_argv(repository, tar, names)
         debian.run(argv, env=build_environment(os.environ))
     _add_dev(tar)

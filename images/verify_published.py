@@ -18,14 +18,13 @@ import json
 import subprocess
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from images import host, lock, oci, papers, standing
+from images import host, leftovers, lock, oci, papers, standing
 from images.failures import Unreachable
 from images.oci import Descriptor, Manifest
 from images.papers import Envelope, Paper, PublicKey
@@ -59,6 +58,7 @@ class Origin:
     commit: str
     dirty: bool
     builder: str
+    checkout: str  # the address of the repository; empty for a person's own
     byproducts: frozenset[tuple[str, str]]  # media type and sha256
     checks: tuple[str, ...]  # that a proof has to show
     transports: tuple[str, ...]
@@ -261,6 +261,13 @@ def check_provenance(image: Published) -> Metrics:
             raise Problem(f"it is of {origin.reference}, the image is {image.labels[oci.TITLE]}")
         if origin.lock != image.labels[LOCK]:
             raise Problem(f"it names the lock {origin.lock or '(none)'}, the image another")
+        if origin.dirty and not image.unproved:
+            raise Problem(
+                f"it was built from commit {origin.commit[:12]} and changes that are in no commit"
+            )
+        if not built_there(origin):
+            what = origin.checkout or "no repository"
+            raise Problem(f"it names {origin.builder} as its builder, and {what} as what it built")
     metrics = {"commit": origin.commit[:12], "dirty": origin.dirty, "builder": origin.builder}
     if image.key is None:
         raise Problem(
@@ -268,6 +275,16 @@ def check_provenance(image: Published) -> Metrics:
             _UNPROVED,
         )
     return metrics
+
+
+def built_there(origin: Origin) -> bool:
+    """Whether a builder and a checkout fit: a person's own, or a workflow of that repository."""
+    if not origin.checkout:
+        return origin.builder == papers.LOCAL_BUILDER
+    repository, _, ref = origin.checkout.removeprefix("git+").rpartition("@")
+    return origin.builder.startswith(f"{repository}/.github/workflows/") and (
+        origin.builder.endswith(f"@{ref}")
+    )
 
 
 def statement_of(paper: Paper, key: PublicKey | None) -> dict[str, Any] | None:
@@ -313,6 +330,7 @@ def origin_of(statement: Mapping[str, Any], digest: str) -> Origin:
             commit=str(source["digest"]["gitCommit"]),
             dirty=bool(source["annotations"]["dirty"]),
             builder=str(details["builder"]["id"]),
+            checkout=str(source.get("uri", "")),
             byproducts=frozenset(
                 (str(entry["mediaType"]), str(entry["digest"]["sha256"]))
                 for entry in details["byproducts"]
@@ -457,9 +475,9 @@ def check_contents(image: Published) -> Metrics:
     """Every layer has its digest and its diff_id, and the lock inside is the one of the papers."""
     host.require("zstd")
     total, text = 0, b""
-    with tempfile.TemporaryDirectory(prefix="rollout-published-", dir=host.scratch()) as folder:
+    with leftovers.temporary("published", host.scratch()) as folder:
         for number, (layer, diff_id) in enumerate(zip(image.layers, image.diff_ids, strict=True)):
-            path = Path(folder) / str(number)
+            path = folder / str(number)
             image.registry.download(image.repository, layer.digest, path, size=layer.size)
             which = f"layer {number + 1} of {len(image.layers)} ({layer.digest})"
             found = unpacked(path, which)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# A sentence may quote a line of a file, which may have any length; nobody reads more than this.
+MOST = 4000
+
 
 class Problem(Exception):
     """A sentence for a person (what is wrong, where, what to do) and the exit code of the run.
@@ -10,6 +13,8 @@ class Problem(Exception):
     """
 
     def __init__(self, sentence: str, code: int = 1) -> None:
+        if len(sentence) > MOST:
+            sentence = f"{sentence[:MOST]}… ({len(sentence) - MOST:,} characters more)"
         super().__init__(sentence)
         self.sentence = sentence
         self.code = code

@@ -178,7 +178,7 @@ def writable(path: Path) -> None:
 
 
 def write(path: Path, report: Report) -> None:
-    """Write a report whole or not at all; Problem (code 2) where that is not possible."""
+    """Write a report whole or not at all; Problem (code 3) where that is no longer possible."""
     text = json.dumps(document(report), indent=1, allow_nan=False) + "\n"
     try:
         if _special(path):  # such as /dev/stdout: nothing there that could be replaced
@@ -186,7 +186,7 @@ def write(path: Path, report: Report) -> None:
         else:
             _replace(path, text)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise _unwritable(path, error, 3) from None
 
 
 def _replace(path: Path, text: str) -> None:
@@ -217,8 +217,8 @@ def _special(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def _unwritable(path: Path, error: OSError) -> Problem:
-    return Problem(f"The report cannot be written to {path}: {error.strerror}.", 2)
+def _unwritable(path: Path, error: OSError, code: int = 2) -> Problem:
+    return Problem(f"The report cannot be written to {path}: {error.strerror}.", code)
 
 
 def _finite(value: Any) -> Any:

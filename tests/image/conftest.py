@@ -97,16 +97,15 @@ def built(image: catalog.Image, tool: builder.Buildah) -> builder.Built:
 
 @pytest.fixture
 def container(
-    image: catalog.Image,
     tool: builder.Buildah,
-    built: builder.Built,  # noqa: ARG001 - a container needs the image
+    built: builder.Built,
 ) -> Iterator[Callable[[], Container]]:
     """Makes working containers, and removes them."""
     made: list[str] = []
 
     def make() -> Container:
         name = f"test-{uuid.uuid4().hex[:12]}"
-        argv = ["buildah", "from", "--pull-never", "--name", name, tool.local + image.reference]
+        argv = ["buildah", "from", "--pull-never", "--name", name, built.id]
         subprocess.run(argv, check=True, capture_output=True)
         made.append(name)
         mounted = subprocess.run(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from images import build, builder, catalog, host, layers, reproduce
+from images import build, builder, catalog, host, layers, leftovers, reproduce
 from images.catalog import ROOT
 
 pytestmark = pytest.mark.image
@@ -30,7 +30,7 @@ def test_two_builds_from_nothing_give_the_recorded_image(image: catalog.Image) -
     same = "the layers are the recorded ones, byte for byte"
     level = f"R4 ({reproduce.MEANING['R4']}), claimed is {image.reproducible}; {same}"
     assert said[-1].startswith(f"{image.reference}: {level}")
-    assert not list(host.scratch().glob("reproduce-*")), "two builds leave nothing behind"
+    assert not list(host.scratch().glob("rollout-*")), "two builds leave nothing behind"
 
 
 def outcome(own: Path, text: str, mode: int) -> reproduce.Outcome:
@@ -81,7 +81,7 @@ def test_the_file_that_differs_in_a_real_layer_is_named(
     try:
         reached, lines = reproduce.compared(image, one, two, tmp_path)
     finally:
-        reproduce.discard(tmp_path)
+        leftovers.discard(tmp_path)
     assert reached == level
     assert [line.strip() for line in lines if not line.startswith("layer ")] == said
 
@@ -99,12 +99,14 @@ def test_a_killed_build_leaves_no_tag(
     sign = "/mnt/context/install dependencies"
     seen = next((line for line in process.stdout if sign in line), "")
     assert seen, "the build ended before it could be killed"
-    # The builder runs in a group of its own; a power cut spares neither.
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
-    )
-    for pid in children.stdout.split():
-        os.killpg(os.getpgid(int(pid)), signal.SIGKILL)
+    file = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    children = [Path("/proc", pid) for pid in file.read_text().split()]
+    assert children, "the builder is one of them, in a group of its own"
     process.kill()
-    process.wait()
+    process.communicate()
+    for _ in range(100):
+        if not any(child.exists() for child in children):
+            break
+        time.sleep(0.1)
+    assert not any(child.exists() for child in children), "it goes on without who asked for it"
     assert tool.inspect(tool.local + TAG) is None

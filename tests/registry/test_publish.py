@@ -408,11 +408,10 @@ class Store(builder.Buildah):
     def __init__(self, toy: Toy) -> None:
         self.toy = toy
 
-    def inspect(self, name: str) -> builder.Built | None:
+    @property
+    def built(self) -> builder.Built:
         config = json.loads(self.toy.config)
-        there = name == self.local + IMAGE.reference
-        ids = tuple(config["rootfs"]["diff_ids"])
-        return builder.Built("0" * 64, config["config"], ids) if there else None
+        return builder.Built("0" * 64, config["config"], tuple(config["rootfs"]["diff_ids"]))
 
 
 @pytest.fixture
@@ -429,6 +428,7 @@ def built(toy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     record = layers.Record(build.inputs(IMAGE), "buildah", below)
     monkeypatch.setattr(layers, "read", lambda _: record)
     monkeypatch.setattr(builder, "detect", lambda *_: Store(image))
+    monkeypatch.setattr(build, "current", lambda _, tool: tool.built)
     monkeypatch.setattr(packing, "source", lambda *_: image.source)
     monkeypatch.setattr(papers, "checkout_commit", lambda: "0" * 40)
     return image
@@ -470,6 +470,17 @@ def test_without_a_passing_report_nothing_is_sent(
     assert caught.value.code == 1
     assert f"nox -s prove -- {IMAGE.reference}" in caught.value.sentence
     assert not server.requests("POST") and not built.read
+
+
+def test_what_no_commit_holds_is_published_as_unproved_alone(
+    built: Toy, here: Registry, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(papers, "checkout_commit", lambda: "0" * 40 + papers.DIRTY)
+    with pytest.raises(Problem, match="changes that are in no commit") as caught:
+        publish.main([IMAGE.tag, "--to", here.target])
+    assert caught.value.code == 2
+    assert not server.requests("POST") and not built.read
+    assert publish.main([IMAGE.tag, "--to", here.target, "--unproved"]) == 0
 
 
 def test_the_report_that_is_attached_is_the_one_that_was_looked_at(

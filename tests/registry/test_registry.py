@@ -16,7 +16,7 @@ from threading import Thread
 
 import pytest
 
-from images import attach, oci, publish, registry
+from images import attach, failures, oci, publish, registry
 from images.failures import Unreachable
 from images.oci import Damaged
 from images.registry import Registry
@@ -430,6 +430,54 @@ def test_a_registry_that_is_out_of_order_for_a_moment_is_asked_again(
     said = capsys.readouterr().out
     assert "it answers 503, try later; again in" in said
     assert "it answers 429, slow down; again in" in said
+
+
+def test_a_registry_that_says_when_to_come_back_is_asked_then(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(failures.time, "sleep", slept.append)
+    played.answers["/v2/a/tags/list"] = [
+        (429, {"Retry-After": "60"}, b"slow down"),
+        (200, {}, b'{"tags": ["x"]}'),
+    ]
+    assert Registry(played.address).tags("a") == ["x"]
+    assert slept == [60.0]
+
+
+def referrers(*names: str) -> bytes:
+    """A page of the papers of an image."""
+    entries = [
+        {"mediaType": oci.MANIFEST, "digest": oci.digest(name.encode()), "size": len(name)}
+        for name in names
+    ]
+    page = {"schemaVersion": 2, "mediaType": oci.INDEX, "manifests": entries}
+    return json.dumps(page).encode()
+
+
+def more(path: str) -> dict[str, str]:
+    """The headers of a page of papers that is not the last."""
+    return {"Content-Type": oci.INDEX, "Link": f'<{path}?last=2>; rel="next"'}
+
+
+def test_all_papers_come_however_many_pages_they_take(played: Played) -> None:
+    digest = oci.digest(b"image")
+    path = f"/v2/a/referrers/{digest}"
+    played.answers[path] = [
+        (200, more(path), referrers("1", "2")),
+        (200, {"Content-Type": oci.INDEX}, referrers("3")),
+    ]
+    found = Registry(played.address).referrers("a", digest)
+    assert [entry.digest for entry in found] == [oci.digest(name) for name in (b"1", b"2", b"3")]
+
+
+def test_some_of_the_papers_are_not_taken_for_all(played: Played) -> None:
+    """The missing ones would be attached a second time, or called missing."""
+    digest = oci.digest(b"image")
+    path = f"/v2/a/referrers/{digest}"
+    played.answers[path] = [(200, more(path), referrers("1")), (404, {}, b"")]
+    with pytest.raises(Damaged, match="gives some of them, and then 404"):
+        Registry(played.address).referrers("a", digest)
 
 
 def test_a_registry_that_protects_its_tags_is_quoted(played: Played, toy: Make) -> None:

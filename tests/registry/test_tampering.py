@@ -718,8 +718,13 @@ def test_a_provenance_of_another_image_is_found(
         (b'"gitCommit"', b'"sha1"', "lacks what one of ours says"),
         (papers.STATEMENT_TYPE.encode(), b"https://example.com", "lacks what one of ours says"),
         (papers.PREDICATE_TYPE.encode(), b"https://example.com", "1 statement is attached"),
+        (b'"dirty": false', b'"dirty": true', "and changes that are in no commit"),
+        (papers.LOCAL_BUILDER.encode(), b"https://x.example/y", "names https://x.example/y as its"),
     ],
-    ids=["name", "lock", "no commit", "no statement", "another predicate"],
+    ids=[
+        *("name", "lock", "no commit", "no statement", "another predicate", "uncommitted changes"),
+        "another builder",
+    ],
 )
 def test_a_provenance_of_something_else_is_found_even_where_the_publisher_has_signed_it(
     release: Release, verify: Verify, old: bytes, new: bytes, words: str

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from images import builder, host
+from images import builder, host, leash, owner
 from images.builder import Buildah, Command, Docker, Recipe
 from rollout.problem import Problem
 
@@ -40,10 +41,13 @@ OPTIONS = [
 
 
 def test_buildah_builds_with_one_timestamp_and_no_trace_of_itself() -> None:
-    argv = Buildah().build_argv(RECIPE)
+    argv = Buildah().build_argv(RECIPE, Path("/id"))
+    mark = f"/nonexistent/rollout-build-{owner.this()}"
     assert argv == [
-        *("buildah", "bud", "--isolation", "chroot", "--format", "oci", "--network", "host"),
-        *("--layers", "--timestamp", "1686355200", "--identity-label=false", *COMMON),
+        *("buildah", "--default-mounts-file", mark, "bud"),
+        *("--isolation", "chroot", "--format", "oci", "--network", "host"),
+        *("--layers", "--timestamp", "1686355200", "--identity-label=false"),
+        *("--iidfile", "/id", *COMMON),
     ]
 
 
@@ -59,11 +63,14 @@ def test_docker_builds_the_same_dockerfile_with_the_same_timestamp() -> None:
     assert "type=docker,rewrite-timestamp=true,dest=/scratch/image.tar" in archive
 
 
-@pytest.mark.parametrize("tool", [Buildah(), Docker()])
-def test_the_cache_is_left_out_where_that_is_asked_for(tool: builder.Builder) -> None:
+def test_the_cache_is_left_out_where_that_is_asked_for() -> None:
     recipe = Recipe(Path("/context"), "toy:1", 0, cache=False)
-    assert "--no-cache" in tool.build_argv(recipe)
-    assert "--no-cache" not in tool.build_argv(RECIPE)
+    for argv in (
+        lambda given: Buildah().build_argv(given, Path("/id")),
+        Docker().build_argv,
+    ):
+        assert "--no-cache" in argv(recipe)
+        assert "--no-cache" not in argv(RECIPE)
 
 
 def test_a_command_runs_in_a_container_of_buildah() -> None:
@@ -73,8 +80,8 @@ def test_a_command_runs_in_a_container_of_buildah() -> None:
 
 
 def test_a_command_runs_in_a_container_of_docker() -> None:
-    argv = Docker().run_argv(COMMAND)
-    start = ["docker", "run", "--rm", "--entrypoint", "rollout"]
+    argv = Docker().run_argv(COMMAND, "working")
+    start = ["docker", "run", "--rm", "--name", "working", "--entrypoint", "rollout"]
     assert argv == [*start, *OPTIONS, "toy:1", "verify"]
 
 
@@ -136,11 +143,25 @@ def test_both_builders_describe_an_image_alike(
         "buildah version 1.28.2\n",
     ],
 )
-def test_buildah_says_its_release_and_nothing_of_its_own_parts(
-    answers: dict[str, tuple[int, str]], says: str
+@pytest.mark.parametrize(("user", "told"), [(0, ""), (1234, " without root")])
+def test_buildah_says_its_release_and_whose_it_is_and_nothing_of_its_own_parts(
+    answers: dict[str, tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    says: str,
+    user: int,
+    told: str,
 ) -> None:
     answers["buildah --version"] = (0, says)
-    assert Buildah().version() == "buildah 1.28.2"
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert Buildah().version() == f"buildah 1.28.2{told}"
+
+
+@pytest.mark.parametrize(("driver", "copies"), [("overlay", 1), ("vfs", 3)])
+def test_a_storage_that_copies_layers_needs_more_room(
+    answers: dict[str, tuple[int, str]], driver: str, copies: int
+) -> None:
+    answers["buildah info"] = (0, json.dumps({"store": {"GraphDriverName": driver}}))
+    assert Buildah().copies() == copies
 
 
 def test_the_layers_of_an_image_come_in_the_order_of_its_manifest(
@@ -176,7 +197,7 @@ def test_docker_builds_an_archive_where_its_store_takes_one(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(builder, "stream", built.append)
     answers["docker info"] = (0, CONTAINERD)
-    Docker().build(RECIPE)
+    assert Docker().build(RECIPE) == RECIPE.name
     loaded = answers["calls"][1].splitlines()[-1].split()
     assert loaded[:2] == ["docker", "load"]
     archive = Path(loaded[-1])
@@ -193,7 +214,7 @@ def test_docker_says_what_its_classic_store_cannot_do(
     built: list[list[str]] = []
     monkeypatch.setattr(builder, "stream", built.append)
     answers["docker info"] = (0, CLASSIC)
-    Docker().build(RECIPE)
+    assert Docker().build(RECIPE) == RECIPE.name
     assert built == [Docker().build_argv(RECIPE)]
     assert "keeps the time of each file" in capsys.readouterr().out
 
@@ -206,6 +227,7 @@ def test_a_working_container_is_removed_whatever_happened(
     made, removed = answers["calls"][1].splitlines()
     assert made == f"buildah from --pull-never --name {name} toy:1", "nothing is downloaded"
     assert removed == f"buildah rm {name}"
+    assert owner.parse(name) == owner.this(), "the next run has to know whose it was"
 
 
 @pytest.mark.parametrize(
@@ -229,50 +251,73 @@ def test_a_container_of_docker_writes_a_report_as_the_folders_owner(tmp_path: Pa
     assert Docker().writer(tmp_path) == f"{tmp_path.stat().st_uid}:0"
 
 
-def entry(name: str, image: str, number: str = "1") -> dict[str, str]:
+# what killed runs left
+
+GONE = replace(owner.this(), process=4194305)  # more than the greatest process id of Linux
+
+
+def container(name: str, number: str) -> dict[str, str]:
     """A row of ``buildah containers --json``."""
-    return {"id": number, "imageid": "abc", "imagename": image, "containername": name}
+    return {"id": number, "imageid": "abc", "imagename": "", "containername": name}
 
 
 @pytest.mark.parametrize(
-    ("name", "image", "left"),
+    ("name", "mounts", "swept"),
     [
-        ("abc-working-container", "", True),
-        ("localhost-verl-rollout-base-working-container", "localhost/verl-rollout-base:1", True),
-        ("verl-rollout-base-working-container-7", "localhost/verl-rollout-base:1", True),
-        ("debian-working-container", "debian:12", False),
-        ("rollout-0123456789ab", "localhost/verl-rollout-base:1", False),
+        (f"rollout-container-{GONE}-0123abcd", "", True),
+        (f"rollout-container-{owner.this()}-0123abcd", "", False),
+        ("0123-working-container", f"/nonexistent/rollout-build-{GONE}", True),
+        ("0123-working-container-7", f"/nonexistent/rollout-build-{owner.this()}", False),
+        ("localhost-verl-rollout-base-working-container", "", False),
+        ("0123-working-container", "/etc/mounts.conf", False),
+        ("mine", f"/nonexistent/rollout-build-{GONE}", False),
+        ("rollout-0123456789ab", "", False),
     ],
-    ids=["nameless", "on our base", "a second one", "somebody's", "a running proof's"],
+    ids=[
+        *("a killed proof's", "a running proof's", "a killed build's", "a running build's"),
+        *("somebody's build on our base", "somebody's", "a person's", "without an owner"),
+    ],
 )
-def test_what_a_killed_build_left_is_told_from_what_people_use(
-    name: str, image: str, left: bool
+def test_only_containers_of_ours_whose_owner_is_dead_are_removed(
+    answers: dict[str, tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    mounts: str,
+    swept: bool,
 ) -> None:
-    assert builder.unfinished(entry(name, image)) is left
-
-
-def test_what_killed_builds_left_on_our_base_is_removed_and_nothing_else(
-    answers: dict[str, tuple[int, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ours = ("sha256:base", "sha256:torch")
-    rows = [
-        entry("x-working-container", "", "ours"),
-        entry("y-working-container", "", "theirs"),
-        entry("mine", "localhost/verl-rollout-base:1", "a person's"),
-    ]
-    rows[0]["imageid"], rows[1]["imageid"] = "on our base", "on another"
-    images = {"on our base": ours, "on another": ("sha256:other",)}
-    answers["containers --json"] = (0, json.dumps(rows))
-    monkeypatch.setattr(Buildah, "inspect", lambda _, n: builder.Built(n, {}, images[n]))
-    Buildah().sweep(builder.Built("base", {}, ours[:1]))
+    ended: list[tuple[str, str]] = []
+    monkeypatch.setattr(leash, "ended", lambda *given: ended.append(given))
+    answers["containers --json"] = (0, json.dumps([container(name, "7")]))
+    answers["--type container 7"] = (0, json.dumps({"DefaultMountsFilePath": mounts}))
+    Buildah().sweep()
     removed = [c for c in answers["calls"][1].splitlines() if c.startswith("buildah rm")]
-    assert removed == ["buildah rm ours"]
+    assert removed == (["buildah rm 7"] if swept else [])
+    assert ended == ([("ROLLOUT_CONTAINER", name)] if swept else []), "what ran in it goes first"
+
+
+def test_a_container_that_is_gone_when_it_is_looked_at_is_nobodys(
+    answers: dict[str, tuple[int, str]],
+) -> None:
+    answers["containers --json"] = (0, json.dumps([container("0-working-container", "7")]))
+    answers["--type container 7"] = (125, "")
+    Buildah().sweep()
+    assert "buildah rm" not in answers["calls"][1]
 
 
 def test_a_storage_without_containers_is_swept_too(answers: dict[str, tuple[int, str]]) -> None:
     answers["containers --json"] = (0, "null")
-    Buildah().sweep(builder.Built("base", {}, ("sha256:base",)))
+    Buildah().sweep()
     assert answers["calls"][1] == "buildah containers --json\n"
+
+
+def test_of_dockers_containers_those_of_dead_owners_are_removed(
+    answers: dict[str, tuple[int, str]],
+) -> None:
+    dead, alive = (f"rollout-container-{whose}-01" for whose in (GONE, owner.this()))
+    answers["docker ps"] = (0, f"{dead}\n{alive}\nrollout-container-mine\n")
+    Docker().sweep()
+    removed = [c for c in answers["calls"][1].splitlines() if c.startswith("docker rm")]
+    assert removed == [f"docker rm --force {dead}"]
 
 
 # which one
@@ -323,6 +368,17 @@ def test_buildah_is_taken_and_asked_for_unless_told_otherwise(
     monkeypatch.setattr(host, "require", required.append)
     assert isinstance(builder.detect(), Buildah)
     assert required == ["buildah"]
+
+
+@pytest.mark.parametrize("folder", ["/nonexistent", "/dev/null"])
+@pytest.mark.parametrize("name", ["buildah", "docker"])
+def test_a_wrong_folder_for_temporary_files_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, name: str, folder: str
+) -> None:
+    monkeypatch.setenv("TMPDIR", folder)
+    with pytest.raises(Problem, match=f"^TMPDIR is {folder}, no folder that can be") as caught:
+        builder.detect(name)
+    assert caught.value.code == 2
 
 
 # when it fails

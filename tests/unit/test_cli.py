@@ -286,7 +286,7 @@ def test_the_verdict_is_said_even_where_the_report_cannot_be_written(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert cli.main(["smoke", "--report", str(prefix / "report.json")]) == 2
+    assert cli.main(["smoke", "--report", str(prefix / "report.json")]) == 3
     said = capsys.readouterr()
     assert "verl-rollout:transformers-cpu: proved in " in said.out
     assert "No space left on device" in said.err

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -169,24 +169,6 @@ def test_the_script_for_enroot_starts_the_entrypoint(
 # The session's own arguments
 
 
-class Store(builder.Buildah):
-    """A storage that holds one image."""
-
-    def __init__(self, labels: Mapping[str, str] | None) -> None:
-        self.labels = labels
-
-    def inspect(self, name: str) -> builder.Built | None:  # noqa: ARG002
-        return None if self.labels is None else builder.Built("0", {"Labels": self.labels}, ())
-
-
-def test_what_is_not_built_or_of_an_old_lock_is_not_exported() -> None:
-    for labels, words in ((None, "not built"), ({"rollout.lock.sha256": "0"}, "another lock")):
-        with pytest.raises(Problem, match=words) as caught:
-            export.current(IMAGE, Store(labels))
-        assert caught.value.code == 3
-        assert f"nox -s build -- {IMAGE.reference}" in caught.value.sentence
-
-
 def test_docker_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "detect", lambda _: builder.Docker())
     with pytest.raises(Problem, match="only images of buildah") as caught:
@@ -262,6 +244,12 @@ def test_the_launcher_is_plain_shell() -> None:
         (["--uid", "me"], "--uid me is not a number"),
         (["--env", "NAME"], "no value"),
         (["--env", "A-B=1"], "no name"),
+        (["--env", "=1"], "no name"),
+        (["--env", "1A=1"], "no name"),
+        (["--cache", ""], "--cache needs a value"),
+        (["--bind", ""], "--bind needs a value"),
+        (["--cache", "/"], "the image would write there"),
+        (["--cache", "/usr/.."], "the image would write there"),
         (["--bind", "/nowhere/at/all"], "there is no /nowhere/at/all"),
         (["--bind", "/usr:relative"], "no place in the image"),
         (["--bind", "/usr:/a/../b"], "no place in the image"),
@@ -278,6 +266,53 @@ def test_wrong_usage_of_the_launcher_is_one_sentence_and_exit_code_2(
     assert done.returncode == 2
     assert sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "pair", ["NCCL_IB_HCA==mlx5_0:1", "OPTS=--x=1", "URL=http://h/?a=b", "EMPTY=", "_A1=b c"]
+)
+def test_the_value_of_a_variable_may_hold_anything(run: Run, pair: str) -> None:
+    assert pair in words(run("--print", "--env", pair))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_link_to_the_launcher_finds_the_image_beside_the_launcher(
+    unpacked: Path, tmp_path: Path, relative: bool
+) -> None:
+    (tmp_path / "bin").mkdir()
+    link = tmp_path / "bin" / "rollout-image"
+    target = Path(os.path.relpath(unpacked / "run", link.parent)) if relative else unpacked / "run"
+    link.symlink_to(target)
+    env = {"PATH": f"{link.parent}:{os.environ['PATH']}", "HOME": str(tmp_path / "home")}
+    argv = ["sh", str(link), "--print"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, check=False)
+    if "make no namespaces" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    assert f"argument\t{unpacked / 'rootfs'}\n" in done.stdout
+    assert str(link) not in done.stdout, "the second stage is the launcher itself"
+
+
+@pytest.mark.parametrize("way", ["made before", "made by the launcher"])
+def test_a_cache_that_only_root_can_write_is_said_with_what_to_do(
+    run: Run, tmp_path: Path, way: str
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root is somebody else inside")
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)  # the folders above do not matter: it is mounted by itself
+    cache = closed / "cache"
+    if way == "made before":
+        cache.mkdir(mode=0o755)
+    done = run("--cache", str(cache))
+    said = f"run 'chgrp 0 {cache}' and 'chmod g+rwxs {cache}', or say --cache DIR"
+    assert (said in done.stderr) is (way == "made before"), done.stderr
+    if way == "made before":
+        assert done.returncode == 3
+        assert "by user 1000 with group 0" in done.stderr
+        cache.chmod(0o2775)
+        os.chown(cache, 0, 0)
+        assert "cannot be written" not in run("--cache", str(cache)).stderr
 
 
 def test_a_launcher_without_its_image_says_so(tmp_path: Path) -> None:

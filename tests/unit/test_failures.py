@@ -39,6 +39,47 @@ def test_patience_ends_in_what_is_no_verdict() -> None:
     assert caught.value.code == 3
 
 
+def test_a_registry_is_not_asked_before_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(failures.time, "sleep", slept.append)
+    pauses = iter([60.0, 0.5])
+
+    def busy() -> str:
+        problem = Broken("too many requests")
+        problem.after = next(pauses)
+        raise problem
+
+    with pytest.raises(StopIteration):
+        failures.patiently(busy, (1.0, 2.0, 4.0))
+    assert slept == [60.0, 2.0]
+
+
+def test_a_registry_that_asks_for_hours_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures.time, "sleep", lambda _: pytest.fail("it waits"))
+
+    def busy() -> None:
+        problem = Broken("too many requests")
+        problem.after = 6 * 3600.0
+        raise problem
+
+    with pytest.raises(Unreachable, match="left alone for 360 minutes; run this again then"):
+        failures.patiently(busy)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        *(("60", 60), ("0", 0), ("", 0), ("soon", 0), ("-5", 0), ("1e9", 0), ("9" * 400, 0)),
+        ("Sat, 28 Nov 2026 12:01:00 GMT", 60),
+        ("Sat, 28 Nov 2026 11:00:00 GMT", 0),
+        ("Sat, 99 Nov 2026 11:00:00 GMT", 0),
+    ],
+)
+def test_when_to_come_back_is_read_in_both_forms(header: str, seconds: float) -> None:
+    noon = 1795867200.0  # of 2026-11-28
+    assert failures.seconds(header, noon) == seconds
+
+
 def test_no_failure_writes_to_the_terminal() -> None:
     reset = "\x1b[2J\nlevel=fatal\x9b"
     for problem in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from images import host
+from images.catalog import ROOT
 from rollout.problem import Problem
 
 DEBIAN = 'PRETTY_NAME="Debian GNU/Linux 12"\nID=debian\n'
@@ -203,6 +205,27 @@ def test_what_a_station_raises_is_one_sentence_and_an_exit_code(
     assert capsys.readouterr() == ("", said)
 
 
+def test_an_odd_byte_in_what_a_command_says_is_no_traceback() -> None:
+    done = host.run(["printf", "caf\\351\\n"], quiet=True)
+    assert done.stdout == "caf\ufffd\n"
+    with pytest.raises(Problem, match=r"exited with 3: caf.$"):
+        host.run(["sh", "-c", "printf 'caf\\351\\n' >&2; exit 3"], quiet=True)
+
+
+def test_another_package_called_rollout_does_not_answer_in_place_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "rollout").mkdir()
+    (tmp_path / "rollout" / "__init__.py").write_text("")
+    program = "import images, rollout.problem; print(rollout.problem.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == str(ROOT / "entrypoints/rollout/problem.py"), done.stderr
+
+
 def test_what_nobody_expected_keeps_its_traceback() -> None:
     def main(_: Sequence[str]) -> int:
         raise PermissionError(errno.EACCES, "denied")
@@ -236,3 +259,19 @@ def test_large_files_lie_beside_the_caches_and_not_in_tmp(
     assert folder.is_relative_to(host.cache())
     assert host.cache().is_relative_to(tmp_path)
     assert host.scratch() == folder, "it may be there already"
+
+
+def test_a_sentence_that_quotes_a_huge_line_stays_one_that_can_be_read(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    huge = "y" * 10_000_000
+
+    def main(_: Sequence[str]) -> int:
+        raise Problem(f"x.lock:7: not a requirement: {huge!r}", 2)
+
+    assert host.guarded(main, []) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: x.lock:7: not a requirement: 'yyy")
+    assert said.endswith("characters more)\n")
+    assert len(said) < 5000
+    assert Problem("x" * 3000).sentence == "x" * 3000

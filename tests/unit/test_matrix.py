@@ -287,3 +287,30 @@ def test_a_release_publishes_what_the_one_rule_allows(
     said = capsys.readouterr().err
     assert said.startswith(f"{image.reference} is left out: {why}" if why else "")
     assert bool(said) == bool(why)
+
+
+# what makes images
+
+
+@pytest.mark.parametrize("name", [*matrix.MAKERS, matrix.TOOLS])
+def test_a_maker_that_has_moved_is_not_compared_as_nothing(clone: Path, name: str) -> None:
+    """Else nothing that turns inputs into layers would count any more, and nobody would notice."""
+    git(clone, "rm", "--quiet", "--cached", name)
+    shutil.move(clone / name, clone / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        matrix.makers(clone)
+
+
+def test_a_list_of_makers_that_is_old_is_said(monkeypatch: pytest.MonkeyPatch, clone: Path) -> None:
+    monkeypatch.setattr(matrix, "MAKERS", ("images/gone.py",))
+    with pytest.raises(
+        Problem, match=r"gone\.py is not there; name in images/matrix\.py"
+    ) as caught:
+        matrix.same_makers(clone)
+    assert caught.value.code == 2
+
+
+def test_a_revision_that_kept_its_makers_elsewhere_builds_all_images(clone: Path) -> None:
+    for name in matrix.MAKERS:
+        (clone / name).unlink()
+    assert not matrix.same_makers(clone)

@@ -235,6 +235,12 @@ def test_in_ci_the_workflow_is_the_builder_and_elsewhere_a_checkout(
     )
     source = there["buildDefinition"]["resolvedDependencies"][-1]
     assert source["uri"] == "git+https://forge.example/team/images@refs/tags/v1"
+    # A release calls the workflow that builds: it is that one which cosign has a certificate of.
+    monkeypatch.setenv(
+        "GITHUB_WORKFLOW_REF", "team/images/.github/workflows/release.yml@refs/tags/v1"
+    )
+    monkeypatch.setenv("ROLLOUT_WORKFLOW", ".github/workflows/publish.yml")
+    assert statement(image)["predicate"]["runDetails"]["builder"] == there["runDetails"]["builder"]
 
 
 # The commit

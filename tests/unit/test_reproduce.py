@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from images import build, builder, catalog, contents, host, layers, lock, reproduce
+from images import build, builder, catalog, contents, host, layers, lock, owner, reproduce
 from images.builder import Built
 from images.catalog import Image
 from images.contents import Entry, Part, Summary
@@ -400,7 +400,7 @@ def two(checkout: Checkout, work: Path, monkeypatch: pytest.MonkeyPatch) -> Two:
         files = made.first if outcome.storage.name == "first-own" else made.second
         return [files.get(name, [entry(f"opt/{name}")]) for name in NAMES]
 
-    def recorded(image: Image, _: builder.Buildah) -> Record:
+    def recorded(image: Image, _: builder.Buildah, __: Built) -> Record:
         made.recorded.append(os.environ["CONTAINERS_STORAGE_CONF"])
         return record(image, made.one)
 
@@ -747,32 +747,15 @@ def test_a_large_layer_needs_room_for_a_copy_of_it(checkout: Checkout) -> None:
     assert rooms[1] - rooms[0] == 10**9
 
 
-def test_mounts_of_a_failed_build_are_taken_off_from_the_innermost() -> None:
-    mounts = (
-        "/dev/vda / ext4 rw 0 0\n"
-        "/dev/vda /w/reproduce-1-x/second-own/graphroot/overlay ext4 rw 0 0\n"
-        "overlay /w/reproduce-1-x/second-own/graphroot/overlay/c0\\040ffee/merged overlay rw 0 0\n"
-        "overlay /w/reproduce-1-xy/merged overlay rw 0 0\n"
-    )
-    assert reproduce.mounted(Path("/w/reproduce-1-x"), mounts) == [
-        "/w/reproduce-1-x/second-own/graphroot/overlay/c0 ffee/merged",
-        "/w/reproduce-1-x/second-own/graphroot/overlay",
-    ]
-
-
-def test_what_builds_left_is_removed_and_what_is_no_mount_does_no_harm(work: Path) -> None:
-    put(work, "first-own/graphroot/overlay/x", "second-own/tmp/y", "one/README.md")
-    reproduce.discard(work)
-    assert not work.exists()
-
-
-def test_what_a_killed_run_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    left = tmp_path / "reproduce-4194305-x"  # more than the greatest process id of Linux
-    running, strange = tmp_path / f"reproduce-{os.getpid()}-y", tmp_path / "reproduce-mine"
-    for folder in (left / "first-own/graphroot/overlay", running, strange):
-        folder.mkdir(parents=True)
-    reproduce.sweep(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([running, strange])
+def test_what_a_killed_run_has_left_makes_room_for_the_next(
+    session: Session, tmp_path: Path
+) -> None:
+    gone = replace(owner.this(), process=4194305)  # more than the greatest process id of Linux
+    left = tmp_path / f"rollout-reproduce-{gone}-x"
+    (left / "first-own/graphroot/overlay").mkdir(parents=True)
+    assert reproduce.main(["vllm-0.12", "--work", str(tmp_path)]) == 1
+    assert not left.exists()
+    assert session.asked
 
 
 def test_what_the_host_needs_no_proxy_for_stays(

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -419,3 +420,31 @@ def test_a_layer_that_breaks_off_is_refused(tmp_path: Path) -> None:
     (tmp_path / "layer").write_bytes(packed[:-20])
     with pytest.raises(Problem, match=r"layer 1 (is no compressed tar|cannot be unpacked)"):
         verify_published.unpacked(tmp_path / "layer", "layer 1")
+
+
+CI = "git+https://forge.example/team/images@refs/tags/v1"
+WORKFLOW = "https://forge.example/team/images/.github/workflows/publish.yml@refs/tags/v1"
+
+
+@pytest.mark.parametrize(
+    ("builder", "checkout", "fits"),
+    [
+        (papers.LOCAL_BUILDER, "", True),
+        (WORKFLOW, CI, True),
+        (WORKFLOW, "", False),
+        (papers.LOCAL_BUILDER, CI, False),
+        (WORKFLOW.replace("team", "others"), CI, False),
+        (WORKFLOW.replace("tags/v1", "heads/mine"), CI, False),
+        (WORKFLOW.replace("/.github/workflows/", "/"), CI, False),
+    ],
+    ids=[
+        *("a person's", "a workflow's", "without a repository", "with a repository"),
+        *("another repository's", "another branch's", "no workflow"),
+    ],
+)
+def test_a_builder_is_of_the_repository_that_it_built(
+    builder: str, checkout: str, fits: bool
+) -> None:
+    names = {field.name: () for field in fields(verify_published.Origin)}
+    origin = verify_published.Origin(**names | {"builder": builder, "checkout": checkout})  # type: ignore[arg-type]
+    assert verify_published.built_there(origin) is fits

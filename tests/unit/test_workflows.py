@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from images import catalog, lock, publish, verify_published
+from images import catalog, lock, papers, publish, verify_published
 from images.catalog import ROOT
 
 from ..conftest import sha256
@@ -773,3 +773,8 @@ def test_a_patch_that_reaches_for_a_workflow_does_not_get_there(relocked: Runner
     assert ".github" in patch
     propose(relocked)
     assert moved(relocked) == {"lockfiles/some/a.lock": "a==2\n"}
+
+
+def test_the_workflow_that_builds_names_itself_as_the_builder() -> None:
+    """GitHub's own variable names release.yml where that calls it; cosign certifies this file."""
+    assert f"\n  {papers.WORKFLOW}: .github/workflows/publish.yml" in FILES["publish.yml"]
