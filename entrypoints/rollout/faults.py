@@ -102,7 +102,6 @@ class Faulty:
         self._shortest = 0
         self.device = engine.device
         self.transports = engine.transports
-        self.cache_block = engine.cache_block
         self.kv_bytes = engine.kv_bytes
         self.mlp_bias = engine.mlp_bias
         self._learn()
@@ -112,6 +111,7 @@ class Faulty:
         # An engine that kept no copy of its weights, and says that it did.
         claims = (1,) if self._keeps_nothing else ()
         self.levels = (*claims, *self._engine.levels)
+        self.cache_block = self._engine.cache_block
         self.witness, self.insisting = self._engine.witness, self._engine.insisting
 
     @property
