@@ -82,8 +82,12 @@ class Checkout:
         title = f"{lock.ABOVE}of a test\n" if above else ""
         found.lock.write_text(head + texts[0] + title + texts[1])
         found.dockerfile.parent.mkdir(parents=True, exist_ok=True)
-        names = [name.upper() for name in (*build.LAYERS, "entrypoints")]
-        steps = "".join(f"\nARG {name}\nRUN true\n" for name in names)
+        scripts = {name: f"install {name}" for name in build.LAYERS} | {"entrypoints": "entrypoints"}
+        mount = "--mount=type=bind,target=/mnt/context"
+        steps = "".join(
+            f"\nARG {name.upper()}\nRUN {mount} sh /mnt/context/{script}\n"
+            for name, script in scripts.items()
+        )
         found.dockerfile.write_text(f"ARG BASE\nFROM ${{BASE}}\n{steps}")
         return found
 

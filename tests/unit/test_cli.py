@@ -272,7 +272,7 @@ def test_a_report_names_the_program_of_its_checks_and_what_they_ran_on(
     monkeypatch.setattr(verify, "run", lambda *_, **__: [Check(verify.CHECKS[0], "passed", 1.0)])
     cli.main(["verify", "--report", str(path)])
     data = left(path)
-    assert data["program"] == program.identity("", verify.CHECKS, ())
+    assert data["program"] == program.identity("transformers", verify.available(FACTS), ())
     assert (data["model"], data["cycles"], data["gpus"]) == (None, None, [])
 
 

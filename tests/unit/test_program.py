@@ -262,7 +262,11 @@ def test_another_probe_changes_every_check_of_the_smoke_test_and_none_of_verify(
 def test_an_adapter_of_a_framework_is_part_of_its_own_check_alone(package: Path) -> None:
     path = package / "frameworks" / "verl_settings.py"
     path.write_text(path.read_text(encoding="utf-8") + "\n\nMORE = 1\n", encoding="utf-8")
-    wanted = {image.reference: {"training"} for image in IMAGES if image.smoke.training}
+    wanted = {
+        image.reference: {"framework", *(["training"] if image.smoke.training else [])}
+        for image in IMAGES
+        if image.framework
+    }
     assert wanted and changed(package) == wanted
 
 
@@ -298,7 +302,7 @@ def test_an_image_says_the_same_of_itself_as_the_host(image: catalog.Image, tmp_
     code = (
         "import json; from rollout import program, verify; from pathlib import Path\n"
         "data = json.loads(Path('image.json').read_text())\n"
-        "print(json.dumps(program.of_image(data, verified=verify.CHECKS)))"
+        "print(json.dumps(program.of_image(data, verified=verify.available(data))))"
     )
     argv = [sys.executable, "-c", code]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -560,7 +560,7 @@ def test_what_is_no_file_of_the_folder_is_refused_and_not_waited_for(
 @pytest.mark.parametrize(
     ("name", "lacks"),
     [
-        ("verify", "files, distributions, libraries, compilers, imports"),
+        ("verify", "files, distributions, libraries, compilers, imports and 2 more"),
         ("smoke", "start, refit, generation, multi-turn, partial-rollout and 4 more"),
     ],
 )
