@@ -23,7 +23,7 @@ from images import build, builder, catalog, host, layers, leftovers, lock, stand
 from images.catalog import ROOT, Image, shown
 from images.standing import Standing, Today
 from rollout import calibrate, cli, report, smoke
-from rollout.faults import FAULTS
+from rollout.faults import FAULTS, unseen
 from rollout.problem import Problem
 
 REPORTS = ROOT / "build" / "reports"
@@ -194,13 +194,8 @@ def read_report(path: Path, now: Today) -> dict[str, Any]:
 
 def found_by(data: Mapping[str, Any], fault: str, image: Image) -> str:
     """Why the report of a run with a fault shows nothing; empty if its check alone failed."""
-    failed = [one for one in data["checks"] if one["status"] == "failed"]
-    wanted = FAULTS[fault]
-    check = wanted.found_by(smoke.promised(image.smoke.facts))
-    if [one["name"] for one in failed] != [check]:
-        return f"failed were {', '.join(c['name'] for c in failed) or 'no checks'}"
-    reason = str(failed[0]["reason"])
-    return "" if wanted.reason in reason else f"{check} failed because {reason}"
+    failed = {c["name"]: str(c["reason"]) for c in data["checks"] if c["status"] == "failed"}
+    return unseen(fault, failed, smoke.promised(image.smoke.facts))
 
 
 def calibration(path: Path, image: Image, now: Today) -> str | None:

@@ -1,6 +1,7 @@
 """``rollout``: the command of every image.
 
-Exit codes: 0 proved, 1 a check failed, 2 wrong usage, 3 cannot be proved here.
+Exit codes: 0 proved, 1 a check failed (with --inject: the one that had to find the fault), 2 wrong
+usage, 3 cannot be proved here, 4 an injected fault that its own check did not find.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
         prog="rollout",
         description="What this image is, and the proof that it works.",
         epilog="Anything else is executed as given: rollout python3, rollout bash …  "
-        "Exit codes: 0 proved, 1 a check failed, 2 wrong usage, 3 cannot be proved here.",
+        "Exit codes: 0 proved, 1 a check failed, 2 wrong usage, 3 cannot be proved here, "
+        "4 an injected fault that its own check did not find.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     one = commands.add_parser("info", help="reference, engine, torch, CUDA, lock; needs no GPU")
@@ -176,7 +178,21 @@ def _smoke(given: argparse.Namespace) -> int:
         framework=_trained(checks, data),
         skipped=smoke.skipped(wanted, smoke.visible_gpus(data)),
     )
-    return _conclude(checks, expected, ran, given.report, started, seconds)
+    code = _conclude(checks, expected, ran, given.report, started, seconds)
+    return _injected(given.inject, checks, expected) if given.inject and code == 1 else code
+
+
+def _injected(fault: str, checks: Sequence[report.Check], known: Sequence[str]) -> int:
+    """The exit code of a run with a fault that failed: 1 if it failed as it has to, else 4."""
+    from rollout.faults import unseen
+
+    failed = {c.name: str(c.reason) for c in checks if c.status == "failed"}
+    why = unseen(fault, failed, known)
+    if why:
+        print(
+            f"rollout: {fault} was not found by its own check: {why}", file=sys.stderr, flush=True
+        )
+    return 4 if why else 1
 
 
 def _trained(checks: Sequence[report.Check], data: Mapping[str, Any]) -> report.Framework | None:

@@ -6,12 +6,13 @@ three faults need the engine's inside and are passed on to it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rollout.backends import Completion, Engine, Served
+from rollout.problem import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,19 @@ class Fault:
     def found_by(self, known: Collection[str]) -> str | None:
         """The one of an image's checks that has to fail first; None where none looks for it."""
         return next((check for check in (self.check, self.otherwise) if check in known), None)
+
+
+def unseen(fault: str, failed: Mapping[str, str], known: Collection[str]) -> str:
+    """Why a run with a fault shows nothing, as a clause; empty if its own check found it.
+
+    ``failed`` are the checks that failed, each with its reason; ``known`` all that the image has.
+    """
+    wanted = FAULTS[fault]
+    check = wanted.found_by(known)
+    if list(failed) != [check]:
+        return f"failed were {', '.join(failed) or 'no checks'}"
+    reason = failed[str(check)]
+    return "" if wanted.reason in reason else f"{check} failed because {reason}"
 
 
 HELD = "does not hold what was sent"
@@ -87,6 +101,8 @@ FAULTS = {
         "give a token probabilities that differ",
     ),
 }
+# Made in the stream of a refit.
+SPOILED = ("dropped-tensor", "flipped-byte", "swapped-tensors", "wrong-dtype", "partial-bucket")
 # Made inside the engine; the others are made at its protocol, whatever the engine is.
 _INSIDE = ("leak-per-cycle", "lost-buffer")
 
@@ -218,16 +234,24 @@ def spoil(
     tensors: Iterable[tuple[str, torch.Tensor]], fault: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The stream of a refit with one fault in it; unchanged for faults of another kind."""
-    import torch
-
+    if fault not in SPOILED:
+        yield from tensors
+        return
     stream = list(tensors)
-    # One that has a twin of its shape, as every tensor of a layer has in the next.
+    # One that has a twin of its shape, as every tensor of a layer has in the next. A model without
+    # any has no two tensors that could be taken for each other.
     shapes = [tensor.shape for _, tensor in stream]
-    victim = next(i for i in range(len(stream) // 2, len(stream)) if shapes.count(shapes[i]) > 1)
+    later = range(len(stream) // 2, len(stream))
+    twins = [i for i in (*later, *range(len(stream))) if shapes.count(shapes[i]) > 1]
+    if not twins and fault == "swapped-tensors":
+        raise Problem("--inject swapped-tensors: no two tensors of this model have one shape", 2)
+    victim = (twins or [*later])[0]
     name, tensor = stream[victim]
     if fault == "dropped-tensor":
         del stream[victim]
     elif fault == "flipped-byte":
+        import torch
+
         bits = tensor.clone()
         bits.view(torch.uint8).view(-1)[bits.numel()] ^= 1
         stream[victim] = (name, bits)
@@ -235,6 +259,8 @@ def spoil(
         twin = next(i for i, (n, t) in enumerate(stream) if t.shape == tensor.shape and i != victim)
         stream[victim], stream[twin] = (name, stream[twin][1]), (stream[twin][0], tensor)
     elif fault == "wrong-dtype":
+        import torch
+
         stream[victim] = (name, tensor.to(torch.float16).view(torch.bfloat16))
     elif fault == "partial-bucket":
         name, tensor = stream[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import os
+import re
 import sys
 import tempfile
 import time
@@ -44,6 +45,13 @@ PROMPTS = 8
 # With a quarter of its lm_head, exact in bfloat16, log-probabilities differ by a quarter as much.
 CALM = 0.25
 FULL = "No space left on device"
+# What torch and the engines say where memory is short: of the machine, and of no image.
+SHORT = re.compile(
+    r"out of memory|OutOfMemoryError|No available memory for the cache|Free memory on device"
+    r"|Not enough memory|Cannot allocate memory",
+    re.IGNORECASE,
+)
+SAID = 300  # characters of what an engine says, in a sentence
 CYCLES = 4
 
 
@@ -265,8 +273,17 @@ def _attempt(name: str, action: Callable[[], dict[str, Any]]) -> report.Check:
         reason = f"{type(error).__name__}: {error}"
     if reason and FULL in reason:
         raise Problem(f"no disk space in {tempfile.gettempdir()} during {name}; free some", 3)
+    if reason and SHORT.search(reason):
+        raise short(name, reason)
     status = "failed" if reason else "passed"
     return report.Check(name, status, time.perf_counter() - start, metrics, reason)
+
+
+def short(doing: str, reason: str) -> Problem:
+    """That memory is short here, with what to do: another machine may prove the image."""
+    why = " ".join(reason.split())[:SAID]
+    what = "stop what else runs on the GPU, or take a larger one by CUDA_VISIBLE_DEVICES"
+    return Problem(f"too little memory during {doing}: {why}; {what}", 3)
 
 
 def _last(name: str, action: Callable[[], dict[str, Any]]) -> report.Check:
@@ -330,7 +347,12 @@ def _drive(
 
     dummy = "refit" in names or "start" not in names  # a refit follows that fills the engine
     with _model_folder(options.model) as folder:
-        trial = _trial(facts, options, folder, dummy=dummy, gpus=gpus)
+        try:
+            trial = _trial(facts, options, folder, dummy=dummy, gpus=gpus)
+        except RuntimeError as error:  # as which torch says that memory is short
+            if not SHORT.search(str(error)):
+                raise
+            raise short("the preparation", str(error)) from None
         try:
             for name in names:
                 if name == "start":
@@ -377,9 +399,12 @@ def release_gpu() -> None:
 
 
 def start(trial: Any, *, dummy: bool) -> dict[str, Any]:
-    """Start the engine. Control: before, it must refuse to answer."""
+    """Start the engine: it answers, and has taken what weights and KV cache need.
+
+    Control: before, it must refuse to answer, and have taken nothing.
+    """
     from rollout.backends import EngineError
-    from rollout.checks import Failed
+    from rollout.checks import FREED, Failed, size_of
 
     try:
         trial.engine.generate(trial.prompts[:1], 1)
@@ -387,18 +412,25 @@ def start(trial: Any, *, dummy: bool) -> dict[str, Any]:
         pass
     else:
         raise Failed("control: an engine that was not started answers", {})
-    before = cached()
+    before, empty = cached(), trial.engine.memory()
+    given = FREED * (size_of(trial.weights) + trial.engine.kv_bytes)
+    if trial.engine.memory() - empty >= given:
+        raise Failed("control: memory counts as taken before the engine was started", {})
     clock = time.perf_counter()
     level = min(trial.sleep_levels)
     trial.engine.start(trial.model, dummy=dummy, level=level)
     seconds = time.perf_counter() - clock
+    taken = trial.engine.memory() - empty
+    if taken < given:
+        what = f"{taken >> 20} MiB, where weights and KV cache need {int(given) >> 20} MiB"
+        raise Failed(f"started, the engine has taken {what}", {"taken_bytes": taken})
     completion = trial.engine.generate(trial.prompts[:1], 1)
     if len(completion) != 1 or len(completion[0].tokens) != 1:
         raise Failed("asked for one token of one prompt, the engine gave something else", {})
     return {
         "start_seconds": seconds,
         "held_bytes": trial.engine.held(),
-        "memory_bytes": trial.engine.memory(),
+        "taken_bytes": taken,
         "cache_files_added": len(cached() - before),
     }
 

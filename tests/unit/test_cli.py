@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ import pytest
 
 from images.catalog import ROOT
 from rollout import cli, preflight, program, report, smoke, verify
+from rollout.faults import HELD
 from rollout.problem import Problem
 from rollout.report import Check
 
@@ -165,7 +167,7 @@ def test_the_help_names_every_command_and_every_exit_code(
     out = " ".join(capsys.readouterr().out.split())
     for text in ("info", "verify", "smoke", "serve", "Anything else is executed as given"):
         assert text in out
-    for code in ("0 proved", "1 a check failed", "2 wrong usage", "3 cannot be proved here"):
+    for code in ("0 proved", "1 a check", "2 wrong usage", "3 cannot be proved", "4 an injected"):
         assert code in out
 
 
@@ -179,7 +181,8 @@ def left(path: Path) -> dict[str, Any]:
 
 
 ALL = [Check(name, "passed", 1.0) for name in smoke.CHECKS]
-FAILED = Check("refit", "failed", 1.0, {}, "lost a tensor")
+FAILED = Check("refit", "failed", 1.0, {}, f"the engine {HELD}: x")
+OTHERWISE = Check("refit", "failed", 1.0, {}, "the engine ended")
 
 
 @pytest.mark.parametrize(
@@ -188,8 +191,10 @@ FAILED = Check("refit", "failed", 1.0, {}, "lost a tensor")
         (ALL, 0, "verl-rollout:transformers-cpu: proved in "),
         (ALL[:2], 3, "verl-rollout:transformers-cpu: unproved in "),
         ([ALL[0], FAILED], 1, "verl-rollout:transformers-cpu: failed (refit) in "),
+        ([ALL[0], OTHERWISE], 4, "verl-rollout:transformers-cpu: failed (refit) in "),
+        ([replace(FAILED, name="start")], 4, "verl-rollout:transformers-cpu: failed (start) in "),
     ],
-    ids=["all checks", "some checks", "a failed check"],
+    ids=["all checks", "some checks", "as it has to", "for another reason", "another check"],
 )
 def test_the_exit_code_is_the_verdict(
     prefix: Path,

@@ -11,6 +11,7 @@ import pytest
 from rollout import faults, smoke
 from rollout.backends import Completion
 from rollout.faults import FAULTS, Faulty
+from rollout.problem import Problem
 
 STREAM = ("dropped-tensor", "flipped-byte", "swapped-tensors", "wrong-dtype", "partial-bucket")
 PROTOCOL = ("refit-skipped", "stale-cache", "sleep-frees-nothing", "wake-restores-nothing")
@@ -293,6 +294,38 @@ def test_cold_turns_are_later_turns_alone() -> None:
     names = [call[0] for call in recorder.calls]
     cold = ["reset_prefix_cache", "generate"]
     assert names == ["generate", "generate", "generate", *cold, *cold]
+
+
+class Shaped:
+    """A tensor of which only the shape is asked."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+
+def test_a_model_without_twins_is_refused_only_where_twins_are_swapped() -> None:
+    alone: list[Any] = [("a", Shaped(1)), ("b", Shaped(2)), ("c", Shaped(3))]
+    with pytest.raises(Problem, match="no two tensors of this model have one shape") as caught:
+        list(faults.spoil(alone, "swapped-tensors"))
+    assert caught.value.code == 2
+    assert list(faults.spoil(alone, "deaf-server")) == alone, "not a fault of the stream"
+    assert [name for name, _ in faults.spoil(alone, "dropped-tensor")] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("failed", "why"),
+    [
+        ({"refit": f"the engine {faults.HELD}: x"}, ""),
+        ({}, "failed were no checks"),
+        ({"start": "it did not start"}, "failed were start"),
+        ({"refit": "the engine ended"}, "refit failed because the engine ended"),
+        ({"refit": f"the engine {faults.HELD}", "cycle": "x"}, "failed were refit, cycle"),
+    ],
+)
+def test_a_fault_is_found_by_its_own_check_for_its_own_reason(
+    failed: dict[str, str], why: str
+) -> None:
+    assert faults.unseen("dropped-tensor", failed, ["refit", "cycle"]) == why
 
 
 # the stream of a refit (with torch: inside the images)

@@ -599,3 +599,25 @@ def test_answers_that_never_grow_are_aborted_at_last(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(served, "TIMEOUT", 0.05)
     with pytest.raises(EngineError, match="before it had 100000 tokens"):
         follow(Stream(), Stream(), after=100000)
+
+
+def test_no_port_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine listens on what it was given only after it has started; the kernel cannot know."""
+    numbers = iter([4000, 4000, 4000, 4001])
+
+    class Listener:
+        def __enter__(self) -> Listener:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def bind(self, _: object) -> None:
+            pass
+
+        def getsockname(self) -> tuple[str, int]:
+            return ("127.0.0.1", next(numbers))
+
+    monkeypatch.setattr(served, "_given", set())
+    monkeypatch.setattr(served, "socket", SimpleNamespace(socket=Listener))
+    assert [served.free_port(), served.free_port()] == [4000, 4001]

@@ -292,9 +292,11 @@ class Engine:
     """Answers once it is started; ``ready`` is an engine that answers too early."""
 
     device = "paper"
+    kv_bytes = 20
 
     def __init__(self, *, ready: bool = False) -> None:
         self.ready = ready
+        self.before, self.takes = 0, 20
         self.starts: list[tuple[bool, bool, int, int]] = []  # dummy weights, fp8, level, GPUs
         self.stopped = 0
         self.answer = [Completion((1,), (0.0,))]
@@ -314,7 +316,7 @@ class Engine:
         return 10
 
     def memory(self) -> int:
-        return 20
+        return self.before + (self.takes if self.ready else 0)
 
     def stop(self) -> None:
         self.stopped += 1
@@ -327,7 +329,9 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
 
     def trial(facts: dict[str, Any], *_: object, **__: object) -> SimpleNamespace:
         levels = facts["smoke"]["sleep_levels"]
-        return SimpleNamespace(engine=made, prompts=[[1]], model=tmp_path, sleep_levels=levels)
+        return SimpleNamespace(
+            engine=made, prompts=[[1]], model=tmp_path, sleep_levels=levels, weights={}
+        )
 
     monkeypatch.setattr(smoke, "_trial", trial)
     for name in checks.CHECKS:
@@ -344,11 +348,59 @@ def proof(tmp_path: Path, *only: str, wanted: dict[str, Any] = WANTED) -> list[C
     return done
 
 
+def test_an_engine_that_takes_no_memory_has_not_started(engine: Engine, tmp_path: Path) -> None:
+    """Whatever it answers. What others use of the GPU counts for nothing."""
+    engine.before, engine.takes = 1000, 17
+    first = proof(tmp_path)[0]
+    assert first.status == "failed"
+    assert str(first.reason).startswith("started, the engine has taken 0 MiB")
+    assert first.metrics == {"taken_bytes": 17}
+
+
+def test_memory_that_comes_and_goes_before_the_start_says_nothing(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter([0, 100])
+    monkeypatch.setattr(engine, "memory", lambda: next(readings))
+    first = proof(tmp_path)[0]
+    assert first.reason == "control: memory counts as taken before the engine was started"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "torch.OutOfMemoryError: x",
+        "ValueError: No available memory for the cache blocks",
+        "Not enough memory. Please try to increase --mem-fraction-static.",
+    ],
+)
+def test_too_little_memory_is_no_failure_of_the_image(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    def breaks(_: Any) -> Any:
+        raise EngineError(said)
+
+    monkeypatch.setitem(checks.CHECKS, "refit", breaks)
+    with pytest.raises(Problem, match="too little memory during refit: ") as caught:
+        proof(tmp_path)
+    assert caught.value.code == 3
+    assert engine.stopped == 1
+
+    def trial(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(smoke, "_trial", trial)
+    with pytest.raises(Problem, match="too little memory during the preparation") as caught:
+        proof(tmp_path)
+    assert caught.value.code == 3
+
+
 def test_a_sound_engine_passes_every_check_and_is_stopped(engine: Engine, tmp_path: Path) -> None:
     done = proof(tmp_path)
     assert [(check.name, check.status) for check in done] == [(name, "passed") for name in ALL]
     assert done[0].metrics.pop("start_seconds") >= 0
-    assert done[0].metrics == {"held_bytes": 10, "memory_bytes": 20, "cache_files_added": 0}
+    assert done[0].metrics == {"held_bytes": 10, "taken_bytes": 20, "cache_files_added": 0}
     assert done[1].metrics == {"value": 1}
     assert engine.stopped == 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -34,6 +36,25 @@ class Piped:
             deliver((method, arguments), self._connection())
         except TransportError as error:
             raise EngineError(str(error)) from None
+
+    @contextlib.contextmanager
+    def _meanwhile(self, method: str, *arguments: object) -> Iterator[None]:
+        """Send a message, do something, and then wait for the answer.
+
+        Where that something fails, the answer is still to come, if ever, and would be taken for
+        that of the next message: the engine is stopped.
+        """
+        self._ask(method, *arguments)
+        try:
+            yield
+        except BaseException:
+            self.stop()
+            raise
+        self._answer()
+
+    def stop(self) -> None:
+        """End the process; the backend says how."""
+        raise NotImplementedError
 
     def _call(self, method: str, *arguments: object) -> Any:
         self._ask(method, *arguments)

@@ -27,12 +27,21 @@ LOG = "ROLLOUT_ENGINE_LOG"  # a file that keeps what an engine writes
 _PR_SET_PDEATHSIG = 1
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A TCP port of this machine that nobody listens on now, and none that this gave before.
+
+    Nobody listens on it either until an engine has started, so the kernel may give it twice.
+    """
+    while True:
+        with socket.socket() as listener:
+            listener.bind((HOST, 0))
+            port: int = listener.getsockname()[1]
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:

@@ -193,31 +193,31 @@ class Engine(Piped):
         name, port = f"rollout-{uuid.uuid4().hex[:8]}", free_port()
         sent = 0
         with torch.cuda.device(device):
-            self._ask("join_group", "127.0.0.1", port, self._gpus + 1, name)
-            group = init_custom_process_group(
-                backend="nccl",
-                init_method=f"tcp://127.0.0.1:{port}",
-                world_size=self._gpus + 1,
-                rank=0,
-                group_name=name,
-            )
-            self._answer()
+            with self._meanwhile("join_group", "127.0.0.1", port, self._gpus + 1, name):
+                group = init_custom_process_group(
+                    backend="nccl",
+                    init_method=f"tcp://127.0.0.1:{port}",
+                    world_size=self._gpus + 1,
+                    rank=0,
+                    group_name=name,
+                )
             try:
                 for bucket in buckets(tensors):
                     there = [(n, t.detach().to(device).contiguous()) for n, t in bucket]
                     said = [
                         (n, str(t.dtype).removeprefix("torch."), list(t.shape)) for n, t in there
                     ]
-                    self._ask("from_group", said, name)
-                    for _, tensor in there:
-                        torch.distributed.broadcast(tensor, src=0, group=group)
-                        sent += tensor.numel() * tensor.element_size()
-                    torch.cuda.synchronize(device)
-                    self._answer()
+                    with self._meanwhile("from_group", said, name):
+                        for _, tensor in there:
+                            torch.distributed.broadcast(tensor, src=0, group=group)
+                            sent += tensor.numel() * tensor.element_size()
+                        torch.cuda.synchronize(device)
             finally:
-                self._ask("leave_group", name)
-                torch.distributed.destroy_process_group(group)
-                self._answer()
+                if self._pipe is None:  # stopped, since it no longer answers in step
+                    torch.distributed.destroy_process_group(group)
+                else:
+                    with self._meanwhile("leave_group", name):
+                        torch.distributed.destroy_process_group(group)
         return sent
 
     def _synchronize(self) -> None:
