@@ -82,7 +82,9 @@ class Checkout:
         title = f"{lock.ABOVE}of a test\n" if above else ""
         found.lock.write_text(head + texts[0] + title + texts[1])
         found.dockerfile.parent.mkdir(parents=True, exist_ok=True)
-        scripts = {name: f"install {name}" for name in build.LAYERS} | {"entrypoints": "entrypoints"}
+        scripts = {name: f"install {name}" for name in build.LAYERS} | {
+            "entrypoints": "entrypoints"
+        }
         mount = "--mount=type=bind,target=/mnt/context"
         steps = "".join(
             f"\nARG {name.upper()}\nRUN {mount} sh /mnt/context/{script}\n"
