@@ -250,7 +250,13 @@ def free(image: Copy, registry: Registry, repository: str, tag: str) -> bool:
         return False
     what = registry.reference(repository, tag)
     why = "an immutable tag is never overwritten: a new lock makes a new one"
-    if oci.parse(data).config.digest == image.manifest.config.digest:
+    annotations = oci.parse(data).annotations
+    if annotations != image.manifest.annotations:
+        why = (
+            "what its manifest says of its proof stays what it was when it was published: a new "
+            "lock makes a new tag"
+        )
+    elif oci.parse(data).config.digest == image.manifest.config.digest:
         why = (
             "that is the same image, and its layers are compressed by another zstd or level; what "
             "is there is what counts, so there is nothing to publish"

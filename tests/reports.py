@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from images import prove
+from images import prove, standing
 from images.catalog import Image
 from rollout import report, smoke, verify
 from rollout.checks import rate
@@ -62,7 +62,7 @@ def of(
 
 def verified(image: Image, diff_ids: Sequence[str], **changes: Any) -> dict[str, Any]:
     """What ``rollout verify`` leaves in a sound image."""
-    return of(image, diff_ids, verify.CHECKS, **changes)
+    return of(image, diff_ids, standing.verified(image), **changes)
 
 
 def smoked(image: Image, diff_ids: Sequence[str], **changes: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def statement(**changes: Any) -> dict[str, Any]:
     definition = {
         "buildType": papers.BUILD_TYPE,
         "externalParameters": {"reference": "a:b"},
+        "internalParameters": {"promised": {"checks": [], "transports": [], "program": {}}},
         "resolvedDependencies": inputs,
     }
     details = {"builder": {"id": papers.LOCAL_BUILDER}, "byproducts": named}
