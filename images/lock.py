@@ -28,6 +28,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from images import base, catalog, host
 from images.catalog import ROOT, Image, shown
+from rollout import report
 from rollout.problem import Problem
 
 # glibc of Debian 12, the base image: wheels that need a newer one would not load there.
@@ -96,7 +97,13 @@ def read(image: Image) -> list[Locked]:
     if not image.lock.exists():
         command = f"nox -s lock -- {image.reference}"
         raise Problem(f"{shown(image.lock)} does not exist; make it with '{command}'", 2)
-    locked = parse(image.lock.read_text(encoding="utf-8"), image.lock)
+    try:
+        text = report.content(image.lock).decode()
+    except UnicodeDecodeError:
+        raise Problem(f"{shown(image.lock)} is not UTF-8; restore it from git", 2) from None
+    except ValueError as error:
+        raise Problem(f"{shown(image.lock)} {error}; restore it from git", 2) from None
+    locked = parse(text, image.lock)
     contradictions = claims_broken(image, {entry.name: entry.version for entry in locked})
     if contradictions:
         raise Problem(f"{shown(image.path)}: " + "; ".join(contradictions), 2)

@@ -40,6 +40,7 @@ build.recipe_text = lambda *_: os.environ["STEPS"]
 build.base_needs = lambda _: []
 budget.check = lambda *_: None
 lock.resolve = lambda image: image.lock.read_text()
+prove._read = lambda *_: {}  # the toy's verify has no report that says anything
 station = {"build": build, "export": export, "prove": prove}[sys.argv[1]]
 raise SystemExit(host.guarded(station.main, sys.argv[2:]))
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -605,3 +606,34 @@ def test_a_committed_lock_agrees_with_what_its_catalog_file_claims(image: catalo
     assert lock.claims_broken(image, versions) == []
     assert image.engine in versions
     assert f"resolved as of {image.resolved_as_of}" in image.lock.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("fifo", "is no plain file"),
+        ("folder", "is no plain file"),
+        ("link", "is a link"),
+        ("bytes", "is not UTF-8"),
+        ("huge", "more than the"),
+    ],
+)
+def test_what_is_no_lock_file_is_said_and_not_waited_for(
+    checkout: Checkout, kind: str, said: str
+) -> None:
+    image = checkout.image()
+    image.lock.unlink()
+    if kind == "fifo":
+        os.mkfifo(image.lock)
+    elif kind == "folder":
+        image.lock.mkdir()
+    elif kind == "link":
+        image.lock.symlink_to("/dev/zero")
+    else:
+        image.lock.write_bytes(b"\xff" if kind == "bytes" else b"y" * 10_000_000)
+    with pytest.raises(Problem) as caught:
+        lock.read(image)
+    assert caught.value.code == 2
+    assert caught.value.sentence.startswith(f"lockfiles/{image.repository}/{image.tag}.lock ")
+    assert said in caught.value.sentence
+    assert len(caught.value.sentence) < 300
