@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -815,3 +816,16 @@ def test_descendants_are_found_at_any_depth_by_what_proc_says(tmp_path: Path) ->
     (tmp_path / "15").mkdir()  # one that ended while it was looked at
     assert processes.descendants(10, tmp_path) == {11, 12}
     assert processes.descendants(13, tmp_path) == {14}
+
+
+def test_the_tokenizer_of_the_tiny_model_has_what_a_framework_asks_of_qwens() -> None:
+    """verl 0.9 asks for a newline and for the end of a turn as one token each; each has its own."""
+    made = tiny.tokenizer()
+    pattern, vocabulary = made["pre_tokenizer"]["pattern"]["Regex"], made["model"]["vocab"]
+    for token in (tiny.NEWLINE, tiny.ASK, *tiny.LETTERS):
+        assert re.findall(pattern, token) == [token], "it is cut out as it stands"
+        assert token in vocabulary
+    special = {token["content"]: token["id"] for token in made["added_tokens"]}
+    assert special[tiny.TURN] == vocabulary[tiny.TURN]
+    assert sorted(vocabulary.values()) == list(range(tiny.CONFIG["vocab_size"]))
+    assert tiny.CONFIG["vocab_size"] % 8 == 0, "kernels like whole blocks"

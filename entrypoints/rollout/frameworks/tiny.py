@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 PAD, END, UNKNOWN, ASK = "<pad>", "<end>", "<unk>", ">"
-LETTERS = "abcdefghijklmnopqrstuvwxyz.,"
+# A tokenizer of Qwen has these, and verl 0.9 asks for each of them as one token.
+TURN, NEWLINE = "<|im_end|>", "\n"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WANTED = "abcdefgh"
-TOKENS = (PAD, END, UNKNOWN, ASK, *LETTERS)
+TOKENS = (PAD, END, UNKNOWN, TURN, NEWLINE, ASK, *LETTERS)
 PROMPT = 8  # letters of a prompt
 ANSWER = 16  # tokens of an answer
 SEED = 20260708
@@ -69,7 +71,7 @@ def tokenizer() -> dict[str, Any]:
             "normalized": False,
             "special": True,
         }
-        for token in (PAD, END, UNKNOWN)
+        for token in (PAD, END, UNKNOWN, TURN)
     ]
     return {
         "version": "1.0",
@@ -79,7 +81,7 @@ def tokenizer() -> dict[str, Any]:
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Split",
-            "pattern": {"Regex": "."},
+            "pattern": {"Regex": "[\\s\\S]"},
             "behavior": "Isolated",
             "invert": False,
         },
