@@ -69,6 +69,7 @@ def today(image: Image, diff_ids: Sequence[str] | None = None) -> Today:
         transports=image.smoke.refit,
         program=standing.program_of(image),
         not_shown=image.not_shown,
+        above=int("framework" in build.layer_names(image, lock.read(image))),
     )
 
 

@@ -52,6 +52,12 @@ class Today:
     transports: tuple[str, ...]
     program: Mapping[str, str]  # check -> identity of what decides its result
     not_shown: Mapping[str, str] = field(default_factory=dict)  # and why nobody can show it
+    above: int = 0  # of these layers, how many stand above the engine: the framework's
+
+    @property
+    def engine_layers(self) -> tuple[str, ...] | None:
+        """The layers that decide what the engine is; None where none are recorded as yet."""
+        return None if self.layers is None else self.layers[: len(self.layers) - self.above]
 
 
 @dataclass(frozen=True)
@@ -148,14 +154,26 @@ def _another_framework(report: Report, today: Today) -> str:
 
 
 def outdated(report: Report, today: Today) -> str:
-    """Why a report is not of the layers of today, as a clause; empty if it is."""
-    if report["lock_sha256"] != today.lock_sha256:
+    """Why a report is not of the engine layers of today, as a clause; empty if it is."""
+    engine = today.engine_layers
+    if report["lock_sha256"] != today.lock_sha256 and not today.above:
         return "is of another lock"
-    if today.layers is None:
+    if engine is None:
         return "is of layers that are not recorded for today's inputs"
-    if tuple(report["layers"][:-1]) != today.layers:
+    below_ours = tuple(report["layers"][:-1])
+    if below_ours[: len(engine)] != engine or (not today.above and below_ours != engine):
         return "is of other layers"
     return ""
+
+
+def regrown(report: Report, today: Today) -> bool:
+    """Whether what stands above the engine is another than in a report: the framework's layer.
+
+    The engine is to the byte what it was, and so is all that it was asked. What the environment
+    holds besides, and what trains in it, is not.
+    """
+    below_ours = tuple(report["layers"][:-1])
+    return report["lock_sha256"] != today.lock_sha256 or below_ours != today.layers
 
 
 def unfinished(report: Report) -> str:
@@ -202,6 +220,10 @@ def _shown(report: Report, today: Today) -> Standing:
     without = {name: skipped.get(name, NOT_ASKED) for name in (*missing, *unsent)}
     tail = f"; not shown: {reasons(without)}" if without else ""
     changed = [n for n in today.checks if n not in skipped and known.get(n) != today.program[n]]
+    if regrown(report, today):
+        day = report["started"][:10]
+        sentence = f"by the checks of {day}; what stands above the engine is another today{tail}"
+        return Standing(EARLIER, sentence, without, day)
     if changed:
         day = report["started"][:10]
         which = "all of them" if len(changed) == len(today.checks) else listed(changed)
@@ -243,6 +265,8 @@ def of_fault(report: Report, today: Today, check: str) -> str:
     """What a run with an injected fault, found by this check, is worth today; empty if all."""
     if foreign(report, today) or outdated(report, today):
         return STALE
+    if check == smoke.TRAINING and regrown(report, today):
+        return EARLIER
     known = (report["program"] or {}).get(check)
     return "" if known is not None and known == today.program.get(check) else EARLIER
 

@@ -425,3 +425,41 @@ def test_a_calibration_of_another_image_is_none_of_this(
     today: Today, changes: dict[str, str], why: str
 ) -> None:
     assert standing.no_calibration(CALIBRATED | changes, today, VERSIONS) == why
+
+
+# what stands above the engine
+
+
+@pytest.fixture
+def grown(today: Today) -> Today:
+    """The image as it is now: the same engine, below a framework that is new."""
+    layers = (*(today.layers or ()), f"sha256:{sha256('framework')}")
+    return replace(today, layers=layers, above=1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lock_sha256": sha256("other")}], ids=["", "lock"])
+def test_another_framework_above_the_same_engine_leaves_what_the_engine_has_shown(
+    sound: dict[str, Any], grown: Today, changes: dict[str, Any]
+) -> None:
+    """It is no proof of today's image any more, and not one of another engine either."""
+    found = standing.judge({**sound, **changes}, grown)
+    assert found.word == standing.EARLIER
+    assert "what stands above the engine is another today" in found.sentence
+    assert standing.publishable(found, grown)
+
+
+def test_another_engine_below_the_same_framework_is_stale(
+    sound: dict[str, Any], grown: Today
+) -> None:
+    layers = [f"sha256:{sha256('another base')}", *sound["layers"][1:]]
+    assert standing.judge({**sound, "layers": layers}, grown).word == standing.STALE
+
+
+def test_a_fault_of_training_was_found_in_the_framework_of_then(
+    sound: dict[str, Any], today: Today, grown: Today
+) -> None:
+    same = {"training": "x"}
+    known, before = {**sound, "program": same}, replace(today, program=same)
+    assert standing.of_fault(known, before, "training") == ""
+    after = replace(grown, program=same)
+    assert standing.of_fault(known, after, "training") == standing.EARLIER
