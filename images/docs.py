@@ -19,6 +19,7 @@ from images import (
     lock,
     measure,
     prove,
+    releases,
     reproduce,
     sizes,
 )
@@ -33,6 +34,7 @@ from rollout.problem import Problem
 from rollout.smoke import CALM
 
 README = ROOT / "README.md"
+FRAMEWORKS = ROOT / "docs" / "frameworks.md"
 
 
 def kept(image: Image) -> features.Kept | None:
@@ -82,6 +84,7 @@ def row(image: Image, versions: Mapping[str, str]) -> str:
     """The table row of an image."""
     cells = [
         f"`{image.reference}`",
+        releases.of(image.framework),
         f"{image.backend} {versions[image.engine]}",
         versions["torch"].split("+")[0],
         lock.cuda(versions) or "none (CPU)",
@@ -98,7 +101,7 @@ def row(image: Image, versions: Mapping[str, str]) -> str:
 def table(images: Sequence[Image]) -> str:
     """The table of all images."""
     head = (
-        *("image", "engine", "torch", "CUDA", "Python", "Ray", "resolved as of"),
+        *("image", "for", "engine", "torch", "CUDA", "Python", "Ray", "resolved as of"),
         *("to pull", "same bytes", "proof"),
     )
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -470,8 +473,8 @@ def printed(image: Image) -> str:
     return terminal(data) if data else "No proof is kept yet."
 
 
-def renewed(text: str, name: str, generated: str) -> str:
-    """A README with one generated part replaced.
+def renewed(text: str, name: str, generated: str, page: str = "README.md") -> str:
+    """A page with one generated part replaced.
 
     Raises:
         Problem: the markers of that part are missing.
@@ -480,7 +483,7 @@ def renewed(text: str, name: str, generated: str) -> str:
     before, began, rest = text.partition(begin)
     _, ended, after = rest.partition(end)
     if not began or not ended:
-        raise Problem(f"README.md has lost its markers; put {begin} and {end} back", 2)
+        raise Problem(f"{page} has lost its markers; put {begin} and {end} back", 2)
     return f"{before}{begin}\n{generated}\n{end}{after}"
 
 
@@ -509,6 +512,9 @@ def main(arguments: Sequence[str]) -> int:
     images = catalog.load()
     pages = {
         README: fresh(README.read_text(encoding="utf-8"), images),
+        FRAMEWORKS: renewed(
+            _read(FRAMEWORKS), "frameworks", releases.table(images), shown(FRAMEWORKS)
+        ),
         sizes.PAGE: sizes.page(images),
     }
     stale = [path for path, text in pages.items() if _read(path) != text]

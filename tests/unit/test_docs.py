@@ -131,7 +131,7 @@ def test_a_kept_report_that_nobody_could_have_written_is_one_sentence(image: Ima
 
 def test_a_row_says_what_the_lock_says(image: Image) -> None:
     assert docs.row(image, VERSIONS | {"torch": "2.9.0+cu128"}) == (
-        "| `verl-rollout:vllm-0.12` | vllm 0.12.0 | 2.9.0 | 12.8 | "
+        "| `verl-rollout:vllm-0.12` | verl 0.7.1 | vllm 0.12.0 | 2.9.0 | 12.8 | "
         f"{base.python('3.11')} | {VERSIONS['ray']} | 2025-12-20 | "
         f"{docs.pull(image)} | not shown yet | {PROVED} |"
     )
@@ -155,7 +155,7 @@ def test_the_table_has_a_row_for_each_image(checkout: Checkout, image: Image) ->
     lines = docs.table([image, checkout.image(tag="other")]).splitlines()
     assert len(lines) == 4
     assert "`verl-rollout:other`" in lines[3]
-    assert {line.count("|") for line in lines} == {11}
+    assert {line.count("|") for line in lines} == {12}
 
 
 # the README around it
