@@ -106,4 +106,5 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
     monkeypatch.setattr(build, "BUILD", tmp_path / "build")
     monkeypatch.setattr(prove, "REPORTS", tmp_path / "build" / "reports")
     monkeypatch.setattr(docs, "README", tmp_path / "README.md")
+    monkeypatch.setattr(docs, "FRAMEWORKS", tmp_path / "frameworks.md")
     return Checkout(tmp_path)

@@ -298,6 +298,7 @@ def readme(image: Image, monkeypatch: pytest.MonkeyPatch) -> str:
     names = ("printed", "images", "features", "faults", "measured", "gpu", "layers")
     text = "".join(marked(name, "old") for name in names)
     docs.README.write_text(text)
+    docs.FRAMEWORKS.write_text(marked("frameworks", "old"))
     return text
 
 
@@ -317,7 +318,8 @@ def test_a_stale_readme_fails_the_check_and_stays(
 def test_a_renewed_readme_passes_the_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert docs.main([]) == 0
     said = capsys.readouterr().out
-    assert said == "README.md renewed\nSIZES.md renewed\n"
+    assert said == "README.md renewed\nframeworks.md renewed\nSIZES.md renewed\n"
+    assert "| verl 0.7.1 | `verl-rollout:vllm-0.12` |" in docs.FRAMEWORKS.read_text()
     assert docs.main(["--check"]) == 0
     assert docs.main([]) == 0
     assert capsys.readouterr().out == ""
