@@ -47,12 +47,15 @@ def test_the_framework_understands_what_the_page_says(
     if tool.inspect(tool.local + reference) is None:
         pytest.skip(f"{reference} is not built here: nox -s build -- {reference}")
 
-    def read(*arguments: str) -> subprocess.CompletedProcess[str]:
-        argv = ["rollout", *words, *arguments, "--cfg", "job"]
-        return tool.run(Command(tool.local + reference, argv), capture=True)
+    with tool.container(tool.local + reference) as container:
 
-    done = read()
-    assert done.returncode == 0, done.stdout + done.stderr
-    given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
-    assert f"n_gpus_per_node: {given['trainer.n_gpus_per_node']}" in done.stdout
-    assert read("trainer.no_such_argument=1").returncode != 0
+        def read(*arguments: str) -> subprocess.CompletedProcess[str]:
+            asked = Command(reference, ["rollout", *words, *arguments, "--cfg", "job"])
+            argv = tool.run_argv(asked, container)
+            return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+        done = read()
+        assert done.returncode == 0, done.stdout + done.stderr
+        given = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
+        assert f"n_gpus_per_node: {given['trainer.n_gpus_per_node']}" in done.stdout
+        assert read("trainer.no_such_argument=1").returncode != 0
