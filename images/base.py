@@ -218,10 +218,9 @@ def fetch(lock: Path = LOCK, snapshot: str | None = None) -> Path:
         debian.apt(snapshot) as conf,
         leftovers.temporary("debs", folder) as new,
     ):
-        problem = debian.vanished(missing, debian.offered(conf, missing), locked.as_of)
-        if problem:
-            raise problem
-        debian.download(conf, missing, new)
+        missing = _listed(conf, missing, new, folder, locked.as_of)
+        if missing:
+            debian.download(conf, missing, new)
         wrong = []
         for deb in missing:
             file = next(new.glob(f"{debian.downloaded_name(deb)}_*.deb"))
@@ -242,6 +241,30 @@ def _missing(locked: Lock, folder: Path) -> list[Deb]:
     return [deb for deb in locked.debs if not (folder / f"{deb.sha256}.deb").exists()]
 
 
+def _listed(conf: Path, debs: list[Deb], new: Path, folder: Path, as_of: str) -> list[Deb]:
+    """Those that the index lists; the files of the others are brought from the pool.
+
+    Raises:
+        Problem: the mirror has neither.
+    """
+    offered = debian.offered(conf, debs)
+    listed = [deb for deb in debs if deb.version in offered.get(deb.name, ())]
+    others = [deb for deb in debs if deb not in listed]
+    debian.from_pool(conf, others, new)
+    lost = []
+    for deb in others:
+        file = new / f"{deb.sha256}.deb"
+        if file.exists() and host.sha256(file) == deb.sha256:
+            file.replace(folder / file.name)
+            host.say(f"{deb.name} {deb.version}: no index lists it any more; the mirror has it yet")
+        else:
+            lost.append(deb)
+    problem = debian.vanished(lost, offered, as_of)
+    if problem:
+        raise problem
+    return listed
+
+
 def check(lock: Path = LOCK, packages: Path = PACKAGES, snapshot: str | None = None) -> None:
     """See that the lock fits what is asked for and can still be fetched.
 
@@ -254,10 +277,10 @@ def check(lock: Path = LOCK, packages: Path = PACKAGES, snapshot: str | None = N
         raise Problem(sentence)
     missing = _missing(locked, host.cache() / "debs")
     if missing:
-        with debian.apt(snapshot) as conf:
-            problem = debian.vanished(missing, debian.offered(conf, missing), locked.as_of)
-        if problem:
-            raise problem
+        folder = host.cache() / "debs"
+        folder.mkdir(parents=True, exist_ok=True)
+        with debian.apt(snapshot) as conf, leftovers.temporary("debs", folder) as new:
+            _listed(conf, missing, new, folder, locked.as_of)
 
 
 def make(lock: Path, destination: Path) -> Path:

@@ -102,6 +102,21 @@ def download(conf: Path, debs: Iterable[Deb], folder: Path) -> None:
     run(download_argv(conf, debs), cwd=folder)
 
 
+def from_pool(conf: Path, debs: Iterable[Deb], folder: Path) -> None:
+    """Bring files that no index lists any more, where a mirror has them yet: ``<sha256>.deb``.
+
+    A mirror drops a version from its index the day the next one comes, and its file days later.
+    """
+    text = (conf.parent / "sources/debian.sources").read_text(encoding="utf-8")
+    uris = list(dict.fromkeys(re.findall(r"^URIs: (.+)$", text, re.MULTILINE)))
+    for deb in debs:
+        file = folder / f"{deb.sha256}.deb"
+        for uri in uris:
+            run(pool_argv(conf, uri, deb, file), check=False)  # apt deletes what has another sha256
+            if file.exists():
+                break
+
+
 def _sources(snapshot: str | None) -> list[Source]:
     date = snapshot or os.environ.get("ROLLOUT_SNAPSHOT")
     if not date:
@@ -172,6 +187,16 @@ def download_argv(conf: Path, debs: Iterable[Deb]) -> list[str]:
     """Download exactly these versions into the current folder."""
     exact = [f"{deb.name}={deb.version}" for deb in debs]
     return ["apt-get", "-c", str(conf), "-q", "download", *exact]
+
+
+def pool_argv(conf: Path, uri: str, deb: Deb, file: Path) -> list[str]:
+    """Download a file by its path in an archive; apt keeps it only where the sha256 is the locked.
+
+    Only the mirror's index is passed over, whose signature says less than the lock's sha256.
+    """
+    address = f"{uri.rstrip('/')}/{urllib.parse.quote(deb.path, safe='/')}"
+    helper = "/usr/lib/apt/apt-helper"
+    return [helper, "-c", str(conf), "download-file", address, str(file), f"SHA256:{deb.sha256}"]
 
 
 def default_sources_argv() -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pwd
 import signal
 import sys
 import time
@@ -259,6 +260,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A UID that no passwd file knows has no home else, and FlashInfer cannot be imported without.
     if not os.environ.get("HOME"):
         os.environ["HOME"] = os.environ.get("XDG_CACHE_HOME") or preflight.CACHE
+    # Nor a name, and torch's compiler, which vLLM imports, asks for one before anything else.
+    if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+        try:
+            pwd.getpwuid(os.getuid())
+        except KeyError:
+            os.environ["USER"] = os.environ["LOGNAME"] = "rollout"
     try:
         return _dispatch(sys.argv[1:] if argv is None else argv)
     except Problem as problem:

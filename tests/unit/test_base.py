@@ -192,6 +192,33 @@ def test_other_bytes_than_were_locked_never_reach_the_cache(
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.parametrize(("sent", "kept"), [(b"one", True), (b"forged", False), (None, False)])
+def test_a_version_that_no_index_lists_comes_from_the_pool_if_it_is_the_locked_one(
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sent: bytes | None,
+    kept: bool,
+) -> None:
+    lock = write_lock(tmp_path, b"one")
+
+    def mirror(argv: list[str], **_: object) -> str:
+        if "download-file" in argv and sent is not None:
+            assert argv[-3].endswith("/pool/main/p/p0.deb")
+            Path(argv[-2]).write_bytes(sent)
+        return "Package: p0\nVersion: 1-2\n" if "show" in argv else ""
+
+    monkeypatch.setattr(debian, "run", mirror)
+    monkeypatch.setattr(debian, "_sources", lambda _: DEFAULT)
+    if kept:
+        assert base.fetch(lock) == cache
+        assert [file.read_bytes() for file in cache.iterdir()] == [b"one"]
+        return
+    with pytest.raises(Problem, match=r"no longer has p0 1-1 \(it offers 1-2\)"):
+        base.fetch(lock)
+    assert list(cache.iterdir()) == []
+
+
 # --- making
 
 

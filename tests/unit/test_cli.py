@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import shlex
 import shutil
 import signal
@@ -472,6 +473,30 @@ def test_a_user_without_a_home_gets_the_folder_of_the_caches(
     with pytest.raises(SystemExit):
         cli.main(["python3"])
     assert os.environ["HOME"] == expected
+
+
+@pytest.mark.usefixtures("stands_aside", "prefix")
+@pytest.mark.parametrize(
+    ("known", "user", "expected"),
+    [(False, None, "rollout"), (False, "", "rollout"), (False, "me", "me"), (True, None, None)],
+)
+def test_a_user_whom_no_passwd_file_knows_gets_a_name(
+    monkeypatch: pytest.MonkeyPatch, known: bool, user: str | None, expected: str | None
+) -> None:
+    # torch's compiler asks for one when vLLM imports it.
+    def look(uid: int) -> None:
+        if not known:
+            raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", look)
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    if user is not None:
+        monkeypatch.setenv("USER", user)
+    with pytest.raises(SystemExit):
+        cli.main(["python3"])
+    assert os.environ.get("USER") == expected
 
 
 @pytest.mark.usefixtures("stands_aside")
