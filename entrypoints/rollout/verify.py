@@ -146,22 +146,9 @@ def interface(facts: Mapping[str, Any], python: str = sys.executable) -> Finding
     """The engine has what its backend uses, with no GPU; metrics give how much was looked at."""
     name = facts["backend"]
     started = time.monotonic()
-    try:
-        done = subprocess.run(
-            [python, "-I", "-B", "-m", "rollout.backends.interface", name],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=IMPORT_LIMIT_S,
-            check=False,
-        )
-        outcome: dict[str, Any] = json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        return Findings((Finding(name, "interface", f"not done after {IMPORT_LIMIT_S} s"),))
-    except OSError as error:
-        return Findings((Finding(python, "interface", f"cannot be run ({error.strerror})"),))
-    except ValueError:
-        failure = printable(ending(done.returncode, done.stderr.decode("utf-8", "replace")))
-        return Findings((Finding(name, "interface", f"cannot be compared: {failure}"),))
+    outcome = _answer(python, ("rollout.backends.interface", name), "interface", "compared")
+    if isinstance(outcome, Finding):
+        return Findings((outcome,))
     if not outcome["looked_at"]:
         return Findings(unproved=f"the backend {name} says nothing that it uses of its engine")
     problems = tuple(
@@ -177,26 +164,14 @@ def framework(facts: Mapping[str, Any], python: str = sys.executable) -> Finding
     One process for all of them, as in a run: engines take many seconds to import.
     """
     name, engine = facts["framework"]["name"], facts["backend"]
+    started = time.monotonic()
     # A look-up in a hub is a bug, and is to fail at once.
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    started = time.monotonic()
-    try:
-        done = subprocess.run(
-            [python, "-I", "-B", "-m", "rollout.frameworks", name, engine],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            env={**os.environ, **offline},
-            timeout=IMPORT_LIMIT_S,
-            check=False,
-        )
-        outcome: dict[str, str | None] = json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        return Findings((Finding(name, "import", f"not done after {IMPORT_LIMIT_S} s"),))
-    except OSError as error:
-        return Findings((Finding(python, "import", f"cannot be run ({error.strerror})"),))
-    except ValueError:
-        failure = printable(ending(done.returncode, done.stderr.decode("utf-8", "replace")))
-        return Findings((Finding(name, "import", f"cannot be imported: {failure}"),))
+    outcome = _answer(
+        python, ("rollout.frameworks", name, engine), "import", "imported", os.environ | offline
+    )
+    if isinstance(outcome, Finding):
+        return Findings((outcome,))
     if not outcome:
         return Findings(unproved=f"the adapter of {name} names no module to import")
     problems = tuple(
@@ -206,6 +181,38 @@ def framework(facts: Mapping[str, Any], python: str = sys.executable) -> Finding
     )
     seconds = round(time.monotonic() - started, 3)
     return Findings(problems, {"modules": len(outcome), "import_seconds": seconds})
+
+
+def _answer(
+    python: str,
+    module: tuple[str, ...],
+    kind: str,
+    done: str,
+    env: Mapping[str, str] | None = None,
+) -> dict[str, Any] | Finding:
+    """The JSON object that a module of ours prints, given a subject as its first argument.
+
+    What it was to be (``done``: "imported") is said in the finding where there is no answer.
+    """
+    subject = module[1]
+    try:
+        said = subprocess.run(
+            [python, "-I", "-B", "-m", *module],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=env,
+            timeout=IMPORT_LIMIT_S,
+            check=False,
+        )
+        outcome: dict[str, Any] = json.loads(said.stdout)
+    except subprocess.TimeoutExpired:
+        return Finding(subject, kind, f"not done after {IMPORT_LIMIT_S} s")
+    except OSError as error:
+        return Finding(python, kind, f"cannot be run ({error.strerror})")
+    except ValueError:
+        failure = printable(ending(said.returncode, said.stderr.decode("utf-8", "replace")))
+        return Finding(subject, kind, f"cannot be {done}: {failure}")
+    return outcome
 
 
 def _import(python: str, module: str) -> str:
