@@ -454,8 +454,8 @@ def measured(image: Image) -> str:
     return numbers(json.loads(path.read_text(encoding="utf-8")))
 
 
-def terminal(data: Mapping[str, Any]) -> str:
-    """What a run with this report printed at its end."""
+def terminal(data: Mapping[str, Any], found: rule.Standing) -> str:
+    """What a run with this report printed at its end, and what the host makes of it."""
     checks = [report.Check(**check) for check in data["checks"]]
     verified = [check for check in checks if check.name in verify.CHECKS]
     smoked = [check for check in checks if check.name not in verify.CHECKS]
@@ -464,13 +464,14 @@ def terminal(data: Mapping[str, Any]) -> str:
         rows += [f"{data['image']}: rollout {command}", report.header(), *map(report.row, part)]
         rows += [f"{data['image']}: {report.verdict(part)} in …", ""]
     rows.append(f"{data['image']}: {data['verdict']}; report in build/reports/…")
+    rows.append(f"{data['image']}: {found.word}: {found.sentence}")
     return "\n".join(["```text", *rows, "```"])
 
 
 def printed(image: Image) -> str:
     """What the last kept proof of an image printed."""
-    data = prove.kept_report(image)
-    return terminal(data) if data else "No proof is kept yet."
+    found = kept(image)
+    return terminal(found.report, found.standing) if found else "No proof is kept yet."
 
 
 def renewed(text: str, name: str, generated: str, page: str = "README.md") -> str:
