@@ -28,7 +28,7 @@ from images.catalog import ROOT, TRANSPORTS, Image, shown
 from rollout import report, smoke, verify
 from rollout.checks import FREED, GROWTH, rate
 from rollout.cuda_ipc import BUCKET_BYTES
-from rollout.faults import FAULTS
+from rollout.faults import FAULTS, aimed
 from rollout.oracle import BOUND_BF16, BOUND_FP8
 from rollout.problem import Problem
 from rollout.smoke import CALM
@@ -122,10 +122,13 @@ def fault_table(images: Sequence[Image]) -> str:
     for name, fault in FAULTS.items():
         shown_on = ["CPU (tests)"] if fault.found_by(on_cpu) else []
         for image in images:
-            path = prove.kept_fault(image, name)
-            if path.exists():
-                worth = prove.standing_of_fault(image, name)
-                link = f"[{image.tag}]({path.relative_to(ROOT)})"
+            for path in sorted(prove.kept_fault(image, name).parent.glob(f"{name}*.json")):
+                plain, transport = aimed(path.stem)
+                if plain != name:
+                    continue
+                worth = prove.standing_of_fault(image, path.stem)
+                by = f" by {transport}" if transport else ""
+                link = f"[{image.tag}{by}]({path.relative_to(ROOT)})"
                 shown_on.append(f"{link} ({worth})" if worth else link)
         checks = [check for check in (fault.check, fault.otherwise) if check]
         lines.append(

@@ -23,7 +23,7 @@ from images import build, builder, catalog, host, layers, leftovers, lock, stand
 from images.catalog import ROOT, Image, shown
 from images.standing import Standing, Today
 from rollout import calibrate, cli, report, smoke
-from rollout.faults import FAULTS, unseen
+from rollout.faults import find, unseen
 from rollout.problem import Problem
 
 REPORTS = ROOT / "build" / "reports"
@@ -91,7 +91,7 @@ def standing_of(image: Image) -> Standing:
 def standing_of_fault(image: Image, fault: str) -> str:
     """What the kept report of an injected fault is worth today; empty if all."""
     path = kept_fault(image, fault)
-    check = FAULTS[fault].found_by(smoke.promised(image.smoke.facts)) or ""
+    check = find(fault).found_by(smoke.promised(image.smoke.facts)) or ""
     return standing.of_fault(_read(path, shown(path)), today(image), check)
 
 

@@ -246,6 +246,7 @@ def refit(trial: Trial) -> Metrics:
     diverge from the oracle; without a reset the prefix cache must be seen to be stale.
     """
     engine, metrics = trial.engine, Metrics()
+    first_way = trial.transport or engine.transports[0]
     metrics["control_divergence"] = trial.divergence(trial.alone(), trial.oracle)
     if metrics["control_divergence"] <= trial.bound or not trial.differing(trial.weights):
         raise Failed("control: the engine had the weights before they were sent", metrics)
@@ -257,7 +258,8 @@ def refit(trial: Trial) -> Metrics:
     wrong = trial.differing(trial.weights)
     metrics["tensors_wrong"] = len(wrong)
     if wrong:
-        raise Failed(f"the engine does not hold what was sent: {named(wrong)}", metrics)
+        what = f"by {first_way} the engine does not hold what was sent: {named(wrong)}"
+        raise Failed(what, metrics)
     first = trial.alone()
     what = "the digests agree, yet the output is not that of these weights"
     agree(trial.judged(first, trial.oracle), trial.bound, what, metrics)
@@ -278,7 +280,6 @@ def refit(trial: Trial) -> Metrics:
         engine.remember()
     # Timed now that both sides have done it: the first has what is made once in it.
     metrics["refit_seconds"] = timed(lambda: trial.refit(trial.weights))
-    first_way = trial.transport or engine.transports[0]
     metrics[rate(first_way)] = metrics["bytes"] / metrics["refit_seconds"] / 1e9
     metrics["copy_gb_per_s"] = copy_bandwidth(trial.device)
     if trial.alone() != first:

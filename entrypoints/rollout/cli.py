@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument(
         "--framework", type=Path, metavar="DIR", help="train with this checkout, not the image's"
     )
-    three.add_argument("--inject", metavar="FAULT", help="break one thing; the run must fail")
+    three.add_argument(
+        "--inject", metavar="FAULT[@TRANSPORT]", help="break one thing; the run must fail"
+    )
     commands.add_parser("serve", help="the engine's own OpenAI server; arguments pass through")
     return top
 

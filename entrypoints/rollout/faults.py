@@ -1,7 +1,8 @@
 """Faults made on purpose: what a smoke test is worth shows only when something is broken.
 
 ``rollout smoke --inject FAULT`` wraps the engine in :class:`Faulty`, which works for every backend;
-three faults need the engine's inside and are passed on to it.
+three faults need the engine's inside and are passed on to it. A fault of a refit can be aimed at
+one transport, as ``dropped-tensor@disk``: weights that go by another arrive as they are.
 """
 
 from __future__ import annotations
@@ -34,17 +35,33 @@ class Fault:
         return next((check for check in (self.check, self.otherwise) if check in known), None)
 
 
+def aimed(given: str) -> tuple[str, str]:
+    """The name of a fault, and the transport that it is aimed at; empty for whatever is sent."""
+    name, _, transport = given.partition("@")
+    return name, transport
+
+
+def find(given: str) -> Fault:
+    """The fault of this name, wherever it is aimed.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return FAULTS[aimed(given)[0]]
+
+
 def unseen(fault: str, failed: Mapping[str, str], known: Collection[str]) -> str:
     """Why a run with a fault shows nothing, as a clause; empty if its own check found it.
 
     ``failed`` are the checks that failed, each with its reason; ``known`` all that the image has.
     """
-    wanted = FAULTS[fault]
+    wanted, transport = find(fault), aimed(fault)[1]
     check = wanted.found_by(known)
     if list(failed) != [check]:
         return f"failed were {', '.join(failed) or 'no checks'}"
     reason = failed[str(check)]
-    return "" if wanted.reason in reason else f"{check} failed because {reason}"
+    found = wanted.reason in reason and (not transport or reason.startswith(f"by {transport} "))
+    return "" if found else f"{check} failed because {reason}"
 
 
 HELD = "does not hold what was sent"
@@ -112,7 +129,7 @@ class Faulty:
 
     def __init__(self, engine: Engine, fault: str, *, served: bool = False) -> None:
         self._engine = engine
-        self._fault = fault
+        self._fault, self._transport = aimed(fault)
         self._served = served
         self._resets = 0
         self._shortest = 0
@@ -199,6 +216,8 @@ class Faulty:
     def refit(self, tensors: Iterable[tuple[str, torch.Tensor]], transport: str = "") -> int:
         if self._fault == "refit-skipped" or (self._fault == "deaf-server" and self._served):
             return sum(t.numel() * t.element_size() for _, t in tensors)
+        if self._transport not in ("", transport or next(iter(self.transports), "")):
+            return self._engine.refit(tensors, transport)
         return self._engine.refit(spoil(tensors, self._fault), transport)
 
     def reset_prefix_cache(self) -> None:

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from rollout import tokenizer
 from rollout.problem import Problem
 
 if TYPE_CHECKING:
@@ -466,33 +467,11 @@ def _signs(shape: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
 def _tokenizer(size: int) -> dict[str, Any]:
     """tokenizer.json: a word for each token id, words apart by white space."""
     words = [SPECIAL[i] if i < len(SPECIAL) else f"t{i}" for i in range(size)]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    special = [{"id": i, "content": w, **flags, "special": True} for i, w in enumerate(SPECIAL)]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": special,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "post_processor": None,
-        "decoder": None,
-        "model": {
-            "type": "WordLevel",
-            "vocab": {word: index for index, word in enumerate(words)},
-            "unk_token": SPECIAL[3],
-        },
-    }
+    return tokenizer.words(words, SPECIAL, SPECIAL[3], apart={"type": "WhitespaceSplit"})
 
 
 def _tokenizer_config(length: int) -> dict[str, Any]:
     pad, begin, end, unknown = SPECIAL
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": pad,
-        "bos_token": begin,
-        "eos_token": end,
-        "unk_token": unknown,
-        "model_max_length": length,
-        "clean_up_tokenization_spaces": False,
-    }
+    return tokenizer.settings(
+        length, pad_token=pad, bos_token=begin, eos_token=end, unk_token=unknown
+    )

@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout import preflight, report
-from rollout.faults import FAULTS
+from rollout.faults import FAULTS, SPOILED, aimed, find
 from rollout.problem import Problem
 
 CHECKS = (
@@ -89,9 +89,7 @@ def selected(only: Sequence[str], wanted: Mapping[str, Any], gpus: int = 1) -> l
     known = available(wanted, gpus)
     for name in only:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise Problem(f"--only: no check {name!r} in this image; {hint}", 2)
+            raise Problem(f"--only: no check {name!r} in this image; {_nearest(name, known)}", 2)
     begun = [] if only and set(only) <= _ALONE else ["start"]
     return [name for name in known if not only or name in (*only, *begun)]
 
@@ -102,14 +100,26 @@ def fault(name: str | None, wanted: Mapping[str, Any]) -> str | None:
     Raises:
         Problem: exit code 2 for one that does not exist, or that no check of this image looks for.
     """
-    if name is not None and name not in FAULTS:
-        near = difflib.get_close_matches(name, FAULTS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(FAULTS)}"
-        raise Problem(f"--inject: no fault {name!r}; {hint}", 2)
-    if name is not None and FAULTS[name].found_by(available(wanted, ANY)) is None:
-        check = FAULTS[name].check
-        raise Problem(f"--inject: {name} is found by {check}, which this image has not", 2)
+    if name is None:
+        return None
+    plain, transport = aimed(name)
+    if plain not in FAULTS:
+        raise Problem(f"--inject: no fault {plain!r}; {_nearest(plain, FAULTS)}", 2)
+    check = FAULTS[plain].check
+    if FAULTS[plain].found_by(available(wanted, ANY)) is None:
+        raise Problem(f"--inject: {plain} is found by {check}, which this image has not", 2)
+    if "@" in name and plain not in SPOILED:
+        one = ", ".join(SPOILED)
+        raise Problem(f"--inject: {plain} is made in no transport; aim one of {one}", 2)
+    if "@" in name and transport not in wanted["refit"]:
+        hint = _nearest(transport, wanted["refit"])
+        raise Problem(f"--inject: this image promises no refit by {transport!r}; {hint}", 2)
     return name
+
+
+def _nearest(given: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(given, known, 1)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
 
 
 def framed(checkout: Path, data: Mapping[str, Any]) -> None:
@@ -309,7 +319,10 @@ def proof(
     if lacking:
         wanted = facts["smoke"]["tensor_parallel"]
         raise Problem(f"{', '.join(sorted(lacking))} needs {wanted} GPUs; {gpus} are visible", 3)
-    sending(facts["smoke"], gpus)
+    sent, transport = sending(facts["smoke"], gpus), aimed(options.inject or "")[1]
+    if transport not in ("", *sent):
+        why = skipped(facts["smoke"], gpus)[transport]
+        raise Problem(f"--inject: {transport} is not tried here: {why}", 3)
     names = selected(options.only, facts["smoke"], gpus)
     done: list[report.Check] = []
 
@@ -465,7 +478,7 @@ def run(
     # Nothing is downloaded: a look-up in a hub is a bug, and is to fail at once.
     os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     if options.inject:
-        print(f"injecting {options.inject}: {FAULTS[options.inject].what}", flush=True)
+        print(f"injecting {options.inject}: {find(options.inject).what}", flush=True)
     checks, device = proof(data, options, show)
     if options.inject and not any(check.status == "failed" for check in checks):
         reason = f"{options.inject} was injected, and no check found it"

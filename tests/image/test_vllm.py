@@ -95,3 +95,16 @@ def test_a_kernel_of_flashinfer_is_compiled_and_loaded_with_no_network(sealed: S
     done = sealed.run("rollout", "python3", "-c", code)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(sealed.cache.glob("flashinfer/**/norm.so")), "it was not compiled here"
+
+
+def test_a_kernel_is_linked_to_what_wheels_have_under_a_numbered_name_alone(
+    sealed: Sealed,
+) -> None:
+    """FlashInfer's fp8 GEMM asks the linker for -lnvrtc, every kernel for -lcudart."""
+    home, file = sealed.env["CUDA_HOME"], "/var/cache/rollout/linked.so"
+    asked = ("-Wl,--no-as-needed", f"-L{home}/lib64", "-lnvrtc", "-lcudart")
+    done = sealed.run("gcc", "-shared", "-o", file, "-x", "c", "/dev/null", *asked)
+    assert done.returncode == 0, done.stderr
+    code = f"import ctypes; library = ctypes.CDLL('{file}'); library.nvrtcVersion"
+    done = sealed.run("rollout", "python3", "-c", code)
+    assert done.returncode == 0, done.stderr

@@ -449,7 +449,7 @@ def test_an_engine_without_a_checker_or_a_second_transport_is_asked_for_neither(
     ("wrong", "reason"),
     [
         ({"weights": dict(WEIGHTS)}, "control: the engine had the weights before they were sent"),
-        ({"takes": 0}, "the engine does not hold what was sent: body, lm_head.weight"),
+        ({"takes": 0}, "by paper the engine does not hold what was sent: body, lm_head.weight"),
         ({"noise": 0.1}, "the digests agree, yet the output is not that of these weights"),
         ({"cold": True}, "control: a stale prefix cache would not be seen by these prompts"),
         ({"resets": 1}, "after a refit and a reset the prefix cache is still stale"),
@@ -1156,6 +1156,25 @@ def test_a_fault_made_on_purpose_is_found_by_its_check_for_its_reason(
             assert FAULTS[fault].reason in failure(checks.CHECKS[name], here)
             return
         checks.CHECKS[name](here)
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("transport", ["paper", "pencil", "chalk"])
+def test_a_fault_aimed_at_a_transport_is_found_in_that_one(
+    monkeypatch: pytest.MonkeyPatch, transport: str
+) -> None:
+    """And another transport's is not taken for it."""
+    monkeypatch.setattr(faults, "spoil", lambda tensors, _: list(tensors)[1:])
+    toy, fault = dummy(), f"dropped-tensor@{transport}"
+    why = failure(checks.refit, trial(Faulty(toy, fault), transports=toy.transports, fault=fault))
+    assert why == f"by {transport} the engine does not hold what was sent: body"
+    known = ["start", "refit"]
+    assert faults.unseen(fault, {"refit": why}, known) == ""
+    assert faults.unseen("dropped-tensor", {"refit": why}, known) == ""
+    other = next(name for name in toy.transports if name != transport)
+    assert faults.unseen(f"dropped-tensor@{other}", {"refit": why}, known) == (
+        f"refit failed because {why}"
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS)

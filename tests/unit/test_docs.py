@@ -205,6 +205,11 @@ def test_a_fault_found_on_a_gpu_links_to_the_report_of_that_run(image: Image) ->
     link = "[vllm-0.12](images/proofs/verl-rollout/vllm-0.12.faults/lost-buffer.json)"
     assert [line.endswith(f"| CPU (tests), {link} |") for line in lines].count(True) == 1
     assert [link in line for line in lines].count(True) == 1
+    aimed = "flipped-byte@cuda-ipc"
+    host.write(prove.kept_fault(image, aimed), json.dumps(reports.of(image, DIFF_IDS)))
+    link = f"[vllm-0.12 by cuda-ipc](images/proofs/verl-rollout/vllm-0.12.faults/{aimed}.json)"
+    (line,) = [line for line in docs.fault_table([image]).splitlines() if link in line]
+    assert line.startswith("| `flipped-byte` |")
 
 
 CHECKS: dict[str, dict[str, float]] = {

@@ -631,7 +631,7 @@ def test_the_rule_pays_for_the_letters_that_are_wanted() -> None:
 
 
 def test_model_tokenizer_and_prompts_fit_together() -> None:
-    vocabulary = tiny.tokenizer()["model"]["vocab"]
+    vocabulary = tiny.letters()["model"]["vocab"]
     assert list(vocabulary.values()) == list(range(tiny.CONFIG["vocab_size"]))
     assert tiny.shapes()[tiny.LAST_LAYER] == (len(vocabulary), tiny.CONFIG["hidden_size"])
     assert tiny.TEMPLATE.count(tiny.ASK) == 1
@@ -820,7 +820,7 @@ def test_descendants_are_found_at_any_depth_by_what_proc_says(tmp_path: Path) ->
 
 def test_the_tokenizer_of_the_tiny_model_has_what_a_framework_asks_of_qwens() -> None:
     """verl 0.9 asks for a newline and for the end of a turn as one token each; each has its own."""
-    made = tiny.tokenizer()
+    made = tiny.letters()
     pattern, vocabulary = made["pre_tokenizer"]["pattern"]["Regex"], made["model"]["vocab"]
     for token in (tiny.NEWLINE, tiny.ASK, *tiny.LETTERS):
         assert re.findall(pattern, token) == [token], "it is cut out as it stands"

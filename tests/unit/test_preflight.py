@@ -457,3 +457,23 @@ def test_the_limit_of_the_container_counts_where_the_machine_has_more(tmp_path: 
     assert preflight.memory(tmp_path) == []
     (group / "memory.max").write_text(f"{1 << 30}\n")
     assert preflight.memory(tmp_path)[0].startswith("1.0 GiB of memory free, 3 needed")
+
+
+def test_files_that_nobody_uses_any_more_are_no_used_memory(tmp_path: Path) -> None:
+    """What `rollout verify` read stays in memory until somebody needs the place."""
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemAvailable: 64000000 kB\n")
+    (group / "memory.max").write_text(f"{8 << 30}\n")
+    (group / "memory.current").write_text(f"{7 << 30}\n")
+    assert preflight.memory(tmp_path)[0].startswith("1.0 GiB of memory free, 3 needed")
+    (group / "memory.stat").write_text(
+        f"anon {1 << 30}\nfile {6 << 30}\nshmem {1 << 30}\ninactive_anon {5 << 30}\n"
+        f"inactive_file {3 << 30}\nactive_file {2 << 30}\n"
+    )
+    assert preflight.memory(tmp_path) == []
+    (group / "memory.stat").write_text(f"anon {7 << 30}\ninactive_file 0\nactive_file 0\n")
+    assert preflight.memory(tmp_path)[0].startswith("1.0 GiB of memory free, 3 needed")
+    (group / "memory.max").write_text("nonsense\n")
+    assert preflight.memory(tmp_path) == []

@@ -239,6 +239,46 @@ def test_a_fault_that_no_check_of_the_image_looks_for_is_refused(
     assert smoke.fault(name, WITH_ALL) == name
 
 
+TWO_WAYS = {**WANTED, "refit": ["cuda-ipc", "nccl", "disk"]}
+
+
+def test_a_fault_of_a_refit_is_aimed_at_a_promised_transport() -> None:
+    assert smoke.fault("flipped-byte@disk", TWO_WAYS) == "flipped-byte@disk"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("flipped-bite@disk", "no fault 'flipped-bite'; did you mean 'flipped-byte'?"),
+        ("lost-buffer@disk", "lost-buffer is made in no transport; aim one of dropped-tensor, "),
+        ("refit-skipped@disk", "refit-skipped is made in no transport; aim one of dropped-"),
+        ("flipped-byte@disc", "this image promises no refit by 'disc'; did you mean 'disk'?"),
+        ("flipped-byte@x", "this image promises no refit by 'x'; known are cuda-ipc, nccl, disk"),
+        ("flipped-byte@", "this image promises no refit by ''; known are cuda-ipc, nccl, disk"),
+        ("flipped-byte@disk@disk", "this image promises no refit by 'disk@disk'; did you mean "),
+    ],
+)
+def test_a_fault_that_is_aimed_at_nothing_is_refused(name: str, said: str) -> None:
+    with pytest.raises(Problem) as caught:
+        smoke.fault(name, TWO_WAYS | {"sleep_levels": [1, 2]})
+    assert caught.value.code == 2
+    assert caught.value.sentence.startswith(f"--inject: {said}")
+
+
+def test_a_fault_aimed_at_a_transport_that_one_gpu_cannot_show_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(smoke, "visible_gpus", lambda _: 1)
+    options = smoke.Options(inject="flipped-byte@nccl")
+    with pytest.raises(Problem) as caught:
+        smoke.proof(FACTS | {"smoke": TWO_WAYS}, options, lambda _: None)
+    assert caught.value.code == 3
+    assert caught.value.sentence == (
+        "--inject: nccl is not tried here: it needs a second GPU, for NCCL refuses two processes "
+        "on one; one GPU is visible"
+    )
+
+
 # whether it can be proved here
 
 

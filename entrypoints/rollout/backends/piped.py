@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -11,7 +12,7 @@ from rollout.backends import EngineError
 from rollout.transport import TIMEOUT, TransportError, answer, deliver
 
 
-class Piped:
+class Piped(abc.ABC):
     """The asking side; the process at the other end of the pipe is the backend's own."""
 
     patience = TIMEOUT  # seconds without an answer after which the process counts as hung
@@ -52,9 +53,9 @@ class Piped:
             raise
         self._answer()
 
+    @abc.abstractmethod
     def stop(self) -> None:
         """End the process; the backend says how."""
-        raise NotImplementedError
 
     def _call(self, method: str, *arguments: object) -> Any:
         self._ask(method, *arguments)

@@ -197,6 +197,26 @@ class Server:
         self._process.wait()
 
 
+class Remote:
+    """An engine behind its own server: what of that is the same for every backend."""
+
+    resuming = ""  # the path that ends a pause
+    pauses = False  # whether the server has a pause, as it says once it has started
+    _server: Server | None = None
+
+    def _http(self) -> Server:
+        if self._server is None:
+            raise EngineError("the engine is not started")
+        return self._server
+
+    def resume(self) -> None:
+        self._http().call(self.resuming, {})
+
+    def endpoints(self) -> list[str]:
+        """The paths that it answered, sorted."""
+        return sorted(self._http().answered)
+
+
 def interrupted(
     streams: Sequence[Iterator[Completion]], after: int, abort: Callable[[], object]
 ) -> list[Completion]:

@@ -24,6 +24,7 @@ from rollout.backends import KV_CACHE, WEIGHTS, Abilities, Completion, EngineErr
 from rollout.backends.piped import Piped
 from rollout.backends.served import (
     STOPPING,
+    Remote,
     discard,
     flags,
     free_port,
@@ -313,17 +314,16 @@ def write(tensors: Iterable[tuple[str, torch.Tensor]], model: Path, folder: Path
     return sum(tensor.numel() * tensor.element_size() for tensor in here.values())
 
 
-class Server(Engine):
+class Server(Remote, Engine):
     """SGLang's own server, driven over HTTP as verl, NeMo-RL, slime and AReaL do."""
 
     transports: tuple[str, ...] = ("cuda-ipc", FLATTENED, "disk")
+    resuming = "/continue_generation"
 
     def __init__(self) -> None:
         super().__init__()
-        self._server: Http | None = None
         self._tags = True
         self._info = ""
-        self.pauses = False
 
     def start(
         self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
@@ -353,11 +353,6 @@ class Server(Engine):
             raise EngineError(f"SGLang's server did not start: {error}") from None
         self.levels = (1,) if given.get("enable_weights_cpu_backup") else (2,)
         self._held = KV_BYTES * gpus
-
-    def _http(self) -> Http:
-        if self._server is None:
-            raise EngineError("the engine is not started")
-        return self._server
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
         asked = {
@@ -389,12 +384,6 @@ class Server(Engine):
             server.call("/pause_generation", {})
 
         return self._stopped(prompts, tokens, after, pause)
-
-    def resume(self) -> None:
-        self._http().call("/continue_generation", {})
-
-    def endpoints(self) -> list[str]:
-        return sorted(self._http().answered)
 
     def _stopped(
         self,

@@ -21,8 +21,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rollout.backends import KV_CACHE, WEIGHTS, Abilities, Completion, EngineError, gpu
+from rollout.backends.served import Remote, discard, flags, interrupted, log_file
 from rollout.backends.served import Server as Http
-from rollout.backends.served import discard, flags, interrupted, log_file
 from rollout.transport import TransportError
 
 if TYPE_CHECKING:
@@ -358,7 +358,7 @@ def asked(prompt: object, tokens: int, *, stream: bool = False) -> dict[str, Any
     }
 
 
-class Remote:
+class Calls:
     """vLLM's server, with the methods of its ``LLM`` that a trainer calls."""
 
     def __init__(self, server: Http) -> None:
@@ -379,14 +379,14 @@ class Remote:
         self.server.call("/reset_prefix_cache", {})
 
 
-class Server(Engine):
+class Server(Remote, Engine):
     """vLLM's own server, driven over HTTP; it offers sleep and refit in its development mode."""
+
+    resuming = "/resume"
 
     def __init__(self) -> None:
         super().__init__()
-        self._server: Http | None = None
         self._log = Path()
-        self.pauses = False
 
     def start(
         self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
@@ -402,16 +402,11 @@ class Server(Engine):
             self._server = Http(served(model, options), self._log, {DEVELOPMENT: "1"})
             self._server.wait("/health")
             self.pauses = all(self._server.offers(path) for path in PAUSING)
-            self._llm = Remote(self._server)
+            self._llm = Calls(self._server)
             self._follow()
         except (EngineError, OSError) as error:
             self.stop()
             raise EngineError(f"vLLM's server did not start: {error}") from None
-
-    def _http(self) -> Http:
-        if self._server is None:
-            raise EngineError("the engine is not started")
-        return self._server
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
         body = asked([list(prompt) for prompt in prompts], tokens)
@@ -434,12 +429,6 @@ class Server(Engine):
         # Nobody hangs up: the pause itself has to end what runs.
         stop = threading.Event()
         return self._stopped(prompts, tokens, after, lambda: server.call("/pause", {}), stop)
-
-    def resume(self) -> None:
-        self._http().call("/resume", {})
-
-    def endpoints(self) -> list[str]:
-        return sorted(self._http().answered)
 
     def _stopped(
         self,

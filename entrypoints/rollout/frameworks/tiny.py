@@ -12,6 +12,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from rollout import tokenizer
+
 PAD, END, UNKNOWN, ASK = "<pad>", "<end>", "<unk>", ">"
 # A tokenizer of Qwen has these, and verl 0.9 asks for each of them as one token.
 TURN, NEWLINE = "<|im_end|>", "\n"
@@ -59,52 +61,23 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_)
 '''
 
 
-def tokenizer() -> dict[str, Any]:
+def letters() -> dict[str, Any]:
     """tokenizer.json: a token for each letter, and nothing else."""
-    special = [
-        {
-            "id": TOKENS.index(token),
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for token in (PAD, END, UNKNOWN, TURN)
-    ]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": special,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Split",
-            "pattern": {"Regex": "[\\s\\S]"},
-            "behavior": "Isolated",
-            "invert": False,
-        },
-        "post_processor": None,
-        "decoder": {"type": "Fuse"},
-        "model": {
-            "type": "WordLevel",
-            "vocab": {token: number for number, token in enumerate(TOKENS)},
-            "unk_token": UNKNOWN,
-        },
-    }
+    split = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}}
+    return tokenizer.words(
+        TOKENS,
+        (PAD, END, UNKNOWN, TURN),
+        UNKNOWN,
+        apart={**split, "behavior": "Isolated", "invert": False},
+        decoder={"type": "Fuse"},
+    )
 
 
 def tokenizer_config() -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD,
-        "eos_token": END,
-        "unk_token": UNKNOWN,
-        "model_max_length": CONFIG["max_position_embeddings"],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": TEMPLATE,
-    }
+    """tokenizer_config.json, with the template of a conversation."""
+    length = CONFIG["max_position_embeddings"]
+    named = tokenizer.settings(length, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
+    return {**named, "chat_template": TEMPLATE}
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -140,7 +113,7 @@ def write_model(folder: Path) -> None:
     for name, content in (
         ("config.json", CONFIG),
         ("generation_config.json", {"eos_token_id": CONFIG["eos_token_id"]}),
-        ("tokenizer.json", tokenizer()),
+        ("tokenizer.json", letters()),
         ("tokenizer_config.json", tokenizer_config()),
     ):
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
