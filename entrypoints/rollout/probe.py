@@ -467,11 +467,11 @@ def _signs(shape: tuple[int, ...], seed: int, name: str) -> torch.Tensor:
 def _tokenizer(size: int) -> dict[str, Any]:
     """tokenizer.json: a word for each token id, words apart by white space."""
     words = [SPECIAL[i] if i < len(SPECIAL) else f"t{i}" for i in range(size)]
-    return tokenizer.words(words, SPECIAL, SPECIAL[3], apart={"type": "WhitespaceSplit"})
+    model = {"type": "WordLevel", "unk_token": SPECIAL[3]}
+    return tokenizer.content(words, SPECIAL, model=model, apart={"type": "WhitespaceSplit"})
 
 
 def _tokenizer_config(length: int) -> dict[str, Any]:
     pad, begin, end, unknown = SPECIAL
-    return tokenizer.settings(
-        length, pad_token=pad, bos_token=begin, eos_token=end, unk_token=unknown
-    )
+    named = {"pad_token": pad, "bos_token": begin, "eos_token": end, "unk_token": unknown}
+    return tokenizer.settings("PreTrainedTokenizerFast", length, **named)

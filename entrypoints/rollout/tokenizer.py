@@ -1,4 +1,4 @@
-"""The files of a tokenizer that has a token for each word of a list, and knows no language."""
+"""The files of a tokenizer that was made for a proof, and knows no language."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def words(
+def content(
     tokens: Sequence[str],
     special: Sequence[str],
-    unknown: str,
     *,
+    model: Mapping[str, Any],
     apart: Mapping[str, Any],
     decoder: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The content of tokenizer.json: a word's place in ``tokens`` is its id.
+    """The content of tokenizer.json: the place of a token in ``tokens`` is its id.
 
-    ``special`` are those of the words that are taken whole from a text and left out of an answer,
-    ``unknown`` stands for every other word. ``apart`` and ``decoder`` are the pre-tokenizer and the
+    ``special`` are those that are taken whole from a text and left out of an answer. ``model``
+    (without its vocabulary), ``apart`` and ``decoder`` are the model, the pre-tokenizer and the
     decoder as the tokenizers library writes them.
     """
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -34,20 +34,19 @@ def words(
         "post_processor": None,
         "decoder": None if decoder is None else dict(decoder),
         "model": {
-            "type": "WordLevel",
+            **model,
             "vocab": {token: number for number, token in enumerate(tokens)},
-            "unk_token": unknown,
         },
     }
 
 
-def settings(length: int, **named: str) -> dict[str, Any]:
+def settings(kind: str, length: int, **named: str) -> dict[str, Any]:
     """The content of tokenizer_config.json: texts of at most ``length`` tokens.
 
-    ``named`` are the tokens that transformers knows by a name, as ``pad_token``.
+    ``kind`` is transformers' class, ``named`` are tokens that it knows by a name (``pad_token``).
     """
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": kind,
         **named,
         "model_max_length": length,
         "clean_up_tokenization_spaces": False,

@@ -821,11 +821,21 @@ def test_descendants_are_found_at_any_depth_by_what_proc_says(tmp_path: Path) ->
 def test_the_tokenizer_of_the_tiny_model_has_what_a_framework_asks_of_qwens() -> None:
     """verl 0.9 asks for a newline and for the end of a turn as one token each; each has its own."""
     made = tiny.letters()
-    pattern, vocabulary = made["pre_tokenizer"]["pattern"]["Regex"], made["model"]["vocab"]
+    vocabulary = made["model"]["vocab"]
     for token in (tiny.NEWLINE, tiny.ASK, *tiny.LETTERS):
-        assert re.findall(pattern, token) == [token], "it is cut out as it stands"
-        assert token in vocabulary
+        assert len(token) == 1 and token in vocabulary, "one byte is one token"
+    assert ord(tiny.NEWLINE) == 0x100 + ord("\n"), "a byte that is no letter is written so"
     special = {token["content"]: token["id"] for token in made["added_tokens"]}
     assert special[tiny.TURN] == vocabulary[tiny.TURN]
     assert sorted(vocabulary.values()) == list(range(tiny.CONFIG["vocab_size"]))
     assert tiny.CONFIG["vocab_size"] % 8 == 0, "kernels like whole blocks"
+
+
+def test_the_tokenizer_of_the_tiny_model_is_of_the_kind_of_its_family() -> None:
+    """transformers takes Qwen's class for it, and from version 5 on its vocabulary and no more."""
+    made, told = tiny.letters(), tiny.tokenizer_config()
+    assert tiny.CONFIG["model_type"] == "qwen2" and told["tokenizer_class"] == "Qwen2Tokenizer"
+    assert (made["model"]["type"], made["model"]["merges"]) == ("BPE", [])
+    assert made["pre_tokenizer"]["type"] == made["decoder"]["type"] == "ByteLevel"
+    named = {told[name] for name in ("pad_token", "eos_token", "unk_token")}
+    assert named <= set(made["model"]["vocab"]), "a token with a name makes no new one"

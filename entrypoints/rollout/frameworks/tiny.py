@@ -15,8 +15,9 @@ from typing import Any
 from rollout import tokenizer
 
 PAD, END, UNKNOWN, ASK = "<pad>", "<end>", "<unk>", ">"
-# A tokenizer of Qwen has these, and verl 0.9 asks for each of them as one token.
-TURN, NEWLINE = "<|im_end|>", "\n"
+# A tokenizer of Qwen has these, and verl 0.9 asks for each of them as one token. A newline is written
+# as Qwen's vocabulary, which is one of bytes, writes it.
+TURN, NEWLINE = "<|im_end|>", "\u010a"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WANTED = "abcdefgh"
 TOKENS = (PAD, END, UNKNOWN, TURN, NEWLINE, ASK, *LETTERS)
@@ -62,22 +63,31 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None, **_)
 
 
 def letters() -> dict[str, Any]:
-    """tokenizer.json: a token for each letter, and nothing else."""
-    split = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}}
-    return tokenizer.words(
+    """tokenizer.json: a token for each letter, and nothing else.
+
+    Of Qwen's own kind. transformers takes the class of the model's family, whatever
+    tokenizer_config.json names, and from version 5 on that class reads the vocabulary alone.
+    """
+    model = {"type": "BPE", "merges": [], "unk_token": None, "fuse_unk": False}
+    none = {"dropout": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    return tokenizer.content(
         TOKENS,
         (PAD, END, UNKNOWN, TURN),
-        UNKNOWN,
-        apart={**split, "behavior": "Isolated", "invert": False},
-        decoder={"type": "Fuse"},
+        model={**model, **none, "byte_fallback": False},
+        apart={**as_bytes, "use_regex": False},
+        decoder={**as_bytes, "use_regex": False},
     )
 
 
 def tokenizer_config() -> dict[str, Any]:
     """tokenizer_config.json, with the template of a conversation."""
+    named = {"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
     length = CONFIG["max_position_embeddings"]
-    named = tokenizer.settings(length, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
-    return {**named, "chat_template": TEMPLATE}
+    return {
+        **tokenizer.settings("Qwen2Tokenizer", length, **named),
+        "chat_template": TEMPLATE,
+    }
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
