@@ -7,7 +7,6 @@ import importlib
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys

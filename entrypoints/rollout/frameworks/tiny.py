@@ -15,8 +15,8 @@ from typing import Any
 from rollout import tokenizer
 
 PAD, END, UNKNOWN, ASK = "<pad>", "<end>", "<unk>", ">"
-# A tokenizer of Qwen has these, and verl 0.9 asks for each of them as one token. A newline is written
-# as Qwen's vocabulary, which is one of bytes, writes it.
+# A tokenizer of Qwen has these, and verl 0.9 asks for each of them as one token. A newline is here as
+# in the vocabulary of Qwen, which is one of bytes.
 TURN, NEWLINE = "<|im_end|>", "\u010a"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WANTED = "abcdefgh"
@@ -68,13 +68,13 @@ def letters() -> dict[str, Any]:
     Of Qwen's own kind. transformers takes the class of the model's family, whatever
     tokenizer_config.json names, and from version 5 on that class reads the vocabulary alone.
     """
-    model = {"type": "BPE", "merges": [], "unk_token": None, "fuse_unk": False}
+    model: dict[str, Any] = {"type": "BPE", "merges": [], "unk_token": None}
     none = {"dropout": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
     as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     return tokenizer.content(
         TOKENS,
         (PAD, END, UNKNOWN, TURN),
-        model={**model, **none, "byte_fallback": False},
+        model={**model, **none, "fuse_unk": False, "byte_fallback": False},
         apart={**as_bytes, "use_regex": False},
         decoder={**as_bytes, "use_regex": False},
     )
