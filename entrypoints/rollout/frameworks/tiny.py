@@ -15,8 +15,8 @@ from typing import Any
 from rollout import tokenizer
 
 PAD, END, UNKNOWN, ASK = "<pad>", "<end>", "<unk>", ">"
-# A tokenizer of Qwen has these, and verl 0.9 asks for each of them as one token. A newline is here as
-# in the vocabulary of Qwen, which is one of bytes.
+# A tokenizer of Qwen has these, and verl 0.9 asks for each of them as one token. The newline is
+# written as in the vocabulary of Qwen, which is one of bytes.
 TURN, NEWLINE = "<|im_end|>", "\u010a"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WANTED = "abcdefgh"
