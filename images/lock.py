@@ -44,6 +44,13 @@ ABOVE = "# Above the engine: "
 TOOLS = ("pip",)
 
 
+_UNDATED = re.compile(r"^warning: `([^`]+)` is missing an upload date", re.MULTILINE)
+
+
+class Unanswered(Problem):
+    """The package index could not say what it had on a day; the lock may be right all the same."""
+
+
 @dataclass(frozen=True)
 class Locked:
     """One distribution of a lock; ``above`` the engine are the framework and what it needs."""
@@ -242,7 +249,8 @@ def compile_argv(
     day = question.resolved_as_of
     limit = ["--exclude-newer", day.isoformat()] if day else []
     return [
-        *(uv, "pip", "compile", "--quiet", "--no-header", "--no-config"),
+        # Not --quiet: of a file that is left out for want of an upload time only a warning tells.
+        *(uv, "pip", "compile", "--no-progress", "--no-header", "--no-config"),
         *("--python-version", question.python, "--python-platform", PLATFORM),
         *limit,
         # A source distribution runs code of its own to build: only what the catalog file names may.
@@ -388,6 +396,12 @@ def _ask(image: Image, question: Question, forms: Sequence[str] = _FORMS) -> str
         for file in forms:
             argv = compile_argv(host.uv(), question, folder, folder / file, extra)
             done = host.run(argv, quiet=True, env={**os.environ, **environ}, check=False)
+            undated = _UNDATED.search(done.stderr)
+            if undated:  # also where something else was taken in its place
+                what = f"gives no upload time of {undated[1]}"
+                raise _unanswered(image, f"{what}, so nobody can say what it had on a day")
+            if any(sign in done.stderr for sign in UNREACHED) and done.returncode:
+                raise _unanswered(image, "cannot be reached; check the network and UV_*/PIP_*")
             if done.returncode:
                 raise Problem(f"{image.reference} cannot be resolved: {_reason(done.stderr)}")
             texts.append((folder / file).read_text(encoding="utf-8"))
@@ -402,10 +416,19 @@ def _ask(image: Image, question: Question, forms: Sequence[str] = _FORMS) -> str
     return keep_hashes(body, chosen)
 
 
+# What uv says where an index does not answer.
+UNREACHED = ("Failed to fetch", "error sending request")
+
+
+def _unanswered(image: Image, why: str) -> Unanswered:
+    return Unanswered(f"{image.reference} cannot be resolved: the package index {why}")
+
+
 def _reason(stderr: str) -> str:
-    if "Failed to fetch" in stderr or "error sending request" in stderr:
+    if any(sign in stderr for sign in UNREACHED):
         return "the package index cannot be reached; check the network and UV_*/PIP_*"
     lines = [line.strip(" ×╰─▶├│") for line in stderr.strip().splitlines()]
+    lines = [line for line in lines if not line.startswith("warning: ")]
     lines = [line.removeprefix("error: ") for line in lines if line]
     return " ".join(lines[:4]) if lines else "uv said nothing; run it again with UV_VERBOSE=1"
 

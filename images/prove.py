@@ -121,7 +121,16 @@ def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _drift(image: Image) -> None:
-    difference = lock.drift(image.lock, lock.resolve(image))
+    """Whether the lock is what its inputs resolve to; an index that cannot say so is no obstacle.
+
+    Raises:
+        Problem: it is not, or its inputs do not resolve at all.
+    """
+    try:
+        difference = lock.drift(image.lock, lock.resolve(image))
+    except lock.Unanswered as problem:
+        host.say(f"not checked: {problem.sentence}; the committed lock is built as it is")
+        return
     if difference:
         sys.stdout.write(difference)
         command = f"nox -s lock -- {image.reference}"
@@ -240,7 +249,8 @@ def warm(path: Path, now: Today) -> dict[str, Any] | None:
 def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> int:
     """Take in the reports that runs of this image left on another machine; returns the exit code.
 
-    Everything is checked before anything is written.
+    Everything is checked before anything is written. A folder that holds reports of faults and no
+    proof adds these faults to what is kept.
 
     Raises:
         Problem: exit code 2 for a report of another image, 1 for a fault that was not found.
@@ -249,18 +259,11 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
     report_path(image).unlink(missing_ok=True)  # as in prove: an earlier run's is not this one's
     built = build.build(image, tool)
     now = today(image, built.diff_ids)
-    parts = [read_report(folder / f"{name}.json", now) for name in ("verify", "smoke")]
-    faults = {}
-    for path in sorted(folder.glob("fault-*.json")):
-        name = path.stem.removeprefix("fault-")
-        try:
-            smoke.fault(name, image.smoke.facts)
-        except Problem as problem:
-            raise Problem(f"--from: {path}: {problem.sentence}", 2) from None
-        faults[name] = read_report(path, now)
-        wrong = found_by(faults[name], name, image)
-        if wrong:
-            raise Problem(f"--from: {path} does not show that {name} is found: {wrong}")
+    proof = [folder / f"{name}.json" for name in ("verify", "smoke")]
+    if not any(path.exists() for path in proof) and any(folder.glob("fault-*.json")):
+        return _add_faults(image, found_faults(folder, image, now), keep=keep)
+    parts = [read_report(path, now) for path in proof]
+    faults = found_faults(folder, image, now)
     calibrated = calibration(folder / "calibration.json", image, now)
     again = warm(folder / "warm.json", now)
     whole = _one(parts, folder)
@@ -274,14 +277,47 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
     code = _told(image, found) if found.good else report.exit_code(whole["verdict"])
     if keep and found.good:
         _keep(image, tool, built)
-        for name, data in faults.items():
-            host.write(kept_fault(image, name), json.dumps(data, indent=1) + "\n")
+        _keep_faults(image, faults)
         if calibrated is not None:
             host.write(beside(image, "calibration"), calibrated)
         if again is not None:
             host.write(beside(image, "warm"), json.dumps(again, indent=1) + "\n")
         host.say(f"kept as {shown(kept(image))}, with {len(faults)} faults; 'nox -s docs' is next")
     return code
+
+
+def found_faults(folder: Path, image: Image, now: Today) -> dict[str, dict[str, Any]]:
+    """The reports of runs with a fault that lie in a folder, by the fault's name.
+
+    Raises:
+        Problem: exit code 2 for a fault that nobody knows and for a report of another image, 1 for
+            a fault that its own check did not find.
+    """
+    faults = {}
+    for path in sorted(folder.glob("fault-*.json")):
+        name = path.stem.removeprefix("fault-")
+        try:
+            smoke.fault(name, image.smoke.facts)
+        except Problem as problem:
+            raise Problem(f"--from: {path}: {problem.sentence}", 2) from None
+        faults[name] = read_report(path, now)
+        wrong = found_by(faults[name], name, image)
+        if wrong:
+            raise Problem(f"--from: {path} does not show that {name} is found: {wrong}")
+    return faults
+
+
+def _add_faults(image: Image, faults: Mapping[str, Mapping[str, Any]], *, keep: bool) -> int:
+    host.say(f"{image.reference}: each of {len(faults)} faults was found by its own check")
+    if keep:
+        _keep_faults(image, faults)
+        host.say(f"kept in {shown(kept_fault(image, 'any').parent)}; 'nox -s docs' is next")
+    return 0
+
+
+def _keep_faults(image: Image, faults: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, data in faults.items():
+        host.write(kept_fault(image, name), json.dumps(data, indent=1) + "\n")
 
 
 def _one(parts: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
@@ -343,7 +379,8 @@ usage: nox -s prove -- [REF ...] [--keep] [OPTION ...]
 
   --keep         keep the report, and the layers that it holds for, in the repository
   --from FOLDER  take in what runs of the image on another machine have left there: verify.json,
-                 smoke.json and what else there is of them; nothing is run here
+                 smoke.json and what else there is of them; nothing is run here. A folder with
+                 fault-NAME.json alone adds these faults to those that are kept
 
 Every OPTION goes to `rollout smoke` in the image:
 """

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
+import threading
+import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -473,6 +478,68 @@ def test_a_failed_resolution_is_one_sentence(
         lock.resolve(checkout.image())
     assert caught.value.code == 1
     assert caught.value.sentence == f"verl-rollout:vllm-0.12 cannot be resolved: {reason}"
+
+
+UNDATED = "warning: `vllm-0.12.0-x.whl` is missing an upload date, but user provided: 2026-07-09\n"
+
+
+@pytest.mark.parametrize("solved", [True, False], ids=["another in its place", "none in its place"])
+def test_an_index_without_upload_times_cannot_say_what_it_had_on_a_day(
+    checkout: Checkout, uv: Callable[[Run], list[list[str]]], solved: bool
+) -> None:
+    def answer(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        done = resolves(argv)
+        done.returncode, done.stderr = (0, UNDATED) if solved else (1, UNDATED + UNSOLVABLE)
+        return done
+
+    uv(answer)
+    with pytest.raises(lock.Unanswered) as caught:
+        lock.resolve(checkout.image())
+    assert caught.value.sentence == (
+        "verl-rollout:vllm-0.12 cannot be resolved: the package index gives no upload time of "
+        "vllm-0.12.0-x.whl, so nobody can say what it had on a day"
+    )
+
+
+def test_a_real_index_of_plain_html_is_told_from_one_that_lacks_a_version(
+    checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the real uv: most mirrors of companies are such an index (uv issue 16846)."""
+    page = tmp_path / "simple/vllm/index.html"
+    page.parent.mkdir(parents=True)
+    name = "vllm-0.12.0-py3-none-any.whl"
+    with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+        for file, text in (
+            ("METADATA", "Metadata-Version: 2.1\nName: vllm\nVersion: 0.12.0\n"),
+            ("WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"),
+            ("RECORD", ""),
+        ):
+            wheel.writestr(f"vllm-0.12.0.dist-info/{file}", text)
+    link = f"/{name}#sha256={hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}"
+    page.write_text(f'<!DOCTYPE html><html><body><a href="{link}">{name}</a></body></html>')
+    handler = partial(Quiet, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for variable in [name for name in os.environ if name.startswith(("UV_", "PIP_"))]:
+            monkeypatch.delenv(variable)
+        monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://127.0.0.1:{server.server_port}/simple/")
+        monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        try:
+            with pytest.raises(lock.Unanswered, match=f"no upload time of {name}, so nobody"):
+                lock.resolve(checkout.image())
+            page.write_text("<!DOCTYPE html><html><body></body></html>")
+            monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "another"))
+            with pytest.raises(Problem, match="No solution found") as caught:
+                lock.resolve(checkout.image())
+            assert not isinstance(caught.value, lock.Unanswered)
+        finally:
+            server.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Nobody reads it."""
 
 
 # the station

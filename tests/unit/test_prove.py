@@ -317,6 +317,20 @@ def test_a_report_that_breaks_its_schema_is_no_report(image: Image) -> None:
     assert not prove.kept(image).exists()
 
 
+def test_an_index_that_cannot_answer_is_said_and_the_committed_lock_is_proved(
+    image: Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def resolve(_: Image) -> str:
+        raise lock.Unanswered("it cannot be resolved: the package index gives no upload time of x")
+
+    monkeypatch.setattr(lock, "resolve", resolve)
+    assert prove.prove(image, Fake(**sound(image)), [], keep=False) == 0
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "not checked: it cannot be resolved: the package index gives no upload time of x; "
+        "the committed lock is built as it is"
+    )
+
+
 def test_a_drifted_lock_is_found_before_anything_is_built(
     image: Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -380,6 +394,48 @@ def put(folder: Path, name: str, data: object) -> None:
 
 def nothing_is_kept(image: Image) -> bool:
     return not prove.kept(image).parent.exists() and layers.read(image) is None
+
+
+def test_faults_alone_are_added_to_what_is_kept(
+    image: Image, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prove.adopt(image, Fake(), folder, keep=True) == 0
+    whole, warm_start = prove.kept(image).read_bytes(), prove.beside(image, "warm").read_bytes()
+    for name in ("verify", "smoke", "warm", "calibration", "fault-lost-buffer"):
+        (folder / f"{name}.json").unlink()
+    put(folder, "fault-flipped-byte", of_fault(image, "flipped-byte") | {"seconds": 5.0})
+    put(folder, "fault-dropped-tensor", of_fault(image, "dropped-tensor"))
+    before = json.loads(prove.kept_fault(image, "flipped-byte").read_text())
+    assert prove.adopt(image, Fake(), folder, keep=False) == 0
+    assert json.loads(prove.kept_fault(image, "flipped-byte").read_text()) == before
+    assert prove.adopt(image, Fake(), folder, keep=True) == 0
+    kept = sorted(path.stem for path in prove.kept_fault(image, "any").parent.iterdir())
+    assert kept == ["dropped-tensor", "flipped-byte", "lost-buffer"]
+    assert json.loads(prove.kept_fault(image, "flipped-byte").read_text())["seconds"] == 5.0
+    assert prove.kept(image).read_bytes() == whole
+    assert prove.beside(image, "warm").read_bytes() == warm_start
+    assert "each of 2 faults was found by its own check" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("there", ["verify", "smoke"])
+def test_half_a_proof_with_faults_is_no_folder_of_faults(
+    image: Image, folder: Path, there: str
+) -> None:
+    other = {"verify": "smoke", "smoke": "verify"}[there]
+    (folder / f"{other}.json").unlink()
+    with pytest.raises(Problem, match=f"{other}.json"):
+        prove.adopt(image, Fake(), folder, keep=True)
+    assert nothing_is_kept(image)
+
+
+def test_a_fault_alone_that_was_not_found_is_refused(image: Image, folder: Path) -> None:
+    for name in ("verify", "smoke"):
+        (folder / f"{name}.json").unlink()
+    put(folder, "fault-flipped-byte", of_fault(image, "flipped-byte", "generation"))
+    with pytest.raises(Problem, match="does not show that flipped-byte is found") as caught:
+        prove.adopt(image, Fake(), folder, keep=True)
+    assert caught.value.code == 1
+    assert nothing_is_kept(image)
 
 
 def test_reports_of_another_machine_become_one_and_are_left(image: Image, folder: Path) -> None:
