@@ -17,9 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from images import debian, host, leftovers, rootfs
+from images import catalog, debian, host, leftovers, rootfs
 from images.apt_sources import ARCHITECTURE, SNAPSHOT, SUITE
-from images.catalog import ROOT, shown
+from images.catalog import ROOT, quoted, shown
 from images.debian import RELOCK, Deb
 from rollout.problem import Problem
 
@@ -47,9 +47,11 @@ def reasons(path: Path = PACKAGES) -> dict[str, str]:
         Problem: the file is not TOML, or a package stands there without a reason.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(catalog.text(path, "restore it from git"))
     except tomllib.TOMLDecodeError as error:
-        raise Problem(f"{shown(path)}: {error}", 2) from None
+        raise Problem(f"{shown(path)} is not valid TOML: {error}", 2) from None
+    except RecursionError:
+        raise Problem(f"{shown(path)} is nested too deeply", 2) from None
     for name, reason in table.items():
         if not isinstance(reason, str) or not reason.strip():
             raise Problem(f'{shown(path)}: {name} has no reason; write {name} = "why"', 2)
@@ -95,24 +97,26 @@ def parse(text: str, name: str = "lockfiles/base.lock") -> Lock:
         match = _LINE.fullmatch(line)
         if not match:
             raise Problem(
-                f"{name}:{number}: not 'name=version sha256:… pool/….deb': {line!r}; "
-                f"remake it with '{RELOCK}'"
+                f"{name}:{number}: not 'name=version sha256:… pool/….deb': {quoted(line)}; "
+                f"remake it with '{RELOCK}'",
+                2,
             )
         deb = Deb(**match.groupdict())
         if debs and debs[-1].name >= deb.name:
-            raise Problem(
-                f"{name}:{number}: {deb.name} stands after {debs[-1].name}, so the file was edited "
-                f"by hand; remake it with '{RELOCK}'"
-            )
+            order = f"{quoted(deb.name)} stands after {quoted(debs[-1].name)}"
+            what = f"{order}, so the file was edited by hand"
+            raise Problem(f"{name}:{number}: {what}; remake it with '{RELOCK}'", 2)
         debs.append(deb)
     for key in ("as of", "requested", *_HEADER):
         if key not in header:
-            raise Problem(f"{name}: the header has no '# {key}: …'; remake it with '{RELOCK}'")
+            raise Problem(f"{name}: the header has no '# {key}: …'; remake it with '{RELOCK}'", 2)
     for key in ("suite", "architecture"):
         if header[key] != _HEADER[key]:
-            raise Problem(f"{name}: {key} is {header[key]!r}, this code makes {_HEADER[key]!r}")
+            what = f"{key} is {quoted(header[key])}, this code makes {_HEADER[key]!r}"
+            raise Problem(f"{name}: {what}; remake it with '{RELOCK}'", 2)
     if not SNAPSHOT.fullmatch(header["as of"]):
-        raise Problem(f"{name}: 'as of' is {header['as of']!r}, not like 20261119T000000Z")
+        what = f"'as of' is {quoted(header['as of'])}, not like 20261119T000000Z"
+        raise Problem(f"{name}: {what}; remake it with '{RELOCK}'", 2)
     return Lock(tuple(header["requested"].split()), header["as of"], tuple(debs))
 
 
@@ -122,11 +126,9 @@ def read(path: Path = LOCK) -> Lock:
     Raises:
         Problem: the file is missing or malformed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise Problem(f"{shown(path)} is missing; make it with '{RELOCK}'") from None
-    return parse(text, shown(path))
+    if not path.exists():
+        raise Problem(f"{shown(path)} is missing; make it with '{RELOCK}'", 2)
+    return parse(catalog.text(path, f"remake it with '{RELOCK}'"), shown(path))
 
 
 def python(minor: str, path: Path = LOCK) -> str:

@@ -27,6 +27,7 @@ DEFAULT = "verl-rollout:transformers-cpu"
 BACKENDS = ("vllm", "sglang", "tensorrt-llm", "transformers")
 FRAMEWORKS = ("verl",)  # whose adapter is in entrypoints/rollout/frameworks
 PYTHONS = ("3.11",)  # what the base image (Debian 12) has
+QUOTED = 80  # characters of a line that an error quotes
 LEVELS = ("R1", "R2", "R3", "R4")  # what two builds agree in: images/reproduce.py
 REUSES = ("turns", "prompts")  # what a prefix cache keeps of a request that has ended
 TRANSPORTS = ("shared-memory", "cuda-ipc", "cuda-ipc-flattened", "nccl", "disk")
@@ -195,6 +196,25 @@ _TYPE_NAMES = {
 def shown(path: Path) -> str:
     """A path as people know it: relative to the checkout where it lies inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def text(path: Path, remedy: str) -> str:
+    """The text of a file of ours; ``remedy`` is what to do where it is none.
+
+    Raises:
+        Problem: exit code 2 where it is no plain file, too large, or no UTF-8.
+    """
+    try:
+        return report.content(path).decode()
+    except UnicodeDecodeError:
+        raise Problem(f"{shown(path)} is not UTF-8; {remedy}", 2) from None
+    except ValueError as error:
+        raise Problem(f"{shown(path)} {error}; {remedy}", 2) from None
+
+
+def quoted(line: str) -> str:
+    """A line of a file as an error quotes it: a file may have lines of any length."""
+    return repr(line if len(line) <= QUOTED else f"{line[:QUOTED]}…")
 
 
 def _check_keys(

@@ -75,7 +75,7 @@ def read(image: Image) -> Record | None:
         data = json.loads(file.read_text(encoding="utf-8"))
         layers = tuple(parse(layer) for layer in data["layers"])
         return Record(data["inputs"], data["builder"], layers)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         raise Problem(
             f"{shown(file)} is malformed; remake it with '{_command(image)}'", 2
         ) from None

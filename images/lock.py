@@ -27,8 +27,7 @@ from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from images import base, catalog, host
-from images.catalog import ROOT, Image, shown
-from rollout import report
+from images.catalog import ROOT, Image, quoted, shown
 from rollout.problem import Problem
 
 # glibc of Debian 12, the base image: wheels that need a newer one would not load there.
@@ -88,10 +87,13 @@ def parse(text: str, path: Path) -> list[Locked]:
             name = ""
         else:
             where = f"{shown(path)}, line {number}"
-            what = f"{name!r} has no sha256" if name and pinned else f"cannot read {bare!r}"
+            lacking = f"{quoted(name)} has no sha256"
+            what = lacking if name and pinned else f"cannot read {quoted(bare)}"
             raise Problem(f"{where}: {what}; remake it with 'nox -s lock'", 2)
     if name:
-        raise Problem(f"{shown(path)}: {name!r} has no sha256; remake it with 'nox -s lock'", 2)
+        raise Problem(
+            f"{shown(path)}: {quoted(name)} has no sha256; remake it with 'nox -s lock'", 2
+        )
     return found
 
 
@@ -104,13 +106,7 @@ def read(image: Image) -> list[Locked]:
     if not image.lock.exists():
         command = f"nox -s lock -- {image.reference}"
         raise Problem(f"{shown(image.lock)} does not exist; make it with '{command}'", 2)
-    try:
-        text = report.content(image.lock).decode()
-    except UnicodeDecodeError:
-        raise Problem(f"{shown(image.lock)} is not UTF-8; restore it from git", 2) from None
-    except ValueError as error:
-        raise Problem(f"{shown(image.lock)} {error}; restore it from git", 2) from None
-    locked = parse(text, image.lock)
+    locked = parse(catalog.text(image.lock, "restore it from git"), image.lock)
     contradictions = claims_broken(image, {entry.name: entry.version for entry in locked})
     if contradictions:
         raise Problem(f"{shown(image.path)}: " + "; ".join(contradictions), 2)

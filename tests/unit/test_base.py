@@ -84,7 +84,7 @@ def test_a_malformed_line_is_named_by_file_and_number(line: str) -> None:
     number = len(text.splitlines()) + 1
     with pytest.raises(Problem, match=rf"^base\.lock:{number}: .*nox -s lock -- base") as caught:
         base.parse(f"{text}{line}\n", "base.lock")
-    assert caught.value.code == 1
+    assert caught.value.code == 2
 
 
 def test_lines_out_of_order_or_twice_are_named() -> None:
