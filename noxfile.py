@@ -28,67 +28,67 @@ def tools(session: nox.Session) -> None:
 @nox.session
 def lock(session: nox.Session) -> None:
     """Resolve catalog files into locks: [REF … | base | dev] [--check]."""
-    station(session, "lock")
+    station(session, "locking.lock")
 
 
 @nox.session
 def build(session: nox.Session) -> None:
     """Build images: [REF …] [--builder docker] [--no-cache] [--tag NAME]."""
-    station(session, "build")
+    station(session, "building.build")
 
 
 @nox.session
 def prove(session: nox.Session) -> None:
     """Check the lock, build, verify and smoke-test images: [REF …] [options of rollout smoke]."""
-    station(session, "prove")
+    station(session, "proving.prove")
 
 
 @nox.session
 def reproduce(session: nox.Session) -> None:
     """Build an image twice from nothing, and compare: REF [--keep] [--work DIR]."""
-    station(session, "reproduce")
+    station(session, "proving.reproduce")
 
 
 @nox.session
 def export(session: nox.Session) -> None:
     """Write an image as one file: REF --format oci|rootfs|sqsh [--output DIR] [--level N]."""
-    station(session, "export")
+    station(session, "building.export")
 
 
 @nox.session
 def publish(session: nox.Session) -> None:
     """Publish a proved image and its papers: REF --to HOST[/PREFIX] [--key FILE] [--promote …]."""
-    station(session, "publish")
+    station(session, "publishing.publish")
 
 
 @nox.session(name="verify-published")
 def verify_published(session: nox.Session) -> None:
     """Check an image and its papers from the registry alone: HOST/REPOSITORY:TAG [--key FILE]."""
-    station(session, "verify_published")
+    station(session, "publishing.verify_published")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """Renew the generated parts of the README and lockfiles/SIZES.md: [--check]."""
-    station(session, "docs")
+    station(session, "telling.docs")
 
 
 @nox.session
 def measure(session: nox.Session) -> None:
     """Measure the numbers of the README on this machine: [REF]."""
-    station(session, "measure")
+    station(session, "proving.measure")
 
 
 @nox.session
 def matrix(session: nox.Session) -> None:
     """Name the images of the catalog: [--changed-since REV | --proved] [--json]."""
-    station(session, "matrix")
+    station(session, "publishing.matrix")
 
 
 @nox.session
 def relock(session: nox.Session) -> None:
     """Make every lock again and say what moved: [--since REV] [--report FILE]."""
-    station(session, "relock")
+    station(session, "locking.relock")
 
 
 @nox.session
@@ -98,7 +98,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
     session.run("mypy")
-    session.run("python", "-m", "images.docs", "--check")
+    session.run("python", "-m", "images.telling.docs", "--check")
     zizmor = ("zizmor", "--offline", "--quiet", "--strict-collection", "--persona", "pedantic")
     session.run(*zizmor, ".github/workflows")
 

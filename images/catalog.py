@@ -28,7 +28,7 @@ BACKENDS = ("vllm", "sglang", "tensorrt-llm", "transformers")
 FRAMEWORKS = ("verl",)  # whose adapter is in entrypoints/rollout/frameworks
 PYTHONS = ("3.11",)  # what the base image (Debian 12) has
 QUOTED = 80  # characters of a line that an error quotes
-LEVELS = ("R1", "R2", "R3", "R4")  # what two builds agree in: images/reproduce.py
+LEVELS = ("R1", "R2", "R3", "R4")  # what two builds agree in: images/proving/reproduce.py
 REUSES = ("turns", "prompts")  # what a prefix cache keeps of a request that has ended
 TRANSPORTS = ("shared-memory", "cuda-ipc", "cuda-ipc-flattened", "nccl", "disk")
 
@@ -108,7 +108,7 @@ class Image:
     env: Mapping[str, str]
     smoke: Smoke
     size: Size
-    reproducible: str  # the level of images/reproduce.py that two builds have to reach
+    reproducible: str  # the level of images/proving/reproduce.py that two builds have to reach
     path: Path
     # Libraries that something in the image could load and nothing of an engine does, with a reason.
     optional_libraries: Mapping[str, str] = field(default_factory=dict)

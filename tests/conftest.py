@@ -70,7 +70,9 @@ class Checkout:
         above: Mapping[str, str] | None = None,
     ) -> Image:
         """An image with its lock and its Dockerfile; ``above`` stands above its engine."""
-        from images import build, catalog, lock
+        from images import catalog
+        from images.building import build
+        from images.locking import lock
 
         found = catalog.parse(self.file(changes, tag, repository))
         texts = [
@@ -97,7 +99,10 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
     """The stations work on a folder of the test instead of this repository."""
-    from images import build, catalog, docs, prove
+    from images import catalog
+    from images.building import build
+    from images.proving import prove
+    from images.telling import docs
 
     for module in (catalog, docs, prove):
         monkeypatch.setattr(module, "ROOT", tmp_path)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from images import build, builder, export, prove
+from images.building import build, builder, export
 from images.catalog import Image
+from images.proving import prove
 
 
 def proof(image: Image, tool: builder.Buildah, folder: Path) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from images import oci
-from images.oci import Descriptor
+from images.publishing import oci
+from images.publishing.oci import Descriptor
 
 
 def read(folder: Path) -> tuple[bytes, Descriptor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from images import prove, standing
 from images.catalog import Image
+from images.proving import prove, standing
 from rollout import report, smoke, verify
 from rollout.checks import rate
 

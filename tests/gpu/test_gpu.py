@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from images import builder, catalog, host
+from images import catalog, host
+from images.building import builder
 from images.catalog import Image
 from rollout.problem import Problem
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from images import build, builder, catalog
+from images import catalog
+from images.building import build, builder
 from rollout.problem import Problem
 
 Result = subprocess.CompletedProcess[str]

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from images import builder, catalog, lock
+from images import catalog
+from images.building import builder
 from images.catalog import ROOT
+from images.locking import lock
 from rollout import report
 
 from .conftest import Container, Result, Sealed, lines

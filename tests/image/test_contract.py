@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from images import build, builder, catalog, host, lock
+from images import catalog, host
+from images.building import build, builder
+from images.locking import lock
 
 from .conftest import Container, Sealed
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from images import builder, catalog, export, host
+from images import catalog, host
+from images.building import builder, export
 from rollout.problem import Problem
 
 pytestmark = pytest.mark.image
@@ -123,7 +124,14 @@ def test_an_export_leaves_no_container_and_no_half_file(
 ) -> None:
     assert [path.name for path in archive.parent.iterdir()] == [archive.name]
     before = containers()
-    command = (sys.executable, "-m", "images.export", image.reference, "--format", "rootfs")
+    command = (
+        sys.executable,
+        "-m",
+        "images.building.export",
+        image.reference,
+        "--format",
+        "rootfs",
+    )
     output = archive.parent.parent / "killed"
     process = subprocess.Popen([*command, "--output", str(output)], start_new_session=True)
     deadline = time.monotonic() + 60

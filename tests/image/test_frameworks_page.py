@@ -10,8 +10,8 @@ import subprocess
 
 import pytest
 
-from images import builder
-from images.builder import Command
+from images.building import builder
+from images.building.builder import Command
 from images.catalog import ROOT
 
 from ..pages import commands

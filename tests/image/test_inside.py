@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from images import builder
+from images.building import builder
 from images.catalog import ROOT
 
 from .conftest import Container

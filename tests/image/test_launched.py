@@ -8,7 +8,9 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from images import builder, catalog, host, prove
+from images import catalog, host
+from images.building import builder
+from images.proving import prove
 
 from ..launched import proof
 

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from images import builder, catalog, host, oci, packing, papers, publish, verify_published
-from images.builder import Built
+from images import catalog, host
+from images.building import builder
+from images.building.builder import Built
 from images.catalog import Image
-from images.registry import Registry
+from images.publishing import oci, packing, papers, publish, verify_published
+from images.publishing.registry import Registry
 from rollout import report
 from rollout.problem import Problem
 

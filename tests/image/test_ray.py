@@ -22,7 +22,9 @@ from typing import IO
 
 import pytest
 
-from images import base, builder, catalog, lock
+from images import catalog
+from images.building import builder
+from images.locking import base, lock
 from rollout.backends.served import free_port
 
 pytestmark = pytest.mark.image

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from images import build, builder, catalog, host, layers, leftovers, reproduce
+from images import catalog, host
+from images.building import build, builder, layers
 from images.catalog import ROOT
+from images.host import leftovers
+from images.proving import reproduce
 
 pytestmark = pytest.mark.image
 TAG = "verl-rollout:test-again"
@@ -21,7 +24,7 @@ TAG = "verl-rollout:test-again"
 def test_two_builds_from_nothing_give_the_recorded_image(image: catalog.Image) -> None:
     recorded = layers.read(image)
     assert recorded is not None
-    command = [sys.executable, "-m", "images.reproduce", catalog.DEFAULT]
+    command = [sys.executable, "-m", "images.proving.reproduce", catalog.DEFAULT]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     said = done.stdout.splitlines()
     if done.returncode == 3:  # no room for two builds
@@ -91,7 +94,15 @@ def test_a_killed_build_leaves_no_tag(
     built: builder.Built,  # noqa: ARG001 - the base and the packages are there
 ) -> None:
     subprocess.run(["buildah", "rmi", tool.local + TAG], check=False, capture_output=True)
-    argv = [sys.executable, "-m", "images.build", catalog.DEFAULT, "--no-cache", "--tag", TAG]
+    argv = [
+        sys.executable,
+        "-m",
+        "images.building.build",
+        catalog.DEFAULT,
+        "--no-cache",
+        "--tag",
+        TAG,
+    ]
     process = subprocess.Popen(
         argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -18,8 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from images import builder, catalog, leftovers, oci, reproduce
+from images import catalog
+from images.building import builder
 from images.catalog import ROOT
+from images.host import leftovers
+from images.proving import reproduce
+from images.publishing import oci
 
 from ..layout import read
 
@@ -32,7 +36,10 @@ PROGRAMS = ("sh", "sleep", "touch", "cat", "setsid")
 PROGRAM = """
 import os, sys
 from pathlib import Path
-from images import base, budget, build, export, host, lock, prove
+from images import host
+from images.building import budget, build, export
+from images.locking import base, lock
+from images.proving import prove
 
 build.BUILD = Path(os.environ["CHECKOUT"]) / "build"
 base.tarball = lambda: Path(os.environ["TOY"])

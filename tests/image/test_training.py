@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from images import build, builder, catalog
+from images import catalog
+from images.building import build, builder
 from rollout import preflight
 
 from .conftest import Sealed

@@ -12,7 +12,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from images import build, builder, catalog, host, layers, leftovers, reproduce
+from images import catalog, host
+from images.building import build, builder, layers
+from images.host import leftovers
+from images.proving import reproduce
 from rollout.problem import Problem
 
 pytestmark = pytest.mark.image
@@ -43,7 +46,7 @@ def test_both_end_well_with_one_image_of_the_recorded_layers(
         reproduce.copy_checkout(place / name)
         clones.append(
             subprocess.Popen(
-                [sys.executable, "-m", "images.build", image.reference, "--no-cache"],
+                [sys.executable, "-m", "images.building.build", image.reference, "--no-cache"],
                 cwd=place / name,
                 env={**os.environ, **env, "PYTHONPATH": ""},
                 stdout=subprocess.PIPE,

@@ -7,7 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from images import build, builder, catalog, docs, host, layers, lock, prove
+from images import catalog, host
+from images.building import build, builder, layers
+from images.locking import lock
+from images.proving import prove
+from images.telling import docs
 from rollout import preflight, verify
 from rollout.problem import Problem
 

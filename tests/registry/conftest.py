@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 
-from images import catalog, failures, host, oci, papers, publish
-from images.packing import Layer, Source
-from images.papers import Paper
-from images.publish import Copy, Tags
-from images.registry import Registry
+from images import catalog, host
+from images.publishing import failures, oci, papers, publish
+from images.publishing.packing import Layer, Source
+from images.publishing.papers import Paper
+from images.publishing.publish import Copy, Tags
+from images.publishing.registry import Registry
 from rollout.problem import Problem
 
 from .server import Certificate, Server

@@ -17,13 +17,16 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from images import attach, build, host, lock, oci, papers, publish
+from images import host
+from images.building import build
 from images.catalog import Image
-from images.packing import Layer, Source
-from images.papers import Key, Paper
-from images.publish import Copy, Tags
-from images.registry import Registry
-from images.verify_published import LOCK_INSIDE
+from images.locking import lock
+from images.publishing import attach, oci, papers, publish
+from images.publishing.packing import Layer, Source
+from images.publishing.papers import Key, Paper
+from images.publishing.publish import Copy, Tags
+from images.publishing.registry import Registry
+from images.publishing.verify_published import LOCK_INSIDE
 from rollout import report
 from tests import reports
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from images import attach, failures, oci, papers, publish
-from images.papers import Paper
-from images.registry import Registry
+from images.publishing import attach, failures, oci, papers, publish
+from images.publishing.papers import Paper
+from images.publishing.registry import Registry
 
 from .conftest import NAMES, REPOSITORY, Make, damage, paper, papers_of, published, whole
 from .server import Server

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from images import attach, oci, papers, publish
 from images.catalog import Image
-from images.registry import Registry
+from images.publishing import attach, oci, papers, publish
+from images.publishing.registry import Registry
 from tests.conftest import Checkout
 
 from .conftest import REPOSITORY

@@ -20,26 +20,24 @@ from typing import Any
 
 import pytest
 
-from images import (
+from images import host
+from images.building import build, builder, layers
+from images.building.contents import Summary
+from images.locking import lock
+from images.proving import prove
+from images.publishing import (
     attach,
-    build,
-    builder,
     failures,
-    host,
-    layers,
-    lock,
     oci,
     packing,
     papers,
-    prove,
     publish,
     registry,
     verify_published,
 )
-from images.contents import Summary
-from images.papers import Paper
-from images.publish import Copy, Tags
-from images.registry import Registry
+from images.publishing.papers import Paper
+from images.publishing.publish import Copy, Tags
+from images.publishing.registry import Registry
 from rollout import report
 from rollout.problem import Problem
 from tests import layout, reports

@@ -16,10 +16,10 @@ from threading import Thread
 
 import pytest
 
-from images import attach, failures, oci, publish, registry
-from images.failures import Unreachable
-from images.oci import Damaged
-from images.registry import Registry
+from images.publishing import attach, failures, oci, publish, registry
+from images.publishing.failures import Unreachable
+from images.publishing.oci import Damaged
+from images.publishing.registry import Registry
 from rollout.problem import Problem
 
 from .conftest import REPOSITORY, Toy

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from images import attach, base, catalog, host, lock, oci, papers, publish, verify_published
+from images import catalog, host
 from images.catalog import Image
-from images.papers import Paper
-from images.registry import Registry
+from images.locking import base, lock
+from images.publishing import attach, oci, papers, publish, verify_published
+from images.publishing.papers import Paper
+from images.publishing.registry import Registry
 from rollout.problem import Problem
 from rollout.report import STATUSES
 from tests import reports

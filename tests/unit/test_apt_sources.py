@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from images import apt_sources
+from images.locking import apt_sources
 from rollout.problem import Problem
 
 DEBIAN_KEY = "/usr/share/keyrings/debian-archive-keyring.gpg"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from images import attach, oci, papers
+from images.publishing import attach, oci, papers
 
 from ..conftest import sha256
 

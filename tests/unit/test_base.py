@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from images import base, debian, host, rootfs
+from images import host
+from images.locking import base, debian, rootfs
 from rollout.problem import Problem
 
 from .test_apt_sources import DEFAULT

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from images import budget, builder, host, layers
+from images import host
+from images.building import budget, builder, layers
+from images.building.contents import Summary
+from images.building.layers import Layer, Record
 from images.catalog import Image
-from images.contents import Summary
-from images.layers import Layer, Record
-from images.rootfs import EPOCH
+from images.locking.rootfs import EPOCH
 from rollout.problem import Problem
 
 from ..conftest import Checkout

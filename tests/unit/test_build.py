@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from images import base, budget, build, builder, catalog, host, lock
+from images import catalog, host
+from images.building import budget, build, builder
+from images.building.contents import Summary
+from images.building.layers import Layer, Measured, Record
 from images.catalog import Image
-from images.contents import Summary
-from images.layers import Layer, Measured, Record
-from images.lock import Locked
+from images.locking import base, lock
+from images.locking.lock import Locked
 from rollout.problem import Problem
 
 from ..conftest import ABOVE, VERSIONS, Checkout, sha256

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
-from images import builder, host, leash, owner
-from images.builder import Buildah, Command, Docker, Recipe
+from images import host
+from images.building import builder
+from images.building.builder import Buildah, Command, Docker, Recipe
+from images.host import leash, owner
 from rollout.problem import Problem
 
 RECIPE = Recipe(

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from images import catalog, oci
+from images import catalog
 from images.catalog import ROOT, Image
+from images.publishing import oci
 from rollout import backends
 from rollout.backends import Abilities
 from rollout.problem import Problem

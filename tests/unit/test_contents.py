@@ -14,8 +14,8 @@ from typing import IO, Any
 
 import pytest
 
-from images import contents
-from images.contents import Difference, Entry, Part
+from images.building import contents
+from images.building.contents import Difference, Entry, Part
 
 TIME = 1686355200
 SITE = "opt/rollout/lib/python3.11/site-packages"

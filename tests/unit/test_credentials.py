@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from images import credentials
+from images.publishing import credentials
 from rollout.problem import Problem
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from images import debian
+from images.locking import debian
 
 SHA = "ab" * 32
 DEB = debian.Deb(

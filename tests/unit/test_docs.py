@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
-from images import base, build, catalog, docs, host, layers, prove, reproduce, sizes
+from images import catalog, host
+from images.building import build, layers, sizes
+from images.building.contents import Summary
 from images.catalog import Image
-from images.contents import Summary
+from images.locking import base
+from images.proving import prove, reproduce
+from images.telling import docs
 from rollout.faults import FAULTS
 from rollout.problem import Problem
 

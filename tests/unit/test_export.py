@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from images import build, builder, catalog, export, layers
-from images.build import TIMESTAMP
+from images import catalog
+from images.building import build, builder, export, layers
+from images.building.build import TIMESTAMP
 from rollout.problem import Problem
 
 IMAGE = catalog.find(catalog.DEFAULT, catalog.load())

@@ -8,8 +8,8 @@ import urllib.error
 
 import pytest
 
-from images import failures
-from images.failures import Broken, Unreachable
+from images.publishing import failures
+from images.publishing.failures import Broken, Unreachable
 
 
 def test_what_cannot_be_asked_has_an_exit_code_of_its_own() -> None:

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
-from images import build, catalog, docs, features, host, layers, prove, standing
+from images import catalog, host
+from images.building import build, layers
+from images.building.contents import Summary
 from images.catalog import Image, Smoke
-from images.contents import Summary
-from images.features import NOT_CLAIMED, NOT_SHOWN, STALE, Kept
-from images.standing import Standing
+from images.proving import prove, standing
+from images.proving.standing import Standing
+from images.telling import docs, features
+from images.telling.features import NOT_CLAIMED, NOT_SHOWN, STALE, Kept
 from rollout.faults import FAULTS
 
 from .. import reports

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from images import builder, contents, host, layers
-from images.builder import Built
-from images.contents import Difference, Part, Summary
-from images.layers import Layer, Record, Verdict
-from images.rootfs import EPOCH
+from images import host
+from images.building import builder, contents, layers
+from images.building.builder import Built
+from images.building.contents import Difference, Part, Summary
+from images.building.layers import Layer, Record, Verdict
+from images.locking.rootfs import EPOCH
 from rollout.problem import Problem
 
 from ..conftest import Checkout, sha256

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from images import leash
+from images.host import leash
 
 # Starts a child that is deaf to what ends others, and one that has left the group.
 TREE = (
@@ -57,7 +57,7 @@ def test_the_exit_code_of_a_command_is_its_own(tmp_path: Path) -> None:
 
 
 def test_a_command_waits_for_no_input_of_a_terminal() -> None:
-    program = "from images import leash; raise SystemExit(leash.run(['cat']))"
+    program = "from images.host import leash; raise SystemExit(leash.run(['cat']))"
     done = subprocess.run(
         [sys.executable, "-c", program], input="typed", capture_output=True, text=True, check=False
     )
@@ -86,7 +86,7 @@ def test_whatever_ends_a_run_ends_its_command_and_its_children(
 ) -> None:
     file = tmp_path / "pids"
     program = (
-        "import sys; from images import host, leash; leash.GRACE = 0.5; "
+        "import sys; from images import host; from images.host import leash; leash.GRACE = 0.5; "
         f"host.guarded(lambda _: leash.run(['sh', '-c', {TREE!r}, {str(file)!r}]), [])"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)

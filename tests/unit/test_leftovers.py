@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from images import host, leftovers, owner, packing
+from images import host
 from images.catalog import ROOT
-from images.oci import LAYER, Descriptor
+from images.host import leftovers, owner
+from images.publishing import packing
+from images.publishing.oci import LAYER, Descriptor
 
 DEAD = replace(owner.this(), process=4194305)  # more than the greatest process id of Linux
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from images import catalog, host, lock
+from images import catalog, host
 from images.catalog import ROOT
-from images.lock import Locked
+from images.locking import lock
+from images.locking.lock import Locked
 from rollout.problem import Problem
 
 from ..conftest import VERSIONS, Checkout, sha256

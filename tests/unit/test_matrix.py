@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from images import catalog, host, matrix, prove
+from images import catalog, host
 from images.catalog import ROOT, Image
+from images.proving import prove
+from images.publishing import matrix
 from rollout.problem import Problem
 
 from .. import reports
@@ -52,7 +54,7 @@ def clone(origin: Path, tmp_path: Path) -> Path:
 
 def run(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The station of a clone, which works on that clone."""
-    argv = [sys.executable, "-m", "images.matrix", *arguments]
+    argv = [sys.executable, "-m", "images.publishing.matrix", *arguments]
     return subprocess.run(argv, cwd=clone, capture_output=True, text=True, check=False)
 
 
@@ -113,7 +115,7 @@ def test_another_dockerfile_changes_the_images_of_its_backend(clone: Path, image
         "lockfiles/base.lock",
         "images/base/Dockerfile",
         "images/base/install",
-        "images/builder.py",
+        "images/building/builder.py",
     ],
 )
 def test_what_every_image_is_made_of_changes_them_all(clone: Path, path: str) -> None:
@@ -136,7 +138,7 @@ def test_another_installer_changes_them_all(clone: Path) -> None:
 
 
 def test_what_no_layer_is_made_of_changes_none(clone: Path) -> None:
-    for path in ("images/docs.py", "images/export.py", "images/launcher"):
+    for path in ("images/telling/docs.py", "images/building/export.py", "images/launcher"):
         append(clone / path, "\n# another one\n")
     append(clone / matrix.TOOLS, "another-tool==1.0\n")
     assert changed(clone) == []
@@ -221,7 +223,9 @@ def test_a_revision_that_is_none_is_wrong_usage(
 
 @pytest.mark.parametrize("code", ["pass", "raise KeyboardInterrupt"], ids=["success", "interrupt"])
 def test_the_other_revision_is_taken_away_again(clone: Path, code: str) -> None:
-    program = f"from images import matrix\nwith matrix.worktree('HEAD') as tree:\n    {code}"
+    program = (
+        f"from images.host import revisions\nwith revisions.worktree('HEAD') as tree:\n    {code}"
+    )
     subprocess.run([sys.executable, "-c", program], cwd=clone, capture_output=True, check=False)
     assert len(git(clone, "worktree", "list").splitlines()) == 1
     assert git(clone, "status", "--porcelain", "--", *COPIED) == ""
@@ -302,7 +306,8 @@ def test_a_maker_that_has_moved_is_not_compared_as_nothing(clone: Path, name: st
 def test_a_list_of_makers_that_is_old_is_said(monkeypatch: pytest.MonkeyPatch, clone: Path) -> None:
     monkeypatch.setattr(matrix, "MAKERS", ("images/gone.py",))
     with pytest.raises(
-        Problem, match=r"gone\.py is not there; name in images/matrix\.py"
+        Problem,
+        match=r"gone\.py is not there; name what builds images now in images/publishing/matrix\.py",
     ) as caught:
         matrix.same_makers(clone)
     assert caught.value.code == 2

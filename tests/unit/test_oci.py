@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from images import oci
-from images.oci import Damaged, Descriptor
+from images.publishing import oci
+from images.publishing.oci import Damaged, Descriptor
 from tests import layout
 
 CONFIG = b'{"rootfs": {"type": "layers", "diff_ids": ["sha256:1", "sha256:2"]}}'

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from images import owner
+from images.host import owner
 
 HERE = owner.this()
 NOBODY = 4194305  # more than the greatest process id of Linux
@@ -31,7 +31,7 @@ def test_an_owner_is_found_in_the_names_that_it_is_given() -> None:
 
 def test_a_running_process_is_alive_and_one_that_ended_is_not() -> None:
     assert not owner.dead(HERE)
-    program = "from images import owner; print(owner.this(), flush=True); input()"
+    program = "from images.host import owner; print(owner.this(), flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from images import build, builder, host, layers, lock, packing, publish
-from images.builder import Built
+from images import host
+from images.building import build, builder, layers
+from images.building.builder import Built
+from images.locking import lock
+from images.publishing import packing, publish
 from rollout.problem import Problem
 
 from ..conftest import Checkout, sha256

@@ -19,9 +19,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa, utils
 from cyclonedx.model.bom import Bom
 
-from images import base, build, host, lock, papers, standing
+from images import host
+from images.building import build
 from images.catalog import Image
-from images.papers import Key
+from images.locking import base, lock
+from images.proving import standing
+from images.publishing import papers
+from images.publishing.papers import Key
 from rollout.problem import Problem
 from tests.conftest import VERSIONS, Checkout, sha256
 

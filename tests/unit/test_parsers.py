@@ -16,8 +16,10 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from images import base, catalog, layers, lock
+from images import catalog
+from images.building import layers
 from images.catalog import ROOT
+from images.locking import base, lock
 from rollout import report
 from rollout.problem import Problem
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from images import base, build, catalog, pinned
+from images import catalog
+from images.building import build, pinned
 from images.catalog import ROOT, Image
+from images.locking import base
 
 from ..conftest import Checkout, sha256
 

@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
-from images import build, catalog, lock, standing
+from images import catalog
+from images.building import build
 from images.catalog import ROOT
+from images.locking import lock
+from images.proving import standing
 from rollout import program, smoke, verify
 
 PACKAGE = ROOT / "entrypoints" / "rollout"

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from images import build, builder, catalog, host, layers, lock, prove, standing
-from images.builder import Built, Command
+from images import catalog, host
+from images.building import build, builder, layers
+from images.building.builder import Built, Command
+from images.building.contents import Summary
 from images.catalog import Image
-from images.contents import Summary
+from images.locking import lock
+from images.proving import prove, standing
 from rollout import report
 from rollout.faults import FAULTS
 from rollout.problem import Problem

@@ -11,22 +11,14 @@ from typing import Any
 
 import pytest
 
-from images import (
-    build,
-    builder,
-    catalog,
-    failures,
-    host,
-    layers,
-    oci,
-    prove,
-    publish,
-    registry,
-)
+from images import catalog, host
+from images.building import build, builder, layers
+from images.building.contents import Summary
 from images.catalog import Image
-from images.contents import Summary
-from images.failures import Broken
-from images.registry import Registry
+from images.proving import prove
+from images.publishing import failures, oci, publish, registry
+from images.publishing.failures import Broken
+from images.publishing.registry import Registry
 from rollout import report
 from rollout.problem import Problem
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from images import oci, registry
-from images.failures import Unreachable
-from images.registry import Registry
+from images.publishing import oci, registry
+from images.publishing.failures import Unreachable
+from images.publishing.registry import Registry
 from rollout.problem import Problem
 
 DIGEST = oci.digest(b"")

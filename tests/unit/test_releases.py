@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from images import releases
+from images.telling import releases
 
 from ..conftest import ABOVE, Checkout
 

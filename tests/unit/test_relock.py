@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from images import base, catalog, lock, relock
+from images import catalog
 from images.catalog import ROOT
-from images.debian import Deb
-from images.relock import Move, Pin
+from images.locking import base, lock, relock
+from images.locking.debian import Deb
+from images.locking.relock import Move, Pin
 from rollout.problem import Problem
 
 from ..conftest import sha256

@@ -13,13 +13,17 @@ from typing import Any
 
 import pytest
 
-from images import build, builder, catalog, contents, host, layers, lock, owner, reproduce
-from images.builder import Built
+from images import catalog, host
+from images.building import build, builder, contents, layers
+from images.building.builder import Built
+from images.building.contents import Entry, Part, Summary
+from images.building.layers import Layer, Record
 from images.catalog import Image
-from images.contents import Entry, Part, Summary
-from images.layers import Layer, Record
-from images.reproduce import BUILDS, Outcome
-from images.rootfs import EPOCH
+from images.host import owner
+from images.locking import lock
+from images.locking.rootfs import EPOCH
+from images.proving import reproduce
+from images.proving.reproduce import BUILDS, Outcome
 from rollout.problem import Problem
 
 from ..conftest import Checkout, sha256
@@ -185,7 +189,7 @@ def test_a_copy_of_the_checkout_has_what_git_has_and_nothing_that_builds_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "checkout"
-    kept = ["README.md", ".gitignore", "images/base/install", "images/build.py"]
+    kept = ["README.md", ".gitignore", "images/base/install", "images/building/build.py"]
     put(root, *kept, "build/reports/x.json", ".git/HEAD", ".nox/lint/bin/python")
     put(root, "images/__pycache__/build.pyc", ".mypy_cache/x", "images/.ruff_cache/x")
     (root / "images/base/install").chmod(0o755)
@@ -312,7 +316,7 @@ def test_a_build_starts_from_nothing_in_its_circumstances(
     for circumstances, outcome, seen in zip(BUILDS, outcomes, machine.streams, strict=True):
         assert outcome.built == BUILT
         assert outcome.storage == work / f"{circumstances.name}-own"
-        assert seen["argv"][1:4] == ["-m", "images.build", image.reference]
+        assert seen["argv"][1:4] == ["-m", "images.building.build", image.reference]
         assert "--no-cache" in seen["argv"]
         assert seen["cwd"] == work / circumstances.checkout
         assert (seen["cwd"] / "README.md").read_text() == "of this checkout"

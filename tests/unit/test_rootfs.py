@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from images import rootfs
+from images.locking import rootfs
 
 from .test_debian import DEB, GXX
 

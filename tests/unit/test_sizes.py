@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from images import layers, measure, sizes
+from images.building import layers, sizes
+from images.building.contents import Part, Summary
+from images.building.layers import Layer, Record
 from images.catalog import Image
-from images.contents import Part, Summary
-from images.layers import Layer, Record
+from images.proving import measure
 
 from ..conftest import Checkout
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from images import prove, standing
 from images.catalog import Image
-from images.standing import EARLIER, IN_PART, PROVED, STALE, UNPROVED, Standing, Today
+from images.proving import prove, standing
+from images.proving.standing import EARLIER, IN_PART, PROVED, STALE, UNPROVED, Standing, Today
 from rollout import report
 from rollout.checks import rate
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from images import build, builder, host, owner, storage
-from images.builder import Built
+from images import host
+from images.building import build, builder, storage
+from images.building.builder import Built
 from images.catalog import Image
+from images.host import owner
 from rollout.problem import Problem
 
 from ..conftest import Checkout, sha256
@@ -119,7 +121,7 @@ def test_a_change_of_an_entrypoint_or_a_variable_makes_an_image_stale(
 HOLD = """
 import sys
 from pathlib import Path
-from images import builder, storage
+from images.building import builder, storage
 
 class Store(builder.Buildah):
     def storage(self):

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from images import host, oci, papers, verify_published
-from images.failures import Broken, Unreachable
-from images.papers import Paper
-from images.registry import Registry
-from images.verify_published import CHECKS, LOCK_INSIDE, NEEDS, Published
+from images import host
+from images.publishing import oci, papers, verify_published
+from images.publishing.failures import Broken, Unreachable
+from images.publishing.papers import Paper
+from images.publishing.registry import Registry
+from images.publishing.verify_published import CHECKS, LOCK_INSIDE, NEEDS, Published
 from rollout import report
 from rollout.problem import Problem
 

@@ -19,8 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from images import catalog, lock, papers, publish, verify_published
+from images import catalog
 from images.catalog import ROOT
+from images.locking import lock
+from images.publishing import papers, publish, verify_published
 
 from ..conftest import sha256
 

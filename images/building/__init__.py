@@ -1,0 +1,1 @@
+"""Second: from a lock to an image, its layers, and what they weigh."""

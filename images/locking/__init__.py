@@ -1,0 +1,1 @@
+"""First on the line: what an image is made of, exactly. From a catalog file to a lock."""

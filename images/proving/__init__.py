@@ -1,0 +1,1 @@
+"""Third: what an image has shown, and what that is worth today."""

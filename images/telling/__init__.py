@@ -1,0 +1,1 @@
+"""Last: the generated pages that tell people of all that."""

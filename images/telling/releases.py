@@ -1,0 +1,62 @@
+"""Which image is for which release of a framework: what users ask first.
+
+The catalog says it, and `nox -s lock` has asked a resolver about each release
+(images/locking/lock.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from packaging.version import Version
+
+from images.catalog import Framework, Image
+from images.locking import lock
+
+HEAD = ("release", "image", "engine", "torch", "CUDA", "why")
+
+
+def of(framework: Framework | None) -> str:
+    """A framework with its release, and others that fit, for a cell; a dash where there is none."""
+    if framework is None:
+        return "—"
+    others = f" (fits {', '.join(framework.fits)})" if framework.fits else ""
+    return f"{framework.name} {framework.version}{others}"
+
+
+def reason(framework: Framework, release: str) -> str:
+    """Why a release is for an image."""
+    if release == framework.version:
+        return "it is in the image, and the proof runs it"
+    bound = f", with its extra `{framework.extra}`" if framework.extra else ""
+    return f"its own metadata takes the engine{bound}; install it on top"
+
+
+def row(image: Image, framework: Framework, release: str) -> tuple[str, ...]:
+    """One release and one image."""
+    versions: Mapping[str, str] = {entry.name: entry.version for entry in lock.read(image)}
+    return (
+        f"{framework.name} {release}",
+        f"`{image.reference}`",
+        f"{image.backend} {versions[image.engine]}",
+        versions["torch"],
+        lock.cuda(versions) or "none",
+        reason(framework, release),
+    )
+
+
+def table(images: Sequence[Image]) -> str:
+    """Every release that the catalog names with its image, the newest release first."""
+    found = [
+        (image, image.framework, release)
+        for image in images
+        if image.framework
+        for release in (image.framework.version, *image.framework.fits)
+    ]
+    found.sort(key=lambda each: (each[1].name, _newest_first(each[2]), each[0].reference))
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
+    return "\n".join([*lines, *("| " + " | ".join(row(*each)) + " |" for each in found)])
+
+
+def _newest_first(release: str) -> tuple[int, ...]:
+    return tuple(-part for part in (*Version(release).release, 0, 0, 0)[:4])
