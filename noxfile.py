@@ -57,13 +57,13 @@ def export(session: nox.Session) -> None:
 
 @nox.session
 def publish(session: nox.Session) -> None:
-    """Publish a proved image and its papers: REF --to HOST[/PREFIX] [--key FILE] [--promote …]."""
+    """Publish a proved image and its attestations: REF --to HOST[/PREFIX] [--key FILE] …."""
     station(session, "publishing.publish")
 
 
 @nox.session(name="verify-published")
 def verify_published(session: nox.Session) -> None:
-    """Check an image and its papers from the registry alone: HOST/REPOSITORY:TAG [--key FILE]."""
+    """Check an image and its attestations from the registry: HOST/REPOSITORY:TAG [--key FILE]."""
     station(session, "publishing.verify_published")
 
 

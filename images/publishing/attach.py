@@ -1,8 +1,8 @@
-"""The papers and signatures of an image that a registry has, and those that it is given.
+"""The attestations and signatures of an image that a registry has, and those that it is given.
 
-Papers of ours stay as long as they are about each other and whole, and are replaced otherwise.
-What others attach, and who else signs, is left as it is; and where the list of papers is written
-from here, it is read again afterwards: others write it too.
+Attestations of ours stay as long as they are about each other and whole, and are replaced
+otherwise. What others attach, and who else signs, is left as it is; and where the list of
+attestations is written from here, it is read again afterwards: others write it too.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from images.publishing import oci
+from images.publishing.attestations import (
+    BUILD_TYPE,
+    PREDICATE_TYPE,
+    STATEMENT,
+    Attestation,
+    Key,
+    signature,
+)
 from images.publishing.oci import Damaged, Descriptor
-from images.publishing.papers import BUILD_TYPE, PREDICATE_TYPE, STATEMENT, Key, Paper, signature
 from images.publishing.registry import Registry
 from images.publishing.verify_published import origin_of, statement_of
 from rollout.problem import Problem
@@ -21,24 +28,24 @@ from rollout.problem import Problem
 _RACES = 3  # how often a list that others write too is written again
 
 
-# Papers
+# Attestations
 
 
 @dataclass(frozen=True)
 class Attached:
-    """A paper in a registry: how it is listed, its manifest, and its bytes."""
+    """An attestation in a registry: how it is listed, its manifest, and its bytes."""
 
     entry: Descriptor
     manifest: bytes
     data: bytes
 
     @property
-    def paper(self) -> Paper:
+    def attestation(self) -> Attestation:
         """As it was before it was attached."""
         (layer,) = oci.parse(self.manifest).layers
         kind = self.entry.artifact_type
         title = layer.annotations.get(oci.TITLE, kind)
-        return Paper(title, kind, layer.media_type, self.data)
+        return Attestation(title, kind, layer.media_type, self.data)
 
 
 def attached(
@@ -47,31 +54,35 @@ def attached(
     digest: str,
     listed: Sequence[Descriptor] | None = None,
 ) -> list[Attached]:
-    """The papers of an image that are there in full; a list may name more than there is.
+    """The attestations of an image that are there in full; a list may name more than there is.
 
     Raises:
-        Problem: the registry did not let one be read, which says nothing of the paper.
+        Problem: the registry did not let one be read, which says nothing of the attestation.
     """
     found = []
     for entry in registry.referrers(repository, digest) if listed is None else listed:
-        with suppress(Damaged):  # or no paper at all: whoever attached it may mend it
+        with suppress(Damaged):  # or no attestation at all: whoever attached it may mend it
             got = registry.manifest(repository, entry.digest)
             if got is None:
                 continue
-            paper = oci.parse(got[0])
-            if paper.subject and paper.subject.digest == digest and len(paper.layers) == 1:
-                (layer,) = paper.layers
+            attestation = oci.parse(got[0])
+            if (
+                attestation.subject
+                and attestation.subject.digest == digest
+                and len(attestation.layers) == 1
+            ):
+                (layer,) = attestation.layers
                 data = registry.blob(repository, layer.digest, size=layer.size)
-                named = replace(entry, artifact_type=paper.artifact_type)
+                named = replace(entry, artifact_type=attestation.artifact_type)
                 found.append(Attached(named, got[0], data))
     return found
 
 
-def of_publishing(paper: Paper) -> bool:
-    """Whether a paper is of a form that publishing attaches; others may attach statements too."""
-    if paper.artifact_type != STATEMENT:
+def of_publishing(attestation: Attestation) -> bool:
+    """Whether an attestation is of a form that publishing attaches; others attach some too."""
+    if attestation.artifact_type != STATEMENT:
         return True
-    said = statement_of(paper, None) or {}
+    said = statement_of(attestation, None) or {}
     try:
         kind = said["predicate"]["buildDefinition"]["buildType"]
     except (KeyError, TypeError):
@@ -80,25 +91,25 @@ def of_publishing(paper: Paper) -> bool:
 
 
 def ours(there: Sequence[Attached], kinds: Collection[str]) -> list[Attached]:
-    """The papers of these kinds that publishing attaches."""
-    return [p for p in there if p.entry.artifact_type in kinds and of_publishing(p.paper)]
+    """The attestations of these kinds that publishing attaches."""
+    return [p for p in there if p.entry.artifact_type in kinds and of_publishing(p.attestation)]
 
 
 def sufficient(
     there: Sequence[Attached], kinds: Collection[str], digest: str, key: Key | None = None
 ) -> bool:
-    """Whether one paper of each kind is attached, and the provenance signed where there is a key.
+    """Whether one of each kind is attached, and the provenance signed where there is a key.
 
-    A later commit, or a later run of the proof, makes other papers for the same image. Those that
+    A later commit, or a later run of the proof, makes others for the same image. Those that
     it was published with stay: they are about each other, and still true.
     """
-    found = [paper.paper for paper in ours(there, kinds)]
-    if sorted(paper.artifact_type for paper in found) != sorted(kinds):
+    found = [attestation.attestation for attestation in ours(there, kinds)]
+    if sorted(attestation.artifact_type for attestation in found) != sorted(kinds):
         return False
-    statements = [paper for paper in found if paper.artifact_type == STATEMENT]
+    statements = [attestation for attestation in found if attestation.artifact_type == STATEMENT]
     named = {(p.media_type, p.sha256) for p in found if p not in statements}
-    for paper in statements:
-        said = statement_of(paper, key.public if key else None)
+    for attestation in statements:
+        said = statement_of(attestation, key.public if key else None)
         try:
             if not said or origin_of(said, digest).byproducts != named:
                 return False
@@ -111,38 +122,38 @@ def attach(
     registry: Registry,
     repository: str,
     subject: Descriptor,
-    papers: Sequence[oci.Paper],
+    attestations: Sequence[oci.Attestation],
     key: Key | None = None,
     *,
     exactly: bool = False,
 ) -> list[str]:
-    """Attach papers to an image, in place of others of ours; returns their names.
+    """Attach attestations to an image, in place of others of ours; returns their names.
 
     Others that do as well stay (see :func:`sufficient`) and nothing is attached, unless it is
     ``exactly`` these that have to be there.
 
     Raises:
-        Problem: the registry refuses, or did not let a paper be read: then nothing was changed.
+        Problem: the registry refuses, or did not let one be read: then nothing was changed.
     """
-    kinds = {paper.artifact_type for paper in papers}
+    kinds = {attestation.artifact_type for attestation in attestations}
     listed = registry.referrers(repository, subject.digest)
     there = attached(registry, repository, subject.digest, listed)
     if not exactly and sufficient(there, kinds, subject.digest, key):
         return []
-    made = [oci.artifact(paper, subject) for paper in papers]
+    made = [oci.artifact(attestation, subject) for attestation in attestations]
     manifests = {oci.digest(data): data for data in made}
-    sound = {paper.entry.digest for paper in there}
+    sound = {attestation.entry.digest for attestation in there}
     broken = {e.digest for e in listed if e.digest not in sound and e.artifact_type in kinds}
-    others = {paper.entry.digest for paper in ours(there, kinds)} - set(manifests)
+    others = {attestation.entry.digest for attestation in ours(there, kinds)} - set(manifests)
     replaced = broken | others
     missing = set(manifests) - sound
     if not missing and not replaced:
         return []
-    for paper in papers:
+    for attestation in attestations:
         registry.push_blob(repository, oci.EMPTY_DATA)
-        registry.push_blob(repository, paper.data)
+        registry.push_blob(repository, attestation.data)
     refer(registry, repository, subject.digest, list(manifests.values()), replaced)
-    return [paper.name for paper in papers]
+    return [attestation.name for attestation in attestations]
 
 
 def refer(
@@ -152,7 +163,7 @@ def refer(
     manifests: Sequence[bytes],
     replaced: Collection[str] = (),
 ) -> None:
-    """Put manifests of papers, and list them where the registry does not do so by itself.
+    """Put manifests of attestations, and list them where the registry does not do so by itself.
 
     Those with a digest in ``replaced`` leave the list.
 
@@ -177,7 +188,9 @@ def refer(
         data = oci.index([*stay, *entries])
         registry.push_manifest(repository, oci.fallback_tag(subject), data, oci.INDEX)
     if not new <= {e.digest for e in registry.referrers(repository, subject)}:
-        raise Problem(f"others write the papers of {subject} in {registry.host} too; run it again")
+        raise Problem(
+            f"others write the attestations of {subject} in {registry.host} too; run it again"
+        )
 
 
 # Signatures

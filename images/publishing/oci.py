@@ -1,9 +1,9 @@
 """Documents of the OCI specifications (image 1.1, distribution 1.1): pure functions, and a folder.
 
 What is published is a manifest, which names a configuration and layers by their sha256, and
-papers: manifests of their own, each of which names the image's as its ``subject``. A registry that
-knows the referrers API lists them by that; for others there is the specification's fallback, an
-index under a tag that is made of the digest. The same input gives the same bytes.
+attestations: manifests of their own, each of which names the image's as its ``subject``. A registry
+that knows the referrers API lists them by that; for others there is the specification's fallback,
+an index under a tag that is made of the digest. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Damaged(Problem):
         super().__init__(sentence, 1)
 
 
-class Paper(Protocol):
-    """A document that travels with an image, as images/publishing/papers.py makes it."""
+class Attestation(Protocol):
+    """A document that travels with an image, as images/publishing/attestations.py makes it."""
 
     @property
     def name(self) -> str: ...
@@ -94,7 +94,7 @@ class Descriptor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a manifest says: of an image, or of a paper."""
+    """What a manifest says: of an image, or of an attestation."""
 
     config: Descriptor
     layers: tuple[Descriptor, ...]
@@ -148,23 +148,25 @@ def manifest(
     )
 
 
-def artifact(paper: Paper, subject: Descriptor) -> bytes:
-    """The manifest that attaches a paper to an image."""
+def artifact(attestation: Attestation, subject: Descriptor) -> bytes:
+    """The manifest that attaches an attestation to an image."""
     return encode(
         {
             "schemaVersion": 2,
             "mediaType": MANIFEST,
-            "artifactType": paper.artifact_type,
+            "artifactType": attestation.artifact_type,
             "config": describe(EMPTY_DATA, EMPTY).plain,
-            "layers": [describe(paper.data, paper.media_type, {TITLE: paper.name}).plain],
-            # Bare: the digest of a paper must not change with what else is said of the image.
+            "layers": [
+                describe(attestation.data, attestation.media_type, {TITLE: attestation.name}).plain
+            ],
+            # Bare: its digest must not change with what else is said of the image.
             "subject": Descriptor(subject.media_type, subject.digest, subject.size).plain,
         }
     )
 
 
 def referrer(data: bytes) -> Descriptor:
-    """How an index lists the manifest of a paper: with its artifact type and its annotations."""
+    """How an index lists the manifest of an attestation: with artifact type and annotations."""
     found = parse(data)
     return Descriptor(MANIFEST, digest(data), len(data), found.annotations, found.artifact_type)
 
@@ -206,7 +208,7 @@ def index(manifests: Sequence[Descriptor]) -> bytes:
 
 
 def fallback_tag(subject: str) -> str:
-    """The tag of the index of papers, where a registry keeps no list of referrers itself."""
+    """The tag of the index of attestations, where a registry keeps no list of referrers itself."""
     return subject.replace(":", "-")
 
 
@@ -292,7 +294,7 @@ def parse_descriptor(data: object) -> Descriptor:
 
 
 def parse(data: bytes) -> Manifest:
-    """Read the manifest of an image or of a paper.
+    """Read the manifest of an image or of an attestation.
 
     Raises:
         Damaged: it is none.
@@ -302,7 +304,7 @@ def parse(data: bytes) -> Manifest:
         raise Damaged("the registry gave something that is no manifest of one image")
     config = parse_descriptor(found["config"])
 
-    # Older papers have no artifact type of their own: their configuration has it.
+    # Older attestations have no artifact type of their own: their configuration has it.
     kind = _kind(found, "artifactType") or config.media_type
     subject = found.get("subject")
     return Manifest(

@@ -2,11 +2,12 @@
 
 ``nox -s publish -- REF --to HOST[/PREFIX]`` pushes what a passing report is about, by its digest:
 the layers (each compressed once on this machine and kept), the configuration to the byte, the
-manifest, then the papers, and only then the tags. So a tag stands for something whole at every
-moment, whenever the registry or this program is killed; running it again uploads what is missing.
+manifest, then the attestations, and only then the tags. So a tag stands for something whole at
+every moment, whenever the registry or this program is killed; running it again uploads what is
+missing.
 
 The immutable tag is never given to another digest. With ``--promote`` the source is a registry:
-the same digest and its papers get the tags of the destination, and nothing is built.
+the same digest and its attestations get the tags of the destination, and nothing is built.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from images.host import leftovers
 from images.locking import lock
 from images.proving import prove, standing
 from images.proving.standing import Standing
-from images.publishing import attach, failures, oci, packing, papers, verify_published
+from images.publishing import attach, attestations, failures, oci, packing, verify_published
 from images.publishing import registry as registries
 from images.publishing.failures import Broken
 from images.publishing.oci import Descriptor
@@ -286,8 +287,8 @@ def publish(
     registry: Registry,
     repository: str,
     names: Tags,
-    attaching: Sequence[oci.Paper],
-    key: papers.Key | None = None,
+    attaching: Sequence[oci.Attestation],
+    key: attestations.Key | None = None,
 ) -> bool:
     """Bring an image into a registry, in the order that leaves no tag on anything unfinished.
 
@@ -354,7 +355,7 @@ def publish_image(
     tool: builder.Buildah,
     registry: Registry,
     *,
-    key: papers.Key | None = None,
+    key: attestations.Key | None = None,
     unproved: bool = False,
 ) -> None:
     """Publish an image of buildah's storage.
@@ -365,8 +366,8 @@ def publish_image(
     built = build.current(image, tool)
     proof = None if unproved else passing(image, built.diff_ids)
     names = tags(image, unproved=unproved)
-    commit = papers.checkout_commit()
-    if not unproved and commit.endswith(papers.DIRTY):
+    commit = attestations.checkout_commit()
+    if not unproved and commit.endswith(attestations.DIRTY):
         raise Problem(
             f"{image.reference} is not published: this checkout has changes that are in no commit, "
             "and its provenance names one; commit them, or publish with --unproved",
@@ -384,7 +385,7 @@ def publish_image(
         annotations,
         sorted(siblings - {registry.path(image.repository)}),
     )
-    attaching = papers.papers(
+    attaching = attestations.attestations(
         image,
         digest=copy.descriptor.digest,
         report=proof.data if proof else None,
@@ -398,7 +399,9 @@ def publish_image(
 def _conclude(image: Image, registry: Registry, copy: Copy, *, done: bool, signed: bool) -> None:
     what = registry.reference(image.repository, copy.descriptor.digest)
     if not done:
-        host.say(f"{image.reference}: nothing to do, {what} is there with its papers and tags")
+        host.say(
+            f"{image.reference}: nothing to do, {what} is there with its attestations and tags"
+        )
         return
     if oci.UNPROVED in copy.manifest.annotations:
         host.say(f"{image.reference}: UNPROVED, which its manifest and its tags say")
@@ -428,13 +431,14 @@ def promote(
     reference: str,
     registry: Registry,
     *,
-    trusted: papers.PublicKey,
-    key: papers.Key | None = None,
+    trusted: attestations.PublicKey,
+    key: attestations.Key | None = None,
 ) -> None:
     """Give an image of a registry, by its digest, the tags of another or of the same one.
 
-    Nothing is built or compressed: the manifest is copied to the byte, and the papers are those
-    that ``verify-published`` has passed. The tags are given once it passes at the destination too.
+    Nothing is built or compressed: the manifest is copied to the byte, and the attestations are
+    those that ``verify-published`` has passed. The tags are given once it passes at the destination
+    too.
 
     Raises:
         Problem: it is not there, is another image than this checkout's, unproved, or fails a check.
@@ -486,22 +490,22 @@ def transfer(data: bytes, origin: Registry, repository: str, siblings: tuple[str
     return Copy(data, names, upload, siblings)
 
 
-def verified(source: Published) -> list[papers.Paper]:
-    """The papers that a verification with a key has passed; statements of others are none."""
+def verified(source: Published) -> list[attestations.Attestation]:
+    """The attestations that a verification with a key has passed; statements of others are none."""
     found = []
-    for paper in source.papers:
-        if paper.artifact_type == papers.STATEMENT:
-            said = verify_published.statement_of(paper, source.key)
-            if not said or said.get("predicateType") != papers.PREDICATE_TYPE:
+    for attestation in source.attestations:
+        if attestation.artifact_type == attestations.STATEMENT:
+            said = verify_published.statement_of(attestation, source.key)
+            if not said or said.get("predicateType") != attestations.PREDICATE_TYPE:
                 continue
-        found.append(paper)
+        found.append(attestation)
     return found
 
 
 def carry(source: Published, registry: Registry, destination: str, subject: Descriptor) -> bool:
-    """Copy the verified papers of an image, and all signatures; whether there was anything to do.
+    """Copy the verified attestations of an image, and all signatures; whether any was missing.
 
-    Papers of ours that the destination has and the source has not are replaced; its signatures
+    Those of ours that the destination has and the source has not are replaced; its signatures
     stay beside those that are added.
     """
     copied = attach.attach(registry, destination, subject, verified(source), exactly=True)
@@ -518,7 +522,9 @@ def carry(source: Published, registry: Registry, destination: str, subject: Desc
     return bool(copied or added)
 
 
-def recheck(registry: Registry, repository: str, digest: str, trusted: papers.PublicKey) -> None:
+def recheck(
+    registry: Registry, repository: str, digest: str, trusted: attestations.PublicKey
+) -> None:
     """See that an image will verify where it is about to get its tags.
 
     Raises:
@@ -541,7 +547,7 @@ def recheck(registry: Registry, repository: str, digest: str, trusted: papers.Pu
 def parser() -> argparse.ArgumentParser:
     """What ``nox -s publish --`` takes."""
     found = argparse.ArgumentParser(
-        prog="nox -s publish --", description="Publish a proved image, with its papers."
+        prog="nox -s publish --", description="Publish a proved image, with its attestations."
     )
     found.add_argument("ref", metavar="REF", nargs="?")
     found.add_argument("--to", metavar="HOST[/PREFIX]", help="the registry")
@@ -571,7 +577,7 @@ def main(arguments: Sequence[str]) -> int:
         others = {name: value for name, value in vars(given).items() if name != "new_key"}
         if any(value != options.get_default(name) for name, value in others.items()):
             raise Problem("--new-key FILE stands alone: it makes a key and publishes nothing", 2)
-        public = papers.new_key(given.new_key)
+        public = attestations.new_key(given.new_key)
         host.say(f"{given.new_key} signs, and is for you alone; {public} is for everybody")
         return 0
     if not given.ref or not given.to:
@@ -585,17 +591,17 @@ def main(arguments: Sequence[str]) -> int:
     if given.promote and not given.trust:
         raise Problem(
             "--promote needs --trust FILE.pub, the public key that signed what is promoted: "
-            "without it nobody knows whose papers these are",
+            "without it nobody knows whose attestations these are",
             2,
         )
     image = catalog.find(given.ref, catalog.load())
     registry = Registry(given.to, authfile=given.authfile, cert_dir=given.cert_dir)
     registry.name(image.repository)  # a name that is not allowed is told before anything runs
-    key = papers.read_key(given.key) if given.key else None
+    key = attestations.read_key(given.key) if given.key else None
     if given.promote:
         target, repository, reference = registries.parse_reference(given.origin)
         origin = Registry(target, authfile=given.authfile, cert_dir=given.cert_dir)
-        trusted = papers.read_public_key(given.trust)
+        trusted = attestations.read_public_key(given.trust)
         host.require("skopeo", "zstd")
         promote(image, origin, repository, reference, registry, trusted=trusted, key=key)
         return 0

@@ -1,7 +1,7 @@
 """The one place that talks to a registry.
 
 Layers go through skopeo, which uploads several at once and skips what is there. Small questions
-and papers go over HTTP from here: skopeo cannot ask for referrers or for the size of a blob.
+and attestations go over HTTP from here: skopeo cannot ask for referrers or for the size of a blob.
 Both take the same credentials (``skopeo login``, ``docker login``), certificates and proxies.
 Every way to fail is one sentence; a broken connection is tried again, with longer and longer waits.
 """
@@ -36,7 +36,7 @@ TIMEOUT = 60  # seconds without a byte
 AGENT = "verl-rollout"
 _PIECE = 1 << 20
 # What is read into memory, whatever a registry sends: the limit of most registries for a manifest,
-# and many times what the largest paper has.
+# and many times what the largest attestation has.
 MOST_OF_A_MANIFEST = 4 << 20
 MOST_OF_A_BLOB = 64 << 20
 _MOST_OF_A_REASON = 64 << 10
@@ -483,7 +483,9 @@ class Registry:
         """
         url, what = self._url(repository, "blobs", digest), self.reference(repository, digest)
         if size is not None and size > MOST_OF_A_BLOB:
-            raise Damaged(f"{what} is announced with {size:,} bytes, which is no paper's size")
+            raise Damaged(
+                f"{what} is announced with {size:,} bytes, which is no attestation's size"
+            )
         most = MOST_OF_A_BLOB if size is None else size
         answer = self._ask("GET", url, repository, expected=(200, 404), most=most, what=what)
         if answer.status == 404:
@@ -561,8 +563,8 @@ class Registry:
         return sorted(found)
 
     def referrers(self, repository: str, digest: str) -> list[Descriptor]:
-        """The papers of an image: by the referrers API, else by the fallback tag."""
-        url, what = self._url(repository, "referrers", digest), f"the papers of {digest}"
+        """The attestations of an image: by the referrers API, else by the fallback tag."""
+        url, what = self._url(repository, "referrers", digest), f"the attestations of {digest}"
         entries: list[Descriptor] = []
         known = False
         try:
@@ -579,7 +581,7 @@ class Registry:
                 entries += oci.parse_index(answer.body)
         except Odd:
             if known:
-                raise  # some of the papers are worse than none: the others would be attached again
+                raise  # some of them are worse than none: the others would be attached again
         if known:
             return entries
         found = self.manifest(repository, oci.fallback_tag(digest))

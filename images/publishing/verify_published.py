@@ -29,10 +29,10 @@ from images.host import leftovers
 from images.locking import lock
 from images.proving import standing
 from images.proving.standing import Today
-from images.publishing import oci, papers
+from images.publishing import attestations, oci
+from images.publishing.attestations import Attestation, Envelope, PublicKey
 from images.publishing.failures import Unreachable
 from images.publishing.oci import Descriptor, Manifest
-from images.publishing.papers import Envelope, Paper, PublicKey
 from images.publishing.registry import Registry, parse_reference
 from rollout import report
 from rollout.environment import printable
@@ -55,7 +55,7 @@ LARGEST_LAYER = 64 << 30
 
 @dataclass(frozen=True)
 class Origin:
-    """What the provenance says: of whom, from what, and with which papers."""
+    """What the provenance says: of whom, from what, and with which attestations."""
 
     reference: str
     files: Mapping[str, str]  # name -> sha256
@@ -74,7 +74,7 @@ class Origin:
         return self.files.get(f"lockfiles/{self.reference.replace(':', '/')}.lock", "")
 
     def named(self, kind: str) -> set[str]:
-        """The sha256 of each paper of a kind."""
+        """The sha256 of each attestation of a kind."""
         return {sha256 for media_type, sha256 in self.byproducts if media_type == kind}
 
 
@@ -90,7 +90,7 @@ class Published:
     manifest: Manifest | None = None
     diff_ids: tuple[str, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
-    papers: list[Paper] = field(default_factory=list)
+    attestations: list[Attestation] = field(default_factory=list)
     origins: list[Origin] = field(default_factory=list)  # published twice, an image has two
     distributions: dict[str, str] = field(default_factory=dict)  # package URL -> sha256
 
@@ -104,9 +104,11 @@ class Published:
         """Whether the publisher says that no proof was there."""
         return bool(self.manifest and self.manifest.annotations.get(oci.UNPROVED))
 
-    def of(self, kind: str) -> list[Paper]:
-        """The papers of an artifact type."""
-        return [paper for paper in self.papers if paper.artifact_type == kind]
+    def of(self, kind: str) -> list[Attestation]:
+        """The attestations of an artifact type."""
+        return [
+            attestation for attestation in self.attestations if attestation.artifact_type == kind
+        ]
 
     def blob(self, what: Descriptor) -> bytes:
         """Something small, of the bytes and the size that the registry has announced."""
@@ -191,7 +193,7 @@ def check_signature(image: Published) -> Metrics:
     for layer in layers:
         payload = image.blob(layer)
         try:
-            signed = papers.signed_digest(payload, layer.annotations, image.key)
+            signed = attestations.signed_digest(payload, layer.annotations, image.key)
         except ValueError as error:
             raise Problem(str(error)) from None
         if signed == image.digest:
@@ -207,18 +209,18 @@ def _number(count: int, what: str, where: str) -> str:
     return f"{count or 'no'} {what} is {where}" if count < 2 else f"{count} {what}s are {where}"
 
 
-# --- the papers -----------------------------------------------------------------------------------
+# --- the attestations -----------------------------------------------------------------------------
 
 
-def check_papers(image: Published) -> Metrics:
-    """Every paper of ours that is attached is whole, and of this image.
+def check_attestations(image: Published) -> Metrics:
+    """Every attestation of ours that is attached is whole, and of this image.
 
     What else is listed is counted and not read: anybody may attach something, and a list may name
-    what is gone. A paper of ours that is missing is the provenance's to tell.
+    what is gone. An attestation of ours that is missing is the provenance's to tell.
     """
     listed = image.registry.referrers(image.repository, image.digest)
     if not listed:
-        raise Problem("no papers are attached: the list of referrers is empty, or gone")
+        raise Problem("no attestations are attached: the list of referrers is empty, or gone")
     others = 0
     for entry in listed:
         manifest = _attached(image, entry)
@@ -227,19 +229,19 @@ def check_papers(image: Published) -> Metrics:
             continue
         if manifest.subject is None or manifest.subject.digest != image.digest:
             of = manifest.subject.digest if manifest.subject else "nothing"
-            raise Problem(f"the paper {entry.digest} is listed here, and is of {of}")
+            raise Problem(f"the attestation {entry.digest} is listed here, and is of {of}")
         kind = manifest.artifact_type
         for layer in manifest.layers:
             title = str(layer.annotations.get(oci.TITLE, kind))
-            image.papers.append(Paper(title, kind, layer.media_type, image.blob(layer)))
-    return {"papers": len(image.papers), "others": others}
+            image.attestations.append(Attestation(title, kind, layer.media_type, image.blob(layer)))
+    return {"attestations": len(image.attestations), "others": others}
 
 
-_OURS = (papers.REPORT, papers.SBOM, papers.STATEMENT)
+_OURS = (attestations.REPORT, attestations.SBOM, attestations.STATEMENT)
 
 
 def _attached(image: Published, entry: Descriptor) -> Manifest | None:
-    """The manifest of a paper of ours; None for what is somebody else's, or gone."""
+    """The manifest of an attestation of ours; None for what is somebody else's, or gone."""
     if entry.media_type != oci.MANIFEST or entry.artifact_type not in ("", *_OURS):
         return None
     found = image.registry.manifest(image.repository, entry.digest)
@@ -251,11 +253,11 @@ def _attached(image: Published, entry: Descriptor) -> Manifest | None:
 
 def check_provenance(image: Published) -> Metrics:
     """The key has signed a provenance of this digest, made from the lock that the image names."""
-    found = image.of(papers.STATEMENT)
+    found = image.of(attestations.STATEMENT)
     if not found:
         raise Problem("no provenance is attached")
-    statements = [statement_of(paper, image.key) for paper in found]
-    ours = [s for s in statements if s and s.get("predicateType") == papers.PREDICATE_TYPE]
+    statements = [statement_of(attestation, image.key) for attestation in found]
+    ours = [s for s in statements if s and s.get("predicateType") == attestations.PREDICATE_TYPE]
     if not ours:
         whose = "signed by this key" if image.key else "a provenance"
         raise Problem(f"{_number(len(found), 'statement', 'attached')}, and none {whose}")
@@ -284,22 +286,22 @@ def check_provenance(image: Published) -> Metrics:
 def built_there(origin: Origin) -> bool:
     """Whether a builder and a checkout fit: a person's own, or a workflow of that repository."""
     if not origin.checkout:
-        return origin.builder == papers.LOCAL_BUILDER
+        return origin.builder == attestations.LOCAL_BUILDER
     repository, _, ref = origin.checkout.removeprefix("git+").rpartition("@")
     return origin.builder.startswith(f"{repository}/.github/workflows/") and (
         origin.builder.endswith(f"@{ref}")
     )
 
 
-def statement_of(paper: Paper, key: PublicKey | None) -> dict[str, Any] | None:
-    """The statement in a paper; None where it is not signed by the key (if there is one)."""
-    data = paper.data
-    if paper.media_type == papers.ENVELOPE or key is not None:
+def statement_of(attestation: Attestation, key: PublicKey | None) -> dict[str, Any] | None:
+    """The statement in an attestation; None where it is not signed by the key (if there is one)."""
+    data = attestation.data
+    if attestation.media_type == attestations.ENVELOPE or key is not None:
         try:
             envelope = Envelope.parse(data)
         except ValueError:
             return None
-        if envelope.kind != papers.STATEMENT or (key and not envelope.signed_by(key)):
+        if envelope.kind != attestations.STATEMENT or (key and not envelope.signed_by(key)):
             return None
         data = envelope.payload
     try:
@@ -316,7 +318,7 @@ def origin_of(statement: Mapping[str, Any], digest: str) -> Origin:
         Problem: it is of another image, or says less than a provenance of ours.
     """
     try:
-        if statement["_type"] != papers.STATEMENT_TYPE:
+        if statement["_type"] != attestations.STATEMENT_TYPE:
             raise ValueError
         subjects = [f"sha256:{subject['digest']['sha256']}" for subject in statement["subject"]]
         definition = statement["predicate"]["buildDefinition"]
@@ -350,13 +352,13 @@ def origin_of(statement: Mapping[str, Any], digest: str) -> Origin:
     return origin
 
 
-def _named(image: Published, found: Sequence[Paper], kind: str, what: str) -> None:
-    """See that the papers of a kind are exactly those that the provenance names."""
+def _named(image: Published, found: Sequence[Attestation], kind: str, what: str) -> None:
+    """See that the attestations of a kind are exactly those that the provenance names."""
     named = {sha256 for origin in image.origins for sha256 in origin.named(kind)}
-    foreign = [paper.sha256 for paper in found if paper.sha256 not in named]
+    foreign = [attestation.sha256 for attestation in found if attestation.sha256 not in named]
     if foreign:
         raise Problem(f"the {what} with sha256 {foreign[0]} is not one that the provenance names")
-    missing = named - {paper.sha256 for paper in found}
+    missing = named - {attestation.sha256 for attestation in found}
     if missing:
         raise Problem(f"the {what} with sha256 {min(missing)}, named in the provenance, is missing")
 
@@ -366,19 +368,21 @@ def check_report(image: Published) -> Metrics:
 
     What a proof has to show the provenance says. What it does not show the manifest has to say.
     """
-    found = image.of(papers.REPORT)
-    _named(image, found, papers.REPORT, "smoke report")
+    found = image.of(attestations.REPORT)
+    _named(image, found, attestations.REPORT, "smoke report")
     if not found and image.unproved:
         raise Problem("published without a proof (--unproved): there is no smoke report", _UNPROVED)
     if not found:
         raise Problem("no smoke report is attached")
     reports = []
-    for paper in found:
+    for attestation in found:
         try:
-            data = report.parse(paper.data)
+            data = report.parse(attestation.data)
         except ValueError as error:
             raise Problem(f"the smoke report {error}") from None
-        origin = next(o for o in image.origins if paper.sha256 in o.named(papers.REPORT))
+        origin = next(
+            o for o in image.origins if attestation.sha256 in o.named(attestations.REPORT)
+        )
         now = today(image, origin)
         worth = standing.judge(data, now)
         why = standing.publishable(worth, now)
@@ -417,12 +421,12 @@ def today(image: Published, origin: Origin) -> Today:
 
 def check_sbom(image: Published) -> Metrics:
     """The SBOM is the one that the provenance names, of this digest, and made from its locks."""
-    found = image.of(papers.SBOM)
-    _named(image, found, papers.SBOM, "SBOM")
+    found = image.of(attestations.SBOM)
+    _named(image, found, attestations.SBOM, "SBOM")
     if not found:
         raise Problem("no SBOM is attached")
-    for paper in found:
-        hashes = _contents(image, _json(paper))
+    for attestation in found:
+        hashes = _contents(image, _json(attestation))
     image.distributions = {p: h for p, h in hashes.items() if p.startswith("pkg:pypi/")}
     debs = len(hashes) - len(image.distributions)
     return {"distributions": len(image.distributions), "debian_packages": debs}
@@ -442,21 +446,21 @@ def _contents(image: Published, data: Mapping[str, Any]) -> dict[str, str]:
         raise Problem("the SBOM is no CycloneDX document of ours") from None
     if digest != image.digest:
         raise Problem(f"the SBOM is of {digest}, and this is {image.digest}")
-    if made_from.get(papers.LOCK_PROPERTY) != image.labels[LOCK]:
+    if made_from.get(attestations.LOCK_PROPERTY) != image.labels[LOCK]:
         raise Problem("the SBOM was made from another lock than the image")
-    bases = {origin.files.get(papers.BASE_LOCK) for origin in image.origins}
-    if bases and made_from.get(papers.BASE_PROPERTY) not in bases:
+    bases = {origin.files.get(attestations.BASE_LOCK) for origin in image.origins}
+    if bases and made_from.get(attestations.BASE_PROPERTY) not in bases:
         raise Problem("the SBOM was made from another base.lock than the provenance names")
     return hashes
 
 
-def _json(paper: Paper) -> dict[str, Any]:
+def _json(attestation: Attestation) -> dict[str, Any]:
     try:
-        found = json.loads(paper.data)
+        found = json.loads(attestation.data)
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise Problem(f"{paper.name} is no JSON object")
+        raise Problem(f"{attestation.name} is no JSON object")
     return found
 
 
@@ -476,7 +480,7 @@ def check_layers(image: Published) -> Metrics:
 
 
 def check_contents(image: Published) -> Metrics:
-    """Every layer has its digest and its diff_id, and the lock inside is the one of the papers."""
+    """Every layer has its digest and its diff_id, and the lock inside is the attested one."""
     host.require("zstd")
     total, text = 0, b""
     with leftovers.temporary("published", host.scratch()) as folder:
@@ -492,7 +496,7 @@ def check_contents(image: Published) -> Metrics:
     if hashlib.sha256(text).hexdigest() != image.labels[LOCK]:
         raise Problem(f"the layers hold another {LOCK_INSIDE} than the image names")
     locked = lock.parse(text.decode("utf-8", "replace"), Path(LOCK_INSIDE))
-    inside = {papers.pypi_purl(entry).to_string(): entry.sha256 for entry in locked}
+    inside = {attestations.pypi_purl(entry).to_string(): entry.sha256 for entry in locked}
     differing = sorted(set(inside.items()) ^ set(image.distributions.items()))
     if differing:
         raise Problem(f"the SBOM and the lock in the image differ in {differing[0][0]}")
@@ -569,23 +573,23 @@ CHECKS: dict[str, Callable[[Published], Metrics]] = {
     "config": check_config,
     "tags": check_tags,
     "signature": check_signature,
-    "papers": check_papers,
+    "attestations": check_attestations,
     "provenance": check_provenance,
     "report": check_report,
     "sbom": check_sbom,
     "layers": check_layers,
     "contents": check_contents,  # with --layers
 }
-# What a check stands on. Where one of those has failed, it is not run: nothing may pass on papers
-# that nobody vouches for, and what nobody has signed is not unpacked.
+# What a check stands on. Where one of those has failed, it is not run: nothing may pass on
+# attestations that nobody vouches for, and what nobody has signed is not unpacked.
 NEEDS = {
     "config": ("manifest",),
     "tags": ("config",),
     "signature": ("manifest",),
-    "papers": ("manifest",),
-    "provenance": ("config", "papers"),
-    "report": ("config", "papers", "provenance"),
-    "sbom": ("config", "papers", "provenance"),
+    "attestations": ("manifest",),
+    "provenance": ("config", "attestations"),
+    "report": ("config", "attestations", "provenance"),
+    "sbom": ("config", "attestations", "provenance"),
     "layers": ("manifest",),
     "contents": ("signature", "layers", "sbom"),
 }
@@ -641,7 +645,7 @@ def parser() -> argparse.ArgumentParser:
     """What ``nox -s verify-published --`` takes."""
     found = argparse.ArgumentParser(
         prog="nox -s verify-published --",
-        description="Check a published image and its papers, from the registry alone.",
+        description="Check a published image and its attestations, from the registry alone.",
     )
     found.add_argument("image", metavar="HOST[/PREFIX]/REPOSITORY:TAG|@DIGEST")
     found.add_argument("--key", type=Path, metavar="FILE.pub", help="the publisher's public key")
@@ -655,7 +659,7 @@ def main(arguments: Sequence[str]) -> int:
     """``nox -s verify-published -- IMAGE [--key FILE.pub] [--layers]``."""
     given = parser().parse_args(list(arguments))
     target, repository, reference = parse_reference(given.image)
-    key = papers.read_public_key(given.key) if given.key else None
+    key = attestations.read_public_key(given.key) if given.key else None
     registry = Registry(target, authfile=given.authfile, cert_dir=given.cert_dir)
     image = Published(registry, repository, reference, key)
     host.say(f"{registry.reference(repository, reference)}: verify-published")

@@ -17,7 +17,7 @@ from images import catalog, host
 from images.building import builder
 from images.building.builder import Built
 from images.catalog import Image
-from images.publishing import oci, packing, papers, publish, verify_published
+from images.publishing import attestations, oci, packing, publish, verify_published
 from images.publishing.registry import Registry
 from rollout import report
 from rollout.problem import Problem
@@ -59,11 +59,11 @@ def test_what_is_pulled_by_digest_is_the_image_that_was_built_and_verifies(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(packing, "store", lambda: tmp_path / "layers")
-    papers.new_key(tmp_path / "key")
-    key = papers.read_key(tmp_path / "key")
+    attestations.new_key(tmp_path / "key")
+    key = attestations.read_key(tmp_path / "key")
     # These tests run in checkouts that somebody works on.
-    commit = papers.checkout_commit().removesuffix(papers.DIRTY)
-    monkeypatch.setattr(papers, "checkout_commit", lambda: commit)
+    commit = attestations.checkout_commit().removesuffix(attestations.DIRTY)
+    monkeypatch.setattr(attestations, "checkout_commit", lambda: commit)
     registry = Registry(f"{server.address}/team")
     try:
         publish.passing(image, built.diff_ids)

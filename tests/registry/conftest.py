@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from images import catalog, host
-from images.publishing import failures, oci, papers, publish
+from images.publishing import attestations, failures, oci, publish
+from images.publishing.attestations import Attestation
 from images.publishing.packing import Layer, Source
-from images.publishing.papers import Paper
 from images.publishing.publish import Copy, Tags
 from images.publishing.registry import Registry
 from rollout.problem import Problem
@@ -159,21 +159,21 @@ def toy(tmp_path: Path) -> Make:
     return make
 
 
-def paper(name: str, kind: str, data: bytes) -> Paper:
-    """A paper whose media type is what it is."""
-    return Paper(name, kind, kind, data)
+def attestation(name: str, kind: str, data: bytes) -> Attestation:
+    """An attestation whose media type is what it is."""
+    return Attestation(name, kind, kind, data)
 
 
-def papers_of(copy: Copy, text: str = "proved") -> list[Paper]:
+def attestations_of(copy: Copy, text: str = "proved") -> list[Attestation]:
     """A report, and a provenance that names it."""
-    proof = paper("report.json", papers.REPORT, json.dumps({"is": text}).encode())
-    said = papers.provenance(IMAGE, copy.descriptor.digest, [proof], "0" * 40, {})
-    return [proof, paper("provenance.json", papers.STATEMENT, said)]
+    proof = attestation("report.json", attestations.REPORT, json.dumps({"is": text}).encode())
+    said = attestations.provenance(IMAGE, copy.descriptor.digest, [proof], "0" * 40, {})
+    return [proof, attestation("provenance.json", attestations.STATEMENT, said)]
 
 
 def published(copy: Copy, there: Registry, names: Tags = NAMES) -> bool:
-    """Bring it into a registry with its papers; whether there was anything to do."""
-    return publish.publish(copy, there, REPOSITORY, names, papers_of(copy))
+    """Bring it into a registry with its attestations; whether there was anything to do."""
+    return publish.publish(copy, there, REPOSITORY, names, attestations_of(copy))
 
 
 def whole(there: Registry, repository: str = REPOSITORY) -> set[str]:
@@ -189,7 +189,9 @@ def whole(there: Registry, repository: str = REPOSITORY) -> set[str]:
         if found[1].media_type == oci.INDEX:
             listed = [there.manifest(repository, e.digest) for e in oci.parse_index(found[0])]
             manifests = [m for m in listed if m]
-            assert len(manifests) == len(listed), f"tag {tag} lists a paper that is not there"
+            assert len(manifests) == len(listed), (
+                f"tag {tag} lists an attestation that is not there"
+            )
         for data, _ in manifests:
             for blob in oci.parse(data).blobs:
                 size = there.blob_size(repository, blob.digest)

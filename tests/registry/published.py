@@ -1,6 +1,7 @@
 """A small image with everything that travels with one, published to a registry of a test.
 
-What it stands for is made by the project's own functions: labels, lock, report, papers, signature.
+What it stands for is made by the project's own functions: labels, lock, report, attestations,
+signature.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from images import host
 from images.building import build
 from images.catalog import Image
 from images.locking import lock
-from images.publishing import attach, oci, papers, publish
+from images.publishing import attach, attestations, oci, publish
+from images.publishing.attestations import Attestation, Key
 from images.publishing.packing import Layer, Source
-from images.publishing.papers import Key, Paper
 from images.publishing.publish import Copy, Tags
 from images.publishing.registry import Registry
 from images.publishing.verify_published import LOCK_INSIDE
@@ -106,51 +107,57 @@ class Release:
         refit |= {"status": "failed", "reason": "a tensor was lost"}
         return self.report(checks=checks, verdict="failed")
 
-    def papers(
+    def attestations(
         self, *, report: bytes | None = b"", key: Key | None = KEY, commit: str = COMMIT
-    ) -> list[Paper]:
+    ) -> list[Attestation]:
         """What travels with it; by default with a proof, and signed."""
         proof = self.report() if report == b"" else report
-        return papers.papers(self.image, digest=self.digest, report=proof, key=key, commit=commit)
+        return attestations.attestations(
+            self.image, digest=self.digest, report=proof, key=key, commit=commit
+        )
 
-    def publish(self, given: Sequence[Paper] | None = None, *, key: Key | None = KEY) -> Release:
+    def publish(
+        self, given: Sequence[Attestation] | None = None, *, key: Key | None = KEY
+    ) -> Release:
         """Bring it into the registry, as ``nox -s publish`` does."""
-        attached = self.papers(key=key) if given is None else given
+        attached = self.attestations(key=key) if given is None else given
         publish.publish(self.copy, self.registry, REPOSITORY, self.tags, attached, key)
         return self
 
     # What somebody can do who may write to the registry
 
-    def attach(self, *given: Paper) -> list[oci.Descriptor]:
-        """Put papers there without listing them; returns how they would be listed."""
+    def attach(self, *given: Attestation) -> list[oci.Descriptor]:
+        """Put attestations there without listing them; returns how they would be listed."""
         listed = []
-        for paper in given:
+        for attestation in given:
             self.registry.push_blob(REPOSITORY, oci.EMPTY_DATA)
-            self.registry.push_blob(REPOSITORY, paper.data)
-            data = oci.artifact(paper, self.copy.descriptor)
+            self.registry.push_blob(REPOSITORY, attestation.data)
+            data = oci.artifact(attestation, self.copy.descriptor)
             self.registry.push_manifest(REPOSITORY, oci.digest(data), data, oci.MANIFEST)
             listed.append(oci.referrer(data))
         return listed
 
     def relist(self, entries: Sequence[oci.Descriptor]) -> None:
-        """Write the list of papers anew."""
+        """Write the list of attestations anew."""
         tag = oci.fallback_tag(self.digest)
         self.registry.push_manifest(REPOSITORY, tag, oci.index(entries), oci.INDEX)
 
-    def swap(self, paper: Paper) -> None:
-        """Another paper in place of the one of its kind."""
+    def swap(self, attestation: Attestation) -> None:
+        """Another attestation in place of the one of its kind."""
         entries = self.registry.referrers(REPOSITORY, self.digest)
-        stay = [entry for entry in entries if entry.artifact_type != paper.artifact_type]
+        stay = [entry for entry in entries if entry.artifact_type != attestation.artifact_type]
         assert len(stay) == len(entries) - 1
-        self.relist([*stay, *self.attach(paper)])
+        self.relist([*stay, *self.attach(attestation)])
 
-    def paper(self, kind: str) -> Paper:
-        """The paper of a kind, as it is attached."""
+    def attestation(self, kind: str) -> Attestation:
+        """The attestation of a kind, as it is attached."""
         attached = attach.attached(self.registry, REPOSITORY, self.digest)
-        (found,) = [paper for paper in attached if paper.entry.artifact_type == kind]
+        (found,) = [
+            attestation for attestation in attached if attestation.entry.artifact_type == kind
+        ]
         (described,) = oci.parse(found.manifest).layers
         title = described.annotations[oci.TITLE]
-        return Paper(title, kind, described.media_type, found.data)
+        return Attestation(title, kind, described.media_type, found.data)
 
     def tag(self, name: str, other: Release) -> None:
         """Point a tag to another image."""

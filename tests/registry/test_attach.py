@@ -1,4 +1,4 @@
-"""Papers and signatures at a real registry: nothing whole is lost, nothing broken stays listed."""
+"""Attestations and signatures at a real registry: nothing whole is lost, nothing broken stays."""
 
 from __future__ import annotations
 
@@ -6,37 +6,48 @@ from pathlib import Path
 
 import pytest
 
-from images.publishing import attach, failures, oci, papers, publish
-from images.publishing.papers import Paper
+from images.publishing import attach, attestations, failures, oci, publish
+from images.publishing.attestations import Attestation
 from images.publishing.registry import Registry
 
-from .conftest import NAMES, REPOSITORY, Make, damage, paper, papers_of, published, whole
+from .conftest import (
+    NAMES,
+    REPOSITORY,
+    Make,
+    attestation,
+    attestations_of,
+    damage,
+    published,
+    whole,
+)
 from .server import Server
 
 
-def test_papers_of_a_later_proof_do_not_replace_those_of_the_publication(
+def test_attestations_of_a_later_proof_do_not_replace_those_of_the_publication(
     toy: Make, here: Registry
 ) -> None:
     copy = toy("base").copy()
     published(copy, here)
-    later = papers_of(copy, "proved again")
+    later = attestations_of(copy, "proved again")
     assert not publish.publish(copy, here, REPOSITORY, NAMES, later)
     there = attach.attached(here, REPOSITORY, copy.descriptor.digest)
-    assert [paper.data for paper in there] == [paper.data for paper in papers_of(copy)]
+    assert [attestation.data for attestation in there] == [
+        attestation.data for attestation in attestations_of(copy)
+    ]
 
 
-def test_papers_that_were_lost_or_that_contradict_each_other_are_attached_anew(
+def test_attestations_that_were_lost_or_that_contradict_each_other_are_attached_anew(
     toy: Make, here: Registry
 ) -> None:
     copy = toy("base").copy()
     published(copy, here)
-    digest, wanted = copy.descriptor.digest, papers_of(copy)
+    digest, wanted = copy.descriptor.digest, attestations_of(copy)
     tag = oci.fallback_tag(digest)
     # lost: the list names none
     here.push_manifest(REPOSITORY, tag, oci.index([]), oci.INDEX)
     assert attach.attach(here, REPOSITORY, copy.descriptor, wanted) == [p.name for p in wanted]
     # exchanged: a report that the provenance does not name
-    forged = [paper("report.json", papers.REPORT, b'{"is": "forged"}')]
+    forged = [attestation("report.json", attestations.REPORT, b'{"is": "forged"}')]
     other = oci.artifact(forged[0], copy.descriptor)
     here.push_blob(REPOSITORY, oci.EMPTY_DATA)
     here.push_blob(REPOSITORY, forged[0].data)
@@ -47,16 +58,16 @@ def test_papers_that_were_lost_or_that_contradict_each_other_are_attached_anew(
 
 
 @pytest.mark.parametrize("what", ["manifest", "blob"])
-def test_an_outage_while_a_paper_is_read_delists_none(
+def test_an_outage_while_a_attestation_is_read_delists_none(
     toy: Make, here: Registry, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    """A registry that does not answer has said nothing of a paper, and gets it right again."""
+    """A registry that does not answer has said nothing of one, and gets it right again."""
     copy = toy("base").copy()
     published(copy, here)
     digest = copy.descriptor.digest
     before = here.referrers(REPOSITORY, digest)
     asked = getattr(Registry, what)
-    wanted = {e.digest for e in before} | {oci.digest(p.data) for p in papers_of(copy)}
+    wanted = {e.digest for e in before} | {oci.digest(p.data) for p in attestations_of(copy)}
 
     def out_of_order(self: Registry, repository: str, reference: str, **rest: int) -> object:
         if reference in wanted:
@@ -65,7 +76,7 @@ def test_an_outage_while_a_paper_is_read_delists_none(
 
     with monkeypatch.context() as patch:
         patch.setattr(Registry, what, out_of_order)
-        later = papers_of(copy, "proved again")
+        later = attestations_of(copy, "proved again")
         for run in (
             lambda: publish.publish(copy, here, REPOSITORY, NAMES, later),
             lambda: attach.attach(here, REPOSITORY, copy.descriptor, later, exactly=True),
@@ -77,27 +88,27 @@ def test_an_outage_while_a_paper_is_read_delists_none(
     assert not published(copy, here)
 
 
-def test_a_paper_that_the_storage_has_damaged_is_replaced(
+def test_a_attestation_that_the_storage_has_damaged_is_replaced(
     toy: Make, server: Server, here: Registry
 ) -> None:
     copy = toy("base").copy()
     published(copy, here)
     digest = copy.descriptor.digest
     damage(server, here.referrers(REPOSITORY, digest)[0].digest, b"report.json")
-    damage(server, oci.digest(papers_of(copy)[1].data))
+    damage(server, oci.digest(attestations_of(copy)[1].data))
     assert attach.attached(here, REPOSITORY, digest) == []
-    later = papers_of(copy, "proved again")
+    later = attestations_of(copy, "proved again")
     assert publish.publish(copy, here, REPOSITORY, NAMES, later)
     there = attach.attached(here, REPOSITORY, digest)
     assert [p.data for p in there] == [p.data for p in later]
 
 
-def test_papers_that_others_attached_stay(toy: Make, here: Registry) -> None:
+def test_attestations_that_others_attached_stay(toy: Make, here: Registry) -> None:
     copy = toy("base").copy()
     publish.push(copy, here, REPOSITORY)
     theirs = [
-        paper("scan.json", "application/vnd.example.scan+json", b"{}\n"),
-        paper("attested.json", papers.STATEMENT, b'{"predicateType": "theirs"}'),
+        attestation("scan.json", "application/vnd.example.scan+json", b"{}\n"),
+        attestation("attested.json", attestations.STATEMENT, b'{"predicateType": "theirs"}'),
     ]
     manifests = [oci.artifact(one, copy.descriptor) for one in theirs]
     for one in theirs:
@@ -106,7 +117,7 @@ def test_papers_that_others_attached_stay(toy: Make, here: Registry) -> None:
     attach.refer(here, REPOSITORY, copy.descriptor.digest, manifests)
     published(copy, here)
     found = attach.attached(here, REPOSITORY, copy.descriptor.digest)
-    assert [p.data for p in found] == [p.data for p in [*theirs, *papers_of(copy)]]
+    assert [p.data for p in found] == [p.data for p in [*theirs, *attestations_of(copy)]]
     assert not published(copy, here)
 
 
@@ -117,11 +128,11 @@ def test_a_key_given_later_signs_what_was_published_without_one(
     digest = copy.descriptor.digest
     published(copy, here)
     assert oci.signature_tag(digest) not in here.tags(REPOSITORY)
-    papers.new_key(tmp_path / "key")
-    key = papers.read_key(tmp_path / "key")
-    proof, said = papers_of(copy)
-    sealed = papers.envelope(said.data, key)
-    wanted = [proof, Paper("p.json", papers.STATEMENT, papers.ENVELOPE, sealed)]
+    attestations.new_key(tmp_path / "key")
+    key = attestations.read_key(tmp_path / "key")
+    proof, said = attestations_of(copy)
+    sealed = attestations.envelope(said.data, key)
+    wanted = [proof, Attestation("p.json", attestations.STATEMENT, attestations.ENVELOPE, sealed)]
     assert publish.publish(copy, here, REPOSITORY, NAMES, wanted, key)
     assert not publish.publish(copy, here, REPOSITORY, NAMES, wanted, key)
     found = attach.attached(here, REPOSITORY, digest)
@@ -130,10 +141,10 @@ def test_a_key_given_later_signs_what_was_published_without_one(
     assert got
     (layer,) = oci.parse(got[0]).layers
     payload = here.blob(REPOSITORY, layer.digest)
-    assert papers.signed_digest(payload, layer.annotations, key.public) == digest
+    assert attestations.signed_digest(payload, layer.annotations, key.public) == digest
     assert oci.signature_tag(digest) in whole(here)
     # A second key adds its own beside it.
-    papers.new_key(tmp_path / "other")
-    assert attach.sign(here, REPOSITORY, digest, papers.read_key(tmp_path / "other"))
+    attestations.new_key(tmp_path / "other")
+    assert attach.sign(here, REPOSITORY, digest, attestations.read_key(tmp_path / "other"))
     got = here.manifest(REPOSITORY, oci.signature_tag(digest))
     assert got and len(oci.parse(got[0]).layers) == 2

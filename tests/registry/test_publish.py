@@ -27,15 +27,15 @@ from images.locking import lock
 from images.proving import prove
 from images.publishing import (
     attach,
+    attestations,
     failures,
     oci,
     packing,
-    papers,
     publish,
     registry,
     verify_published,
 )
-from images.publishing.papers import Paper
+from images.publishing.attestations import Attestation
 from images.publishing.publish import Copy, Tags
 from images.publishing.registry import Registry
 from rollout import report
@@ -48,9 +48,9 @@ from .conftest import (
     REPOSITORY,
     Make,
     Toy,
+    attestation,
+    attestations_of,
     damage,
-    paper,
-    papers_of,
     published,
     whole,
 )
@@ -63,7 +63,7 @@ KILLS = 10  # of the registry, and as many of the publisher
 # What is published
 
 
-def test_layers_configuration_and_papers_arrive_to_the_byte(
+def test_layers_configuration_and_attestations_arrive_to_the_byte(
     toy: Make, here: Registry, tmp_path: Path
 ) -> None:
     image = toy("base", "engine")
@@ -81,7 +81,9 @@ def test_layers_configuration_and_papers_arrive_to_the_byte(
         tar = subprocess.run(["zstd", "-dcq", "--long=27", file], capture_output=True, check=True)
         assert oci.digest(tar.stdout) == layer.diff_id
     there = attach.attached(here, REPOSITORY, digest)
-    assert [paper.data for paper in there] == [paper.data for paper in papers_of(copy)]
+    assert [attestation.data for attestation in there] == [
+        attestation.data for attestation in attestations_of(copy)
+    ]
     assert oci.fallback_tag(digest) in whole(here)
 
 
@@ -97,7 +99,7 @@ def test_skopeo_pulls_what_was_published(toy: Make, here: Registry, tmp_path: Pa
     assert found.digest == copy.descriptor.digest
 
 
-def test_a_paper_is_read_by_skopeo_alone(toy: Make, here: Registry, tmp_path: Path) -> None:
+def test_a_attestation_is_read_by_skopeo_alone(toy: Make, here: Registry, tmp_path: Path) -> None:
     copy = toy("base").copy()
     published(copy, here)
     for entry in here.referrers(REPOSITORY, copy.descriptor.digest):
@@ -108,7 +110,7 @@ def test_a_paper_is_read_by_skopeo_alone(toy: Make, here: Registry, tmp_path: Pa
         )
         (layer,) = oci.parse(folder.joinpath("manifest.json").read_bytes()).layers
         data = (folder / layer.digest.removeprefix("sha256:")).read_bytes()
-        assert data in [paper.data for paper in papers_of(copy)]
+        assert data in [attestation.data for attestation in attestations_of(copy)]
 
 
 def test_an_image_that_is_published_unproved_says_so_in_its_manifest(
@@ -311,11 +313,13 @@ def test_two_publishers_of_one_image_do_not_disturb_each_other(toy: Make, here: 
 
 
 def sound(copy: Copy, there: Registry, names: Tags) -> None:
-    """No tag leads to anything unfinished: not to half an image, nor to one without its papers."""
+    """No tag leads to anything unfinished: to half an image, or to one without attestations."""
     if names.immutable in whole(there):
         assert there.resolve(REPOSITORY, names.immutable) == copy.descriptor.digest
         found = attach.attached(there, REPOSITORY, copy.descriptor.digest)
-        assert [paper.data for paper in found] == [paper.data for paper in papers_of(copy)]
+        assert [attestation.data for attestation in found] == [
+            attestation.data for attestation in attestations_of(copy)
+        ]
 
 
 def undisturbed(toy: Make, here: Registry, size: int) -> float:
@@ -428,7 +432,7 @@ def built(toy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     monkeypatch.setattr(builder, "detect", lambda *_: Store(image))
     monkeypatch.setattr(build, "current", lambda _, tool: tool.built)
     monkeypatch.setattr(packing, "source", lambda *_: image.source)
-    monkeypatch.setattr(papers, "checkout_commit", lambda: "0" * 40)
+    monkeypatch.setattr(attestations, "checkout_commit", lambda: "0" * 40)
     return image
 
 
@@ -473,7 +477,7 @@ def test_without_a_passing_report_nothing_is_sent(
 def test_what_no_commit_holds_is_published_as_unproved_alone(
     built: Toy, here: Registry, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(papers, "checkout_commit", lambda: "0" * 40 + papers.DIRTY)
+    monkeypatch.setattr(attestations, "checkout_commit", lambda: "0" * 40 + attestations.DIRTY)
     with pytest.raises(Problem, match="changes that are in no commit") as caught:
         publish.main([IMAGE.tag, "--to", here.target])
     assert caught.value.code == 2
@@ -484,7 +488,7 @@ def test_what_no_commit_holds_is_published_as_unproved_alone(
 def test_the_report_that_is_attached_is_the_one_that_was_looked_at(
     built: Toy, here: Registry
 ) -> None:
-    """Between the look and the papers lie the minutes in which layers are compressed."""
+    """Between the look and the attestations lie the minutes in which layers are compressed."""
     looked_at = prove.report_path(IMAGE).read_bytes()
     opened = built.source.opened
 
@@ -496,7 +500,7 @@ def test_the_report_that_is_attached_is_the_one_that_was_looked_at(
     assert publish.main([IMAGE.tag, "--to", here.target]) == 0
     assert built.read, "the report was never exchanged"
     there = attach.attached(here, IMAGE.repository, digest_of(here, IMAGE.tag))
-    assert [p.data for p in there if p.entry.artifact_type == papers.REPORT] == [looked_at]
+    assert [p.data for p in there if p.entry.artifact_type == attestations.REPORT] == [looked_at]
 
 
 def test_what_is_unproved_says_so_everywhere_and_leaves_the_names_of_the_proved_one(
@@ -511,13 +515,13 @@ def test_what_is_unproved_says_so_everywhere_and_leaves_the_names_of_the_proved_
     found = here.manifest(IMAGE.repository, names.immutable)
     assert found and oci.parse(found[0]).annotations == {oci.UNPROVED: "true"}
     kinds = {e.artifact_type for e in here.referrers(IMAGE.repository, found[1].digest)}
-    assert kinds == {papers.SBOM, papers.STATEMENT}
+    assert kinds == {attestations.SBOM, attestations.STATEMENT}
     assert built.read
 
 
 @pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("other", [True, False], ids=["another registry", "the same registry"])
-def test_promotion_gives_the_same_digest_and_its_papers_the_public_tags(
+def test_promotion_gives_the_same_digest_and_its_attestations_the_public_tags(
     servers: Callable[..., Server], key: Path, other: bool
 ) -> None:
     first = servers()
@@ -554,7 +558,7 @@ def test_what_fails_a_check_or_is_unproved_is_not_promoted(
     options = [IMAGE.tag, "--to", staging.target]
     publish.main([*options, "--key", str(key)])
     publish.main([*options, "--unproved"])
-    papers.new_key(tmp_path / "other")
+    attestations.new_key(tmp_path / "other")
     promote = [IMAGE.tag, "--to", public.target, "--promote", "--from"]
     proved = staging.reference(IMAGE.repository, digest_of(staging, IMAGE.tag))
     unproved = digest_of(staging, publish.tags(IMAGE, unproved=True).immutable)
@@ -596,11 +600,11 @@ class Staged:
         assert found
         return found[1]
 
-    def papers(self, there: Registry) -> list[attach.Attached]:
+    def attestations(self, there: Registry) -> list[attach.Attached]:
         return attach.attached(there, IMAGE.repository, self.digest)
 
-    def add(self, there: Registry, *given: Paper) -> None:
-        """Attach papers beside those that are there."""
+    def add(self, there: Registry, *given: Attestation) -> None:
+        """Attach attestations beside those that are there."""
         for one in given:
             for data in (oci.EMPTY_DATA, one.data):
                 there.push_blob(IMAGE.repository, data)
@@ -610,7 +614,7 @@ class Staged:
     def verifies(self, by: Path) -> bool:
         found = verify_published.Published(
             *(self.public, IMAGE.repository, IMAGE.tag),
-            papers.read_public_key(by.with_name(f"{by.name}.pub")),
+            attestations.read_public_key(by.with_name(f"{by.name}.pub")),
         )
         return {check.status for check in verify_published.verify(found)} == {"passed"}
 
@@ -628,56 +632,62 @@ def staged(built: Toy, servers: Callable[..., Server], key: Path) -> Staged:  # 
 def test_promotion_adds_its_signatures_to_those_of_the_destination(
     staged: Staged, tmp_path: Path
 ) -> None:
-    papers.new_key(tmp_path / "other")
-    other = papers.read_key(tmp_path / "other")
+    attestations.new_key(tmp_path / "other")
+    other = attestations.read_key(tmp_path / "other")
     assert attach.sign(staged.public, IMAGE.repository, staged.digest, other)
     assert staged.promote() == 0
     assert staged.verifies(staged.key)
     layers = attach.signatures(staged.public, IMAGE.repository, staged.digest)
     blobs = [staged.public.blob(IMAGE.repository, layer.digest) for layer in layers]
-    for signer in (other, papers.read_key(staged.key)):
+    for signer in (other, attestations.read_key(staged.key)):
         signed = [
-            papers.signed_digest(blob, layer.annotations, signer.public)
+            attestations.signed_digest(blob, layer.annotations, signer.public)
             for blob, layer in zip(blobs, layers, strict=True)
         ]
         assert sorted(filter(None, signed)) == [staged.digest]
 
 
-def test_promotion_replaces_papers_of_ours_and_leaves_those_of_others(
+def test_promotion_replaces_attestations_of_ours_and_leaves_those_of_others(
     staged: Staged, tmp_path: Path
 ) -> None:
-    papers.new_key(tmp_path / "other")
-    other = papers.read_key(tmp_path / "other")
-    earlier = papers.papers(
+    attestations.new_key(tmp_path / "other")
+    other = attestations.read_key(tmp_path / "other")
+    earlier = attestations.attestations(
         IMAGE, digest=staged.digest, report=b'{"is": "earlier"}', key=other, commit="1" * 40
     )
-    scan = paper("scan.json", "application/vnd.example.scan+json", b"{}")
+    scan = attestation("scan.json", "application/vnd.example.scan+json", b"{}")
     staged.add(staged.public, *earlier, scan)
     assert staged.promote() == 0
     assert staged.verifies(staged.key)
-    there = {p.data for p in staged.papers(staged.public)}
-    assert there == {p.data for p in staged.papers(staged.origin)} | {scan.data}
+    there = {p.data for p in staged.attestations(staged.public)}
+    assert there == {p.data for p in staged.attestations(staged.origin)} | {scan.data}
 
 
-def test_only_papers_that_were_verified_are_promoted(
+def test_only_attestations_that_were_verified_are_promoted(
     staged: Staged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not those of others, and none that came after the look: a list is open to many."""
-    wanted = {p.data for p in staged.papers(staged.origin)}
-    scan = paper("scan.json", "application/vnd.example.scan+json", b"{}")
-    staged.add(staged.origin, scan, paper("x.json", papers.STATEMENT, b'{"predicateType": "x"}'))
+    wanted = {p.data for p in staged.attestations(staged.origin)}
+    scan = attestation("scan.json", "application/vnd.example.scan+json", b"{}")
+    staged.add(
+        staged.origin,
+        scan,
+        attestation("x.json", attestations.STATEMENT, b'{"predicateType": "x"}'),
+    )
     verify = verify_published.verify
 
     def overtaken(found: verify_published.Published, **options: Any) -> list[report.Check]:
         checks = verify(found, **options)
         if found.registry is not staged.public and found.registry.target == staged.origin.target:
-            staged.add(staged.origin, paper("late.json", papers.REPORT, b'{"is": "late"}'))
+            staged.add(
+                staged.origin, attestation("late.json", attestations.REPORT, b'{"is": "late"}')
+            )
         return checks
 
     monkeypatch.setattr(verify_published, "verify", overtaken)
     assert staged.promote() == 0
-    assert b'{"is": "late"}' in {p.data for p in staged.papers(staged.origin)}
-    assert {p.data for p in staged.papers(staged.public)} == wanted
+    assert b'{"is": "late"}' in {p.data for p in staged.attestations(staged.origin)}
+    assert {p.data for p in staged.attestations(staged.public)} == wanted
 
 
 def test_what_would_not_verify_at_the_destination_gets_no_tag_there(staged: Staged) -> None:

@@ -338,7 +338,7 @@ def played() -> Iterator[Played]:
 
 
 def test_a_list_of_referrers_is_taken_from_the_registry_that_keeps_one(played: Played) -> None:
-    entry = oci.Descriptor(oci.MANIFEST, oci.digest(b"paper"), 5, {}, "application/x")
+    entry = oci.Descriptor(oci.MANIFEST, oci.digest(b"attestation"), 5, {}, "application/x")
     subject = oci.digest(b"image")
     played.answers[f"/v2/a/referrers/{subject}"] = [
         (200, {"Content-Type": oci.INDEX}, oci.index([entry]))
@@ -446,7 +446,7 @@ def test_a_registry_that_says_when_to_come_back_is_asked_then(
 
 
 def referrers(*names: str) -> bytes:
-    """A page of the papers of an image."""
+    """A page of the attestations of an image."""
     entries = [
         {"mediaType": oci.MANIFEST, "digest": oci.digest(name.encode()), "size": len(name)}
         for name in names
@@ -456,11 +456,11 @@ def referrers(*names: str) -> bytes:
 
 
 def more(path: str) -> dict[str, str]:
-    """The headers of a page of papers that is not the last."""
+    """The headers of a page of attestations that is not the last."""
     return {"Content-Type": oci.INDEX, "Link": f'<{path}?last=2>; rel="next"'}
 
 
-def test_all_papers_come_however_many_pages_they_take(played: Played) -> None:
+def test_all_attestations_come_however_many_pages_they_take(played: Played) -> None:
     digest = oci.digest(b"image")
     path = f"/v2/a/referrers/{digest}"
     played.answers[path] = [
@@ -471,7 +471,7 @@ def test_all_papers_come_however_many_pages_they_take(played: Played) -> None:
     assert [entry.digest for entry in found] == [oci.digest(name) for name in (b"1", b"2", b"3")]
 
 
-def test_some_of_the_papers_are_not_taken_for_all(played: Played) -> None:
+def test_some_of_the_attestations_are_not_taken_for_all(played: Played) -> None:
     """The missing ones would be attached a second time, or called missing."""
     digest = oci.digest(b"image")
     path = f"/v2/a/referrers/{digest}"
@@ -654,7 +654,7 @@ def test_a_document_is_read_up_to_a_limit(
     assert (tmp_path / "x").stat().st_size == len(data), "a layer goes to a file, of any size"
 
 
-def test_the_limits_are_those_of_registries_and_papers() -> None:
+def test_the_limits_are_those_of_registries_and_attestations() -> None:
     assert registry.MOST_OF_A_MANIFEST == 4 * 1024**2
     assert registry.MOST_OF_A_BLOB == 64 * 1024**2
 
@@ -694,7 +694,7 @@ def test_a_blob_is_read_as_far_as_it_was_announced(endless: Endless, tmp_path: P
         there.download("a", digest, tmp_path / "x", size=2000)
     assert not list(tmp_path.glob("*x*")), "no half of a download is left"
     assert endless.sent < 1 << 26
-    with pytest.raises(Damaged, match="no paper's size"):
+    with pytest.raises(Damaged, match="no attestation's size"):
         there.blob("a", digest, registry.MOST_OF_A_BLOB + 1)
 
 

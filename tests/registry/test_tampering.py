@@ -19,8 +19,8 @@ import pytest
 from images import catalog, host
 from images.catalog import Image
 from images.locking import base, lock
-from images.publishing import attach, oci, papers, publish, verify_published
-from images.publishing.papers import Paper
+from images.publishing import attach, attestations, oci, publish, verify_published
+from images.publishing.attestations import Attestation
 from images.publishing.registry import Registry
 from rollout.problem import Problem
 from rollout.report import STATUSES
@@ -32,7 +32,7 @@ from .published import COMMIT, KEY, OTHER, Release
 from .server import PASSWORD, USER, Server
 
 ALL = (
-    *("manifest", "config", "tags", "signature", "papers", "provenance", "report", "sbom"),
+    *("manifest", "config", "tags", "signature", "attestations", "provenance", "report", "sbom"),
     "layers",
 )
 
@@ -79,7 +79,7 @@ def verify(
         with monkeypatch.context() as patch:
             for module in (catalog.load, catalog.parse, lock.read, base.read, host.sha256):
                 patch.setattr(f"{module.__module__}.{module.__name__}", refused)
-            patch.setattr(papers, "checkout_commit", refused)
+            patch.setattr(attestations, "checkout_commit", refused)
             if "--layers" in options:
                 patch.setattr(host, "sha256", sha256)  # of what was downloaded
             code = verify_published.main([name, *given, *options])
@@ -95,7 +95,7 @@ def image(checkout: Checkout) -> Image:
 
 @pytest.fixture
 def release(image: Image, here: Registry, tmp_path: Path) -> Release:
-    """What was published, with all papers and a signature."""
+    """What was published, with all attestations and a signature."""
     return Release(image, tmp_path / "tars", here).publish()
 
 
@@ -177,16 +177,23 @@ def test_nothing_is_fetched_without_the_size_that_was_announced(
     assert verify(release.tags.moving, "--layers").code == 0
     wanted = {blob.digest: blob.size for blob in release.copy.manifest.blobs}
     wanted |= {layer.digest: layer.size for layer in signature(release).layers}
-    for kind in (papers.REPORT, papers.SBOM, papers.STATEMENT):
-        data = release.paper(kind).data
+    for kind in (attestations.REPORT, attestations.SBOM, attestations.STATEMENT):
+        data = release.attestation(kind).data
         wanted[oci.digest(data)] = len(data)
     assert {digest: asked.get(digest) for digest in wanted} == wanted
 
 
-def test_papers_of_other_people_do_no_harm(release: Release, verify: Verify) -> None:
-    scan = Paper("scan.json", "application/vnd.example.scan+json", "application/json", b"{}")
-    theirs = json.dumps({"_type": papers.STATEMENT_TYPE, "predicateType": "https://example.com/x"})
-    other = Paper("other", papers.STATEMENT, papers.ENVELOPE, papers.envelope(theirs.encode(), KEY))
+def test_attestations_of_other_people_do_no_harm(release: Release, verify: Verify) -> None:
+    scan = Attestation("scan.json", "application/vnd.example.scan+json", "application/json", b"{}")
+    theirs = json.dumps(
+        {"_type": attestations.STATEMENT_TYPE, "predicateType": "https://example.com/x"}
+    )
+    other = Attestation(
+        "other",
+        attestations.STATEMENT,
+        attestations.ENVELOPE,
+        attestations.envelope(theirs.encode(), KEY),
+    )
     entries = release.registry.referrers(REPOSITORY, release.digest)
     release.relist([*entries, *release.attach(scan, other)])
     outcome = verify(release.tags.moving)
@@ -200,20 +207,20 @@ def test_what_others_have_listed_does_no_harm_whatever_it_is(
 ) -> None:
     """A list is open to all who write to the registry: what is not ours is not looked into."""
     there = release.registry
-    scan = Paper("scan.json", "application/vnd.example.scan+json", "application/json", b"{}")
+    scan = Attestation("scan.json", "application/vnd.example.scan+json", "application/json", b"{}")
     entries = there.referrers(REPOSITORY, release.digest)
     if how == "an index":
         data = oci.index([release.copy.descriptor])
         there.push_manifest(REPOSITORY, oci.digest(data), data, oci.INDEX)
-        # With our type or without one: an index is no paper of ours.
+        # With our type or without one: an index is no attestation of ours.
         listed = [
             oci.Descriptor(oci.INDEX, oci.digest(data), len(data), artifact_type=kind)
-            for kind in ("", papers.SBOM)
+            for kind in ("", attestations.SBOM)
         ]
         listed.append(oci.Descriptor(oci.MANIFEST, oci.digest(data), len(data)))
     elif how == "gone":
         # Theirs, one of which nobody knows what it was, and one that is called ours.
-        report = Paper("r", papers.REPORT, papers.REPORT, stranger.report())
+        report = Attestation("r", attestations.REPORT, attestations.REPORT, stranger.report())
         unknown = dataclasses.replace(scan, data=b"[]")
         listed = release.attach(scan, report, unknown)
         listed[-1] = dataclasses.replace(listed[-1], artifact_type="")
@@ -230,11 +237,11 @@ def test_what_others_have_listed_does_no_harm_whatever_it_is(
     assert f"others={len(listed)}" in outcome.text
 
 
-def test_an_image_published_twice_keeps_the_papers_of_both(
+def test_an_image_published_twice_keeps_the_attestations_of_both(
     release: Release, verify: Verify
 ) -> None:
     entries = release.registry.referrers(REPOSITORY, release.digest)
-    later = release.papers(report=release.report(seconds=3.0), commit="d" * 40)
+    later = release.attestations(report=release.report(seconds=3.0), commit="d" * 40)
     listed = [e for e in release.attach(*later) if e.digest not in {o.digest for o in entries}]
     assert len(listed) == 2, "the SBOM is the same"
     release.relist([*entries, *listed])
@@ -254,7 +261,7 @@ def test_a_manifest_replaced_under_the_tags_is_found(
     for name in (release.tags.moving, release.tags.immutable):
         outcome = verify(name)
         found_by(outcome, "signature", "no signature is there")
-        assert "papers" in outcome.rows("failed")
+        assert "attestations" in outcome.rows("failed")
 
 
 def test_a_manifest_changed_in_the_storage_is_found(
@@ -336,7 +343,7 @@ def test_an_immutable_tag_that_has_moved_is_found(
 def test_an_alias_at_another_digest_than_the_immutable_tag_is_found(
     release: Release, stranger: Release, verify: Verify
 ) -> None:
-    """Even where that other image is signed, and has papers of its own."""
+    """Even where that other image is signed, and has attestations of its own."""
     stranger.tags = dataclasses.replace(stranger.tags, immutable="elsewhere")
     stranger.publish()
     outcome = verify(release.tags.moving)
@@ -355,7 +362,7 @@ def test_an_immutable_tag_that_is_gone_is_found(
 def test_an_image_under_the_name_of_another_is_found(
     release: Release, checkout: Checkout, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
-    """Signed, with all its papers: but whoever asks for one engine must not be given another."""
+    """Signed, with all attestations: but whoever asks for one engine must not get another."""
     other = checkout.image(tag="vllm-0.11", versions={**VERSIONS, "vllm": "0.11.0"})
     older = Release(other, tmp_path / "tars", here, seed="older").publish()
     assert verify("vllm-0.11").code == 0
@@ -394,7 +401,7 @@ def test_a_signature_that_was_removed_is_found(release: Release, verify: Verify)
 
 def test_a_signature_by_another_key_is_found(release: Release, verify: Verify) -> None:
     name = release.registry.name(REPOSITORY)
-    replace_signature(release, *papers.signature(release.digest, name, OTHER))
+    replace_signature(release, *attestations.signature(release.digest, name, OTHER))
     found_by(verify(release.tags.moving), "signature", "1 signature is there, and none of this")
 
 
@@ -402,7 +409,7 @@ def test_a_signature_for_another_digest_is_found(
     release: Release, stranger: Release, verify: Verify
 ) -> None:
     name = release.registry.name(REPOSITORY)
-    replace_signature(release, *papers.signature(stranger.digest, name, KEY))
+    replace_signature(release, *attestations.signature(stranger.digest, name, KEY))
     found_by(verify(release.tags.moving), "signature", f"has signed {stranger.digest} there")
 
 
@@ -410,7 +417,7 @@ def test_a_signature_whose_payload_was_edited_is_found(
     release: Release, stranger: Release, verify: Verify
 ) -> None:
     name = release.registry.name(REPOSITORY)
-    payload, annotations = papers.signature(stranger.digest, name, KEY)
+    payload, annotations = attestations.signature(stranger.digest, name, KEY)
     edited = payload.replace(stranger.digest.encode(), release.digest.encode())
     replace_signature(release, edited, annotations)
     found_by(verify(release.tags.moving), "signature", "1 signature is there, and none of this")
@@ -430,11 +437,11 @@ def test_the_signatures_of_others_beside_ours_do_no_harm(release: Release, verif
     assert verify(release.tags.moving, key="other").rows("failed") == ["provenance"]
 
 
-# The list of papers
+# The list of attestations
 
 
 @pytest.mark.parametrize("how", ["emptied", "removed"])
-def test_a_list_of_papers_that_was_stripped_is_found(
+def test_a_list_of_attestations_that_was_stripped_is_found(
     release: Release, verify: Verify, how: str
 ) -> None:
     if how == "emptied":
@@ -442,19 +449,19 @@ def test_a_list_of_papers_that_was_stripped_is_found(
     else:
         digest = release.registry.resolve(REPOSITORY, oci.fallback_tag(release.digest))
         assert digest and release.registry.forget(REPOSITORY, digest)
-    found_by(verify(release.tags.moving), "papers", "no papers are attached")
+    found_by(verify(release.tags.moving), "attestations", "no attestations are attached")
 
 
 @pytest.mark.parametrize(
     ("kind", "check", "words"),
     [
-        (papers.REPORT, "report", "smoke report .* named in the provenance, is missing"),
-        (papers.SBOM, "sbom", "SBOM .* named in the provenance, is missing"),
-        (papers.STATEMENT, "provenance", "no provenance is attached"),
+        (attestations.REPORT, "report", "smoke report .* named in the provenance, is missing"),
+        (attestations.SBOM, "sbom", "SBOM .* named in the provenance, is missing"),
+        (attestations.STATEMENT, "provenance", "no provenance is attached"),
     ],
     ids=["report", "sbom", "provenance"],
 )
-def test_a_paper_that_is_no_longer_listed_is_found(
+def test_a_attestation_that_is_no_longer_listed_is_found(
     release: Release, verify: Verify, kind: str, check: str, words: str
 ) -> None:
     entries = release.registry.referrers(REPOSITORY, release.digest)
@@ -465,14 +472,14 @@ def test_a_paper_that_is_no_longer_listed_is_found(
 @pytest.mark.parametrize(
     ("kind", "check", "words"),
     [
-        (papers.REPORT, "report", "smoke report .* named in the provenance, is missing"),
-        (papers.SBOM, "sbom", "SBOM .* named in the provenance, is missing"),
-        (papers.STATEMENT, "provenance", "no provenance is attached"),
+        (attestations.REPORT, "report", "smoke report .* named in the provenance, is missing"),
+        (attestations.SBOM, "sbom", "SBOM .* named in the provenance, is missing"),
+        (attestations.STATEMENT, "provenance", "no provenance is attached"),
     ],
     ids=["report", "sbom", "provenance"],
 )
 @pytest.mark.parametrize("how", ["gone", "called something else"])
-def test_a_paper_of_ours_that_is_listed_and_cannot_be_had_is_found(
+def test_a_attestation_of_ours_that_is_listed_and_cannot_be_had_is_found(
     release: Release, verify: Verify, server: Server, kind: str, check: str, words: str, how: str
 ) -> None:
     entries = release.registry.referrers(REPOSITORY, release.digest)
@@ -489,29 +496,31 @@ def test_a_paper_of_ours_that_is_listed_and_cannot_be_had_is_found(
     assert "others=1" in outcome.text
 
 
-def test_a_paper_of_another_image_in_the_list_is_found(
+def test_a_attestation_of_another_image_in_the_list_is_found(
     release: Release, stranger: Release, verify: Verify
 ) -> None:
-    (paper,) = [p for p in stranger.papers() if p.artifact_type == papers.REPORT]
+    (attestation,) = [p for p in stranger.attestations() if p.artifact_type == attestations.REPORT]
     entries = release.registry.referrers(REPOSITORY, release.digest)
-    stay = [entry for entry in entries if entry.artifact_type != papers.REPORT]
-    release.relist([*stay, *stranger.attach(paper)])
-    found_by(verify(release.tags.moving), "papers", f"listed here, and is of {stranger.digest}")
+    stay = [entry for entry in entries if entry.artifact_type != attestations.REPORT]
+    release.relist([*stay, *stranger.attach(attestation)])
+    found_by(
+        verify(release.tags.moving), "attestations", f"listed here, and is of {stranger.digest}"
+    )
 
 
-@pytest.mark.parametrize("kind", [papers.REPORT, papers.SBOM, papers.STATEMENT])
-def test_a_paper_changed_in_the_storage_is_found(
+@pytest.mark.parametrize("kind", [attestations.REPORT, attestations.SBOM, attestations.STATEMENT])
+def test_a_attestation_changed_in_the_storage_is_found(
     release: Release, verify: Verify, damage: Damage, kind: str
 ) -> None:
-    damage(oci.digest(release.paper(kind).data))
-    found_by(verify(release.tags.moving), "papers", "other bytes")
+    damage(oci.digest(release.attestation(kind).data))
+    found_by(verify(release.tags.moving), "attestations", "other bytes")
 
 
 # The report
 
 
 def test_an_edited_report_is_found(release: Release, verify: Verify) -> None:
-    good = release.paper(papers.REPORT)
+    good = release.attestation(attestations.REPORT)
     edited = good.data.replace(b"a GPU", b"an H200")
     assert edited != good.data
     release.swap(dataclasses.replace(good, data=edited))
@@ -521,7 +530,7 @@ def test_an_edited_report_is_found(release: Release, verify: Verify) -> None:
 
 
 def test_a_second_report_beside_the_right_one_is_found(release: Release, verify: Verify) -> None:
-    good = release.paper(papers.REPORT)
+    good = release.attestation(attestations.REPORT)
     other = dataclasses.replace(good, data=good.data.replace(b"a GPU", b"an H200"))
     entries = release.registry.referrers(REPOSITORY, release.digest)
     release.relist([*entries, *release.attach(other)])
@@ -531,7 +540,11 @@ def test_a_second_report_beside_the_right_one_is_found(release: Release, verify:
 def test_the_report_of_another_image_is_found(
     release: Release, stranger: Release, verify: Verify
 ) -> None:
-    release.swap(Paper("smoke-report.json", papers.REPORT, papers.REPORT, stranger.report()))
+    release.swap(
+        Attestation(
+            "smoke-report.json", attestations.REPORT, attestations.REPORT, stranger.report()
+        )
+    )
     found_by(verify(release.tags.moving), "report", "is not one that the provenance names")
 
 
@@ -560,7 +573,7 @@ def test_a_report_of_something_else_is_found_even_where_the_publisher_has_signed
     words: str,
 ) -> None:
     mistaken = Release(image, tmp_path / "tars", here)
-    mistaken.publish(mistaken.papers(report=mistaken.report(**change)))
+    mistaken.publish(mistaken.attestations(report=mistaken.report(**change)))
     found_by(verify(mistaken.tags.moving), "report", words)
 
 
@@ -572,7 +585,7 @@ def test_what_is_proved_in_part_says_so_in_its_manifest(
 ) -> None:
     part = Release(image, tmp_path / "tars", here, annotations=oci.of_proof(NOT_SHOWN))
     data = reports.alone(image, part.diff_ids, {"sleep-2": "one GPU"})
-    part.publish(part.papers(report=json.dumps(data).encode()))
+    part.publish(part.attestations(report=json.dumps(data).encode()))
     outcome = verify(part.tags.moving)
     assert outcome.code == 0, outcome.text
     assert "not_shown=sleep-2" in outcome.text
@@ -592,7 +605,7 @@ def test_what_is_proved_in_part_and_does_not_say_so_is_found(
 ) -> None:
     part = Release(image, tmp_path / "tars", here, annotations=annotations)
     data = reports.alone(image, part.diff_ids, {"sleep-2": "one GPU"})
-    part.publish(part.papers(report=json.dumps(data).encode()))
+    part.publish(part.attestations(report=json.dumps(data).encode()))
     words = "is no table of texts" if oci.NOT_SHOWN in annotations else "has no reason for sleep-2"
     if annotations == oci.of_proof({"nccl": "why"}):
         words = "has no reason for sleep-2"
@@ -603,7 +616,7 @@ def test_a_failed_report_fails_and_names_the_check(
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     broken = Release(image, tmp_path / "tars", here)
-    broken.publish(broken.papers(report=broken.failed_report()))
+    broken.publish(broken.attestations(report=broken.failed_report()))
     found_by(verify(broken.tags.moving), "report", "says that refit failed")
 
 
@@ -614,11 +627,11 @@ def edited_sbom(data: bytes) -> bytes:
     """One without the package that it should have named."""
     document = json.loads(data)
     document["components"] = [c for c in document["components"] if c["name"] != "ray"]
-    return papers.encoded(document)
+    return attestations.encoded(document)
 
 
 def test_an_edited_sbom_is_found(release: Release, verify: Verify) -> None:
-    good = release.paper(papers.SBOM)
+    good = release.attestation(attestations.SBOM)
     release.swap(dataclasses.replace(good, data=edited_sbom(good.data)))
     outcome = verify(release.tags.moving)
     found_by(outcome, "sbom", "is not one that the provenance names")
@@ -627,10 +640,12 @@ def test_an_edited_sbom_is_found(release: Release, verify: Verify) -> None:
 
 def with_sbom(release: Release, data: bytes) -> Release:
     """Published by the owner of the key, with another SBOM than should be."""
-    report, sbom, _ = release.papers()
+    report, sbom, _ = release.attestations()
     wrong = dataclasses.replace(sbom, data=data)
-    statement = papers.provenance(release.image, release.digest, [report, wrong], COMMIT, {})
-    signed = Paper("p", papers.STATEMENT, papers.ENVELOPE, papers.envelope(statement, KEY))
+    statement = attestations.provenance(release.image, release.digest, [report, wrong], COMMIT, {})
+    signed = Attestation(
+        "p", attestations.STATEMENT, attestations.ENVELOPE, attestations.envelope(statement, KEY)
+    )
     return release.publish([report, wrong, signed])
 
 
@@ -638,7 +653,7 @@ def test_an_sbom_of_another_lock_is_found_even_where_the_publisher_has_signed_it
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     mistaken = Release(image, tmp_path / "tars", here)
-    data = papers.sbom(image, mistaken.digest)
+    data = attestations.sbom(image, mistaken.digest)
     other = data.replace(mistaken.lock_sha256.encode(), b"0" * 64)
     assert other != data
     with_sbom(mistaken, other)
@@ -649,10 +664,10 @@ def test_an_sbom_of_another_base_is_found(
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     mistaken = Release(image, tmp_path / "tars", here)
-    document = json.loads(papers.sbom(image, mistaken.digest))
+    document = json.loads(attestations.sbom(image, mistaken.digest))
     for entry in document["metadata"]["component"]["properties"]:
-        entry["value"] = "0" * 64 if entry["name"] == papers.BASE_PROPERTY else entry["value"]
-    with_sbom(mistaken, papers.encoded(document))
+        entry["value"] = "0" * 64 if entry["name"] == attestations.BASE_PROPERTY else entry["value"]
+    with_sbom(mistaken, attestations.encoded(document))
     found_by(verify(mistaken.tags.moving), "sbom", r"another base\.lock")
 
 
@@ -660,7 +675,7 @@ def test_an_sbom_of_another_image_is_found_even_where_the_publisher_has_signed_i
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     mistaken = Release(image, tmp_path / "tars", here)
-    with_sbom(mistaken, papers.sbom(image, "sha256:" + "0" * 64))
+    with_sbom(mistaken, attestations.sbom(image, "sha256:" + "0" * 64))
     found_by(verify(mistaken.tags.moving), "sbom", "the SBOM is of sha256:0000")
 
 
@@ -668,7 +683,7 @@ def test_an_sbom_that_leaves_something_out_is_found_by_the_lock_in_the_image(
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     mistaken = Release(image, tmp_path / "tars", here)
-    with_sbom(mistaken, edited_sbom(papers.sbom(image, mistaken.digest)))
+    with_sbom(mistaken, edited_sbom(attestations.sbom(image, mistaken.digest)))
     assert verify(mistaken.tags.moving).code == 0, "nothing beside the layers contradicts it"
     outcome = verify(mistaken.tags.moving, "--layers")
     found_by(outcome, "contents", "differ in pkg:pypi/ray@")
@@ -678,11 +693,11 @@ def test_an_sbom_that_leaves_something_out_is_found_by_the_lock_in_the_image(
 
 
 def test_an_edited_provenance_is_found(release: Release, verify: Verify) -> None:
-    good = release.paper(papers.STATEMENT)
+    good = release.attestation(attestations.STATEMENT)
     document = json.loads(good.data)
     payload = base64.b64decode(document["payload"]).replace(COMMIT.encode(), b"d" * 40)
     document["payload"] = base64.b64encode(payload).decode()
-    release.swap(dataclasses.replace(good, data=papers.encoded(document)))
+    release.swap(dataclasses.replace(good, data=attestations.encoded(document)))
     outcome = verify(release.tags.moving)
     found_by(outcome, "provenance", "1 statement is attached, and none signed")
     assert outcome.rows("failed") == ["provenance"]
@@ -693,14 +708,14 @@ def test_an_edited_provenance_is_found(release: Release, verify: Verify) -> None
 def test_a_provenance_signed_anew_with_another_key_is_found(
     release: Release, verify: Verify
 ) -> None:
-    good = release.paper(papers.STATEMENT)
-    payload = papers.Envelope.parse(good.data).payload
-    release.swap(dataclasses.replace(good, data=papers.envelope(payload, OTHER)))
+    good = release.attestation(attestations.STATEMENT)
+    payload = attestations.Envelope.parse(good.data).payload
+    release.swap(dataclasses.replace(good, data=attestations.envelope(payload, OTHER)))
     found_by(verify(release.tags.moving), "provenance", "1 statement is attached, and none signed")
 
 
 def test_a_provenance_without_a_signature_is_found(release: Release, verify: Verify) -> None:
-    bare = release.papers(key=None)[-1]
+    bare = release.attestations(key=None)[-1]
     release.swap(bare)
     found_by(verify(release.tags.moving), "provenance", "1 statement is attached, and none signed")
 
@@ -708,7 +723,7 @@ def test_a_provenance_without_a_signature_is_found(release: Release, verify: Ver
 def test_a_provenance_of_another_image_is_found(
     release: Release, stranger: Release, verify: Verify
 ) -> None:
-    release.swap(stranger.papers()[-1])
+    release.swap(stranger.attestations()[-1])
     found_by(verify(release.tags.moving), "provenance", f"provenance is of {stranger.digest}")
 
 
@@ -718,10 +733,18 @@ def test_a_provenance_of_another_image_is_found(
         (b'"reference": "verl-rollout:vllm-0.12"', b'"reference": "a:b"', "it is of a:b"),
         (b"lockfiles/verl-rollout/vllm-0.12.lock", b"lockfiles/x.lock", r"names the lock \(none\)"),
         (b'"gitCommit"', b'"sha1"', "lacks what one of ours says"),
-        (papers.STATEMENT_TYPE.encode(), b"https://example.com", "lacks what one of ours says"),
-        (papers.PREDICATE_TYPE.encode(), b"https://example.com", "1 statement is attached"),
+        (
+            attestations.STATEMENT_TYPE.encode(),
+            b"https://example.com",
+            "lacks what one of ours says",
+        ),
+        (attestations.PREDICATE_TYPE.encode(), b"https://example.com", "1 statement is attached"),
         (b'"dirty": false', b'"dirty": true', "and changes that are in no commit"),
-        (papers.LOCAL_BUILDER.encode(), b"https://x.example/y", "names https://x.example/y as its"),
+        (
+            attestations.LOCAL_BUILDER.encode(),
+            b"https://x.example/y",
+            "names https://x.example/y as its",
+        ),
     ],
     ids=[
         *("name", "lock", "no commit", "no statement", "another predicate", "uncommitted changes"),
@@ -731,10 +754,10 @@ def test_a_provenance_of_another_image_is_found(
 def test_a_provenance_of_something_else_is_found_even_where_the_publisher_has_signed_it(
     release: Release, verify: Verify, old: bytes, new: bytes, words: str
 ) -> None:
-    good = release.paper(papers.STATEMENT)
-    payload = papers.Envelope.parse(good.data).payload
+    good = release.attestation(attestations.STATEMENT)
+    payload = attestations.Envelope.parse(good.data).payload
     assert old in payload
-    data = papers.envelope(payload.replace(old, new), KEY)
+    data = attestations.envelope(payload.replace(old, new), KEY)
     release.swap(dataclasses.replace(good, data=data))
     found_by(verify(release.tags.moving), "provenance", words)
 
@@ -788,7 +811,7 @@ def test_a_layer_that_is_not_the_one_of_the_configuration_is_found(
     config, (_, last) = release.copy.manifest.config, release.copy.manifest.layers
     manifest = oci.manifest(config, [wrong, last])
     release.copy = dataclasses.replace(release.copy, data=manifest)
-    attached = release.papers()
+    attached = release.attestations()
     here.push_manifest(REPOSITORY, release.tags.immutable, manifest, oci.MANIFEST)
     attach.attach(here, REPOSITORY, release.copy.descriptor, attached, KEY)
     attach.sign(here, REPOSITORY, release.digest, KEY)
@@ -799,7 +822,7 @@ def test_a_layer_that_is_not_the_one_of_the_configuration_is_found(
 def test_an_image_that_holds_another_lock_than_it_names_is_found(
     release: Release, image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
-    """Signed by its publisher, and with papers of the lock that it names."""
+    """Signed by its publisher, and with attestations of the lock that it names."""
     text = image.lock.read_bytes()
     image.lock.write_bytes(text.replace(b"2.52.1", b"2.52.2"))
     other = Release(image, tmp_path / "tars", here)
@@ -814,7 +837,7 @@ def test_an_image_that_holds_another_lock_than_it_names_is_found(
     release.copy = dataclasses.replace(release.copy, data=manifest)
     release.diff_ids = labels["rootfs"]["diff_ids"]
     here.push_manifest(REPOSITORY, release.tags.immutable, manifest, oci.MANIFEST)
-    attach.attach(here, REPOSITORY, release.copy.descriptor, release.papers(), KEY)
+    attach.attach(here, REPOSITORY, release.copy.descriptor, release.attestations(), KEY)
     attach.sign(here, REPOSITORY, release.digest, KEY)
     assert verify(release.digest).code == 0
     found_by(verify(release.digest, "--layers"), "contents", "hold another .*requirements.lock")
@@ -838,7 +861,7 @@ def test_without_a_key_a_report_of_another_image_fails_all_the_same(
     release: Release, stranger: Release, verify: Verify
 ) -> None:
     """Whoever replaces the report can write a provenance for it; but not make it fit."""
-    attached = release.papers(report=stranger.report(), key=None)
+    attached = release.attestations(report=stranger.report(), key=None)
     release.relist(release.attach(*attached))
     found_by(verify(release.tags.moving, key=""), "report", "its report is of other layers")
 
@@ -854,7 +877,7 @@ def test_layers_that_nobody_has_signed_are_not_unpacked(
     release: Release, verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = release.registry.name(REPOSITORY)
-    replace_signature(release, *papers.signature(release.digest, name, OTHER))
+    replace_signature(release, *attestations.signature(release.digest, name, OTHER))
     monkeypatch.setattr(verify_published, "unpacked", refused)
     outcome = verify(release.tags.moving, "--layers")
     assert outcome.rows("failed") == ["signature"]
@@ -871,15 +894,15 @@ def test_an_image_that_was_never_signed_is_not_proved(
     assert outcome.code == code
     status = "failed" if code == 1 else "unproved"
     assert outcome.rows(status) == ["signature", "provenance"]
-    papers_of_nobody = outcome.rows("unproved" if code == 1 else "passed")
-    assert {"report", "sbom"} <= set(papers_of_nobody)
+    attestations_of_nobody = outcome.rows("unproved" if code == 1 else "passed")
+    assert {"report", "sbom"} <= set(attestations_of_nobody)
 
 
 def test_an_image_that_was_published_unproved_is_called_that(
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     draft = Release(image, tmp_path / "tars", here, annotations={oci.UNPROVED: "true"})
-    draft.publish(draft.papers(report=None))
+    draft.publish(draft.attestations(report=None))
     for name in (draft.tags.immutable, draft.tags.moving):
         assert name.endswith("-unproved")
         outcome = verify(name)
@@ -892,7 +915,7 @@ def test_a_report_that_is_attached_later_does_not_prove_what_was_published_unpro
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     draft = Release(image, tmp_path / "tars", here, annotations={oci.UNPROVED: "true"})
-    draft.publish(draft.papers(report=draft.report()))
+    draft.publish(draft.attestations(report=draft.report()))
     outcome = verify(draft.tags.immutable)
     assert outcome.code == 3, outcome.text
     assert outcome.rows("unproved") == ["report"]
@@ -902,7 +925,7 @@ def test_the_name_of_a_proved_image_does_not_lead_to_an_unproved_one(
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     draft = Release(image, tmp_path / "tars", here, annotations={oci.UNPROVED: "true"})
-    draft.publish(draft.papers(report=None))
+    draft.publish(draft.attestations(report=None))
     name = draft.tags.immutable.removesuffix("-unproved")
     assert name != draft.tags.immutable
     draft.tag(name, draft)
@@ -913,7 +936,7 @@ def test_a_report_that_proves_nothing_proves_nothing(
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     weak = Release(image, tmp_path / "tars", here)
-    weak.publish(weak.papers(report=weak.report(checks=[], verdict="unproved")))
+    weak.publish(weak.attestations(report=weak.report(checks=[], verdict="unproved")))
     outcome = verify(weak.tags.moving)
     assert outcome.code == 3, outcome.text
     assert outcome.rows("unproved") == ["report"]
@@ -931,7 +954,7 @@ def test_a_registry_that_does_not_answer_is_no_verdict(
     assert caught.value.code == 3
 
 
-@pytest.mark.parametrize("name", ["config", "signature", "papers", "layers", "contents"])
+@pytest.mark.parametrize("name", ["config", "signature", "attestations", "layers", "contents"])
 def test_a_registry_that_goes_away_in_the_middle_is_no_verdict(
     release: Release,
     verify: Verify,

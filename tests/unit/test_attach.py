@@ -1,4 +1,4 @@
-"""Which papers are enough for an image: what is said counts, not where a word stands."""
+"""Which attestations are enough for an image: what is said counts, not where a word stands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from images.publishing import attach, oci, papers
+from images.publishing import attach, attestations, oci
 
 from ..conftest import sha256
 
@@ -18,54 +18,56 @@ def statement(**changes: Any) -> dict[str, Any]:
     inputs = [{"name": "checkout", "digest": {"gitCommit": "0"}, "annotations": {"dirty": False}}]
     named = [
         {"mediaType": kind, "digest": {"sha256": sha256(kind)}}
-        for kind in (papers.REPORT, papers.SBOM)
+        for kind in (attestations.REPORT, attestations.SBOM)
     ]
     definition = {
-        "buildType": papers.BUILD_TYPE,
+        "buildType": attestations.BUILD_TYPE,
         "externalParameters": {"reference": "a:b"},
         "internalParameters": {"promised": {"checks": [], "transports": [], "program": {}}},
         "resolvedDependencies": inputs,
     }
-    details = {"builder": {"id": papers.LOCAL_BUILDER}, "byproducts": named}
+    details = {"builder": {"id": attestations.LOCAL_BUILDER}, "byproducts": named}
     whole = {
-        "_type": papers.STATEMENT_TYPE,
+        "_type": attestations.STATEMENT_TYPE,
         "subject": [{"name": "a:b", "digest": {"sha256": sha256("image")}}],
-        "predicateType": papers.PREDICATE_TYPE,
+        "predicateType": attestations.PREDICATE_TYPE,
         "predicate": {"buildDefinition": definition, "runDetails": details},
     }
     return whole | changes
 
 
 SUBJECT = oci.Descriptor(oci.MANIFEST, f"sha256:{sha256('image')}", 1)
-KINDS = {papers.REPORT, papers.SBOM, papers.STATEMENT}
+KINDS = {attestations.REPORT, attestations.SBOM, attestations.STATEMENT}
 
 
 def attached(kind: str, data: bytes, media_type: str = "") -> attach.Attached:
-    """A paper as a registry has it."""
-    manifest = oci.artifact(papers.Paper("a paper", kind, media_type or kind, data), SUBJECT)
+    """An attestation as a registry has it."""
+    manifest = oci.artifact(
+        attestations.Attestation("an attestation", kind, media_type or kind, data), SUBJECT
+    )
     return attach.Attached(oci.referrer(manifest), manifest, data)
 
 
 def complete(said: dict[str, Any]) -> list[attach.Attached]:
-    """Papers of each kind, with this statement."""
-    named = [attached(kind, kind.encode()) for kind in (papers.REPORT, papers.SBOM)]
-    return [*named, attached(papers.STATEMENT, json.dumps(said).encode())]
+    """Attestations of each kind, with this statement."""
+    named = [attached(kind, kind.encode()) for kind in (attestations.REPORT, attestations.SBOM)]
+    return [*named, attached(attestations.STATEMENT, json.dumps(said).encode())]
 
 
-def test_papers_that_name_each_other_are_enough_until_a_key_asks_for_a_signature() -> None:
+def test_attestations_that_name_each_other_are_enough_until_a_key_asks_for_a_signature() -> None:
     there, digest = complete(statement()), SUBJECT.digest
     assert attach.sufficient(there, KINDS, digest)
     assert not attach.sufficient(there[1:], KINDS, digest)
-    key, other = (papers.Key(ec.generate_private_key(ec.SECP256R1())) for _ in range(2))
+    key, other = (attestations.Key(ec.generate_private_key(ec.SECP256R1())) for _ in range(2))
     assert not attach.sufficient(there, KINDS, digest, key)
-    signed = papers.envelope(there[-1].data, key)
-    there[-1] = attached(papers.STATEMENT, signed, papers.ENVELOPE)
+    signed = attestations.envelope(there[-1].data, key)
+    there[-1] = attached(attestations.STATEMENT, signed, attestations.ENVELOPE)
     assert attach.sufficient(there, KINDS, digest, key)
     assert attach.sufficient(there, KINDS, digest)
     assert not attach.sufficient(there, KINDS, digest, other)
 
 
-def test_a_provenance_that_has_the_digests_of_its_papers_elsewhere_is_not_enough() -> None:
+def test_a_provenance_that_has_the_digests_of_its_attestations_elsewhere_is_not_enough() -> None:
     said = statement()
     details = said["predicate"]["runDetails"]
     details["metadata"], details["byproducts"] = details["byproducts"], []
@@ -79,15 +81,15 @@ def test_a_provenance_of_another_image_is_not_enough() -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        {"predicateType": "theirs", "predicate": {"buildType": papers.BUILD_TYPE}},
-        statement(predicateType=f"theirs, of {papers.BUILD_TYPE}"),
-        statement(predicate={"comment": papers.BUILD_TYPE}),
-        statement(predicate=[papers.BUILD_TYPE]),
-        {"x": papers.BUILD_TYPE},
+        {"predicateType": "theirs", "predicate": {"buildType": attestations.BUILD_TYPE}},
+        statement(predicateType=f"theirs, of {attestations.BUILD_TYPE}"),
+        statement(predicate={"comment": attestations.BUILD_TYPE}),
+        statement(predicate=[attestations.BUILD_TYPE]),
+        {"x": attestations.BUILD_TYPE},
     ],
 )
 def test_a_statement_that_only_mentions_ours_is_somebody_elses(said: dict[str, Any]) -> None:
-    theirs = attached(papers.STATEMENT, json.dumps(said).encode())
+    theirs = attached(attestations.STATEMENT, json.dumps(said).encode())
     (own,) = attach.ours([theirs, complete(statement())[-1]], KINDS)[-1:]
     assert attach.ours([theirs], KINDS) == []
     assert own.data == json.dumps(statement()).encode()

@@ -21,7 +21,7 @@ SUBJECT = oci.describe(IMAGE, oci.MANIFEST)
 
 @dataclass(frozen=True)
 class Stand:
-    """A paper."""
+    """An attestation."""
 
     name: str = "report.json"
     artifact_type: str = "application/x"
@@ -53,7 +53,7 @@ def test_a_blob_that_is_named_twice_has_to_be_there_once() -> None:
     ]
 
 
-def test_a_paper_names_its_image_as_the_specification_asks() -> None:
+def test_a_attestation_names_its_image_as_the_specification_asks() -> None:
     document = json.loads(oci.artifact(Stand(), SUBJECT))
     assert document["artifactType"] == "application/x"
     assert document["config"] == {
@@ -72,22 +72,22 @@ def test_a_paper_names_its_image_as_the_specification_asks() -> None:
     assert document["subject"] == SUBJECT.plain
 
 
-def test_what_else_is_said_of_an_image_does_not_change_its_papers() -> None:
+def test_what_else_is_said_of_an_image_does_not_change_its_attestations() -> None:
     told = Descriptor(SUBJECT.media_type, SUBJECT.digest, SUBJECT.size, {"x": "y"}, "z")
     assert oci.artifact(Stand(), told) == oci.artifact(Stand(), SUBJECT)
 
 
-def test_a_list_of_papers_says_of_which_kind_each_is() -> None:
+def test_a_list_of_attestations_says_of_which_kind_each_is() -> None:
     entry = oci.referrer(oci.artifact(Stand(), SUBJECT))
     assert entry.artifact_type == "application/x"
     assert oci.parse_index(oci.index([entry])) == [entry]
 
 
-def test_a_paper_without_a_kind_of_its_own_is_of_its_configurations() -> None:
+def test_a_attestation_without_a_kind_of_its_own_is_of_its_configurations() -> None:
     assert oci.parse(IMAGE).artifact_type == oci.CONFIG
 
 
-def test_tags_of_papers_and_signatures_are_made_of_the_digest() -> None:
+def test_tags_of_attestations_and_signatures_are_made_of_the_digest() -> None:
     assert oci.fallback_tag("sha256:ab") == "sha256-ab"
     assert oci.signature_tag("sha256:ab") == "sha256-ab.sig"
 

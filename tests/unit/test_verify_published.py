@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from images import host
-from images.publishing import oci, papers, verify_published
+from images.publishing import attestations, oci, verify_published
+from images.publishing.attestations import Attestation
 from images.publishing.failures import Broken, Unreachable
-from images.publishing.papers import Paper
 from images.publishing.registry import Registry
 from images.publishing.verify_published import CHECKS, LOCK_INSIDE, NEEDS, Published
 from rollout import report
@@ -81,7 +81,7 @@ def test_what_a_check_needs_comes_before_it() -> None:
     [
         ("manifest", set(CHECKS) - {"manifest"}),
         ("config", {"tags", "provenance", "report", "sbom", "contents"}),
-        ("papers", {"provenance", "report", "sbom", "contents"}),
+        ("attestations", {"provenance", "report", "sbom", "contents"}),
         ("provenance", {"report", "sbom", "contents"}),
         ("sbom", {"contents"}),
         ("layers", {"contents"}),
@@ -271,10 +271,12 @@ def test_a_configuration_with_another_number_of_layers_is_refused() -> None:
         verify_published.check_config(image)
 
 
-def test_papers_that_no_provenance_names_do_not_pass(image: Published) -> None:
+def test_attestations_that_no_provenance_names_do_not_pass(image: Published) -> None:
     """Whatever came before: the order of the checks is not all that stands between."""
     image.labels = {oci.TITLE: "a:b"}
-    image.papers = [Paper("x", kind, kind, b"{}") for kind in (papers.REPORT, papers.SBOM)]
+    image.attestations = [
+        Attestation("x", kind, kind, b"{}") for kind in (attestations.REPORT, attestations.SBOM)
+    ]
     for check in (verify_published.check_report, verify_published.check_sbom):
         with pytest.raises(Problem, match="is not one that the provenance names"):
             check(image)
@@ -430,10 +432,10 @@ WORKFLOW = "https://forge.example/team/images/.github/workflows/publish.yml@refs
 @pytest.mark.parametrize(
     ("builder", "checkout", "fits"),
     [
-        (papers.LOCAL_BUILDER, "", True),
+        (attestations.LOCAL_BUILDER, "", True),
         (WORKFLOW, CI, True),
         (WORKFLOW, "", False),
-        (papers.LOCAL_BUILDER, CI, False),
+        (attestations.LOCAL_BUILDER, CI, False),
         (WORKFLOW.replace("team", "others"), CI, False),
         (WORKFLOW.replace("tags/v1", "heads/mine"), CI, False),
         (WORKFLOW.replace("/.github/workflows/", "/"), CI, False),

@@ -1,9 +1,9 @@
 """What is published is read and believed, or not, by tools that know nothing of this project.
 
 skopeo (containers/image, as in podman and CRI-O) checks the signature by a policy, and reads every
-paper; openssl checks the provenance. Debian's own skopeo finds the signature and then refuses every
-image ("Debian-local change: sigstore disabled"): there the tests that need more are skipped, unless
-ROLLOUT_TEST_SKOPEO names another skopeo.
+attestation; openssl checks the provenance. Debian's own skopeo finds the signature and then refuses
+every image ("Debian-local change: sigstore disabled"): there the tests that need more are skipped,
+unless ROLLOUT_TEST_SKOPEO names another skopeo.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from images.catalog import Image
-from images.publishing import attach, oci, papers, publish
+from images.publishing import attach, attestations, oci, publish
 from images.publishing.registry import Registry
 from tests.conftest import Checkout
 
@@ -38,7 +38,7 @@ def image(checkout: Checkout) -> Image:
 
 @pytest.fixture
 def release(image: Image, here: Registry, tmp_path: Path) -> Release:
-    """What was published, with all papers and a signature."""
+    """What was published, with all attestations and a signature."""
     return Release(image, tmp_path / "tars", here).publish()
 
 
@@ -53,7 +53,7 @@ def look(here: Registry, tmp_path: Path) -> Look:
     settings = {"docker": {here.host: {"use-sigstore-attachments": True}}}
     (attachments / "test.yaml").write_text(json.dumps(settings))  # JSON is YAML too
 
-    def copy(reference: str, key: papers.Key = KEY) -> Result:
+    def copy(reference: str, key: attestations.Key = KEY) -> Result:
         public = tmp_path / "key.pub"
         public.write_bytes(key.public.pem)
         rule = {
@@ -169,10 +169,10 @@ def test_one_of_several_signatures_is_enough_for_skopeo(
         assert done.returncode == 0, done.stderr
 
 
-# The papers
+# The attestations
 
 
-def test_skopeo_lists_the_papers_of_a_digest_and_reads_each(
+def test_skopeo_lists_the_attestations_of_a_digest_and_reads_each(
     release: Release, here: Registry, tmp_path: Path
 ) -> None:
     """The commands of the README: the list is under a tag made of the digest."""
@@ -180,11 +180,14 @@ def test_skopeo_lists_the_papers_of_a_digest_and_reads_each(
     tag = release.digest.replace(":", "-")
     listed = json.loads(skopeo("inspect", "--tls-verify=false", "--raw", f"{name}:{tag}"))
     assert {e["artifactType"] for e in listed["manifests"]} == {
-        papers.REPORT,
-        papers.SBOM,
-        papers.STATEMENT,
+        attestations.REPORT,
+        attestations.SBOM,
+        attestations.STATEMENT,
     }
-    wanted = {paper.artifact_type: paper for paper in release.papers(report=release.report())}
+    wanted = {
+        attestation.artifact_type: attestation
+        for attestation in release.attestations(report=release.report())
+    }
     for entry in listed["manifests"]:
         folder = tmp_path / entry["digest"].removeprefix("sha256:")
         source = f"{name}@{entry['digest']}"
@@ -193,19 +196,19 @@ def test_skopeo_lists_the_papers_of_a_digest_and_reads_each(
         assert manifest["subject"]["digest"] == release.digest
         (layer,) = manifest["layers"]
         data = (folder / layer["digest"].removeprefix("sha256:")).read_bytes()
-        paper = wanted[entry["artifactType"]]
-        assert layer["annotations"] == {oci.TITLE: paper.name}
-        assert layer["mediaType"] == paper.media_type
-        if entry["artifactType"] == papers.SBOM:
-            assert data == paper.data
+        attestation = wanted[entry["artifactType"]]
+        assert layer["annotations"] == {oci.TITLE: attestation.name}
+        assert layer["mediaType"] == attestation.media_type
+        if entry["artifactType"] == attestations.SBOM:
+            assert data == attestation.data
 
 
 def test_openssl_checks_the_provenance_that_skopeo_reads(
     release: Release, here: Registry, tmp_path: Path
 ) -> None:
-    data = release.paper(papers.STATEMENT).data
+    data = release.attestation(attestations.STATEMENT).data
     envelope: dict[str, Any] = json.loads(data)
-    opened = papers.Envelope.parse(data)
+    opened = attestations.Envelope.parse(data)
     head = f"DSSEv1 {len(envelope['payloadType'])} {envelope['payloadType']} {len(opened.payload)} "
     (tmp_path / "signed").write_bytes(head.encode() + opened.payload)
     (tmp_path / "signature").write_bytes(opened.signatures[0])
@@ -222,7 +225,7 @@ def test_openssl_checks_the_provenance_that_skopeo_reads(
     assert subject["digest"]["sha256"] == hashlib.sha256(raw).hexdigest()
 
 
-def test_publishing_again_finds_all_papers_there(release: Release, server: Server) -> None:
+def test_publishing_again_finds_all_attestations_there(release: Release, server: Server) -> None:
     before = server.blobs(), server.tags(REPOSITORY)
-    release.publish(release.papers(report=release.report(seconds=9.0), commit="d" * 40))
+    release.publish(release.attestations(report=release.report(seconds=9.0), commit="d" * 40))
     assert (server.blobs(), server.tags(REPOSITORY)) == before

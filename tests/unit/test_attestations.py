@@ -1,4 +1,4 @@
-"""The papers of an image: what they say, in the same bytes every time, and who signed them."""
+"""The attestations of an image: what they say, the same bytes every time, and who signed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from images.building import build
 from images.catalog import Image
 from images.locking import base, lock
 from images.proving import standing
-from images.publishing import papers
-from images.publishing.papers import Key
+from images.publishing import attestations
+from images.publishing.attestations import Key
 from rollout.problem import Problem
 from tests.conftest import VERSIONS, Checkout, sha256
 
@@ -41,9 +41,9 @@ def image(checkout: Checkout) -> Image:
     return checkout.image()
 
 
-def made(image: Image, digest: str = DIGEST, **given: Any) -> list[papers.Paper]:
+def made(image: Image, digest: str = DIGEST, **given: Any) -> list[attestations.Attestation]:
     options = {"report": REPORT, "key": KEY, "commit": COMMIT, **given}
-    return papers.papers(image, digest=digest, **options)
+    return attestations.attestations(image, digest=digest, **options)
 
 
 def statement(image: Image, **given: Any) -> dict[str, Any]:
@@ -56,9 +56,9 @@ def statement(image: Image, **given: Any) -> dict[str, Any]:
 
 def test_report_contents_and_provenance_travel_with_an_image(image: Image) -> None:
     assert [(p.name, p.artifact_type, p.media_type) for p in made(image)] == [
-        ("smoke-report.json", papers.REPORT, papers.REPORT),
-        ("sbom.cdx.json", papers.SBOM, papers.SBOM),
-        ("provenance.dsse.json", papers.STATEMENT, papers.ENVELOPE),
+        ("smoke-report.json", attestations.REPORT, attestations.REPORT),
+        ("sbom.cdx.json", attestations.SBOM, attestations.SBOM),
+        ("provenance.dsse.json", attestations.STATEMENT, attestations.ENVELOPE),
     ]
     assert made(image)[0].data == REPORT, "as the run wrote it, to the byte"
 
@@ -73,16 +73,19 @@ def test_the_same_image_commit_and_key_give_the_same_bytes(
 
 
 def test_without_a_key_the_provenance_is_a_bare_statement(image: Image) -> None:
-    paper = made(image, key=None)[-1]
-    assert (paper.name, paper.media_type) == ("provenance.json", papers.STATEMENT)
-    assert json.loads(paper.data)["_type"] == "https://in-toto.io/Statement/v1"
-    signed = papers.Envelope.parse(made(image)[-1].data)
-    assert signed.payload == paper.data, "a signature adds nothing to what is said"
+    attestation = made(image, key=None)[-1]
+    assert (attestation.name, attestation.media_type) == ("provenance.json", attestations.STATEMENT)
+    assert json.loads(attestation.data)["_type"] == "https://in-toto.io/Statement/v1"
+    signed = attestations.Envelope.parse(made(image)[-1].data)
+    assert signed.payload == attestation.data, "a signature adds nothing to what is said"
 
 
 def test_an_image_without_a_report_names_none(image: Image) -> None:
     found = made(image, report=None)
-    assert [paper.artifact_type for paper in found] == [papers.SBOM, papers.STATEMENT]
+    assert [attestation.artifact_type for attestation in found] == [
+        attestations.SBOM,
+        attestations.STATEMENT,
+    ]
     byproducts = statement(image, report=None)["predicate"]["runDetails"]["byproducts"]
     assert [entry["name"] for entry in byproducts] == ["sbom.cdx.json"]
 
@@ -91,7 +94,7 @@ def test_an_image_without_a_report_names_none(image: Image) -> None:
 
 
 def bill(image: Image, digest: str = DIGEST) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(papers.sbom(image, digest))
+    found: dict[str, Any] = json.loads(attestations.sbom(image, digest))
     return found
 
 
@@ -154,7 +157,7 @@ def test_an_sbom_is_valid_by_the_schema_of_cyclonedx_1_6(image: Image) -> None:
     from cyclonedx.validation.json import JsonStrictValidator
 
     validator = JsonStrictValidator(SchemaVersion.V1_6)
-    assert validator.validate_str(papers.sbom(image, DIGEST).decode()) is None
+    assert validator.validate_str(attestations.sbom(image, DIGEST).decode()) is None
     broken = bill(image)
     broken["components"][0]["purl"] = 7
     assert validator.validate_str(json.dumps(broken)) is not None
@@ -195,11 +198,11 @@ def test_a_provenance_names_report_and_sbom_by_their_sha256(image: Image) -> Non
     byproducts = statement(image)["predicate"]["runDetails"]["byproducts"]
     assert byproducts == [
         {
-            "name": paper.name,
-            "mediaType": paper.media_type,
-            "digest": {"sha256": hashlib.sha256(paper.data).hexdigest()},
+            "name": attestation.name,
+            "mediaType": attestation.media_type,
+            "digest": {"sha256": hashlib.sha256(attestation.data).hexdigest()},
         }
-        for paper in found[:2]
+        for attestation in found[:2]
     ]
 
 
@@ -274,10 +277,10 @@ def git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Git:
 
 
 def test_the_commit_is_that_of_the_checkout(git: Git, tmp_path: Path) -> None:
-    assert papers.checkout_commit(tmp_path / "clone") == git("rev-parse", "HEAD")
+    assert attestations.checkout_commit(tmp_path / "clone") == git("rev-parse", "HEAD")
     (tmp_path / "clone/build").mkdir()
     (tmp_path / "clone/build/report.json").write_text("ignored by git: not a difference")
-    assert papers.checkout_commit(tmp_path / "clone") == git("rev-parse", "HEAD")
+    assert attestations.checkout_commit(tmp_path / "clone") == git("rev-parse", "HEAD")
 
 
 @pytest.mark.parametrize("name", ["file", "new"])
@@ -285,7 +288,7 @@ def test_a_changed_or_a_new_file_makes_a_checkout_dirty(
     git: Git, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "clone" / name).write_text("2")
-    assert papers.checkout_commit(tmp_path / "clone") == git("rev-parse", "HEAD") + "-dirty"
+    assert attestations.checkout_commit(tmp_path / "clone") == git("rev-parse", "HEAD") + "-dirty"
 
 
 @pytest.mark.usefixtures("git")
@@ -293,13 +296,13 @@ def test_an_unpacked_tree_inside_another_checkout_does_not_get_its_commit(tmp_pa
     inner = tmp_path / "clone" / "unpacked"
     inner.mkdir()
     with pytest.raises(Problem, match="no checkout of git, and the provenance") as caught:
-        papers.checkout_commit(inner)
+        attestations.checkout_commit(inner)
     assert caught.value.code == 3
 
 
 def test_a_tree_without_git_is_told_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(Problem, match="not a git repository") as caught:
-        papers.checkout_commit(tmp_path)
+        attestations.checkout_commit(tmp_path)
     assert caught.value.code == 3
     assert "publish from a clone" in caught.value.sentence
 
@@ -310,18 +313,18 @@ def test_a_repository_without_a_commit_has_none(
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     with pytest.raises(Problem, match="no checkout of git"):
-        papers.checkout_commit(tmp_path)
+        attestations.checkout_commit(tmp_path)
 
 
 # Keys
 
 
 def test_a_new_key_is_for_its_owner_alone_and_has_a_public_half(tmp_path: Path) -> None:
-    public = papers.new_key(tmp_path / "release")
+    public = attestations.new_key(tmp_path / "release")
     assert public == tmp_path / "release.pub"
     assert stat.S_IMODE((tmp_path / "release").stat().st_mode) == 0o600
-    key = papers.read_key(tmp_path / "release")
-    assert papers.read_public_key(public) == key.public
+    key = attestations.read_key(tmp_path / "release")
+    assert attestations.read_public_key(public) == key.public
     assert key.public.accepts(key.sign(b"text"), b"text")
     assert not key.public.accepts(key.sign(b"text"), b"test")
     assert not OTHER.public.accepts(key.sign(b"text"), b"text")
@@ -331,7 +334,7 @@ def test_a_new_key_is_for_its_owner_alone_and_has_a_public_half(tmp_path: Path) 
 def test_no_key_is_ever_overwritten(tmp_path: Path, there: str) -> None:
     (tmp_path / there).write_text("dear to somebody")
     with pytest.raises(Problem, match=f"{there} exists and is not overwritten") as caught:
-        papers.new_key(tmp_path / "release")
+        attestations.new_key(tmp_path / "release")
     assert caught.value.code == 2
     assert [path.name for path in tmp_path.iterdir()] == [there]
     assert (tmp_path / there).read_text() == "dear to somebody"
@@ -339,22 +342,24 @@ def test_no_key_is_ever_overwritten(tmp_path: Path, there: str) -> None:
 
 def test_a_place_that_takes_no_key_is_named(tmp_path: Path) -> None:
     with pytest.raises(Problem, match="cannot be written") as caught:
-        papers.new_key(tmp_path / "no" / "folder")
+        attestations.new_key(tmp_path / "no" / "folder")
     assert caught.value.code == 2
 
 
 def test_a_password_closes_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "release"
-    monkeypatch.setenv(papers.PASSWORD, "secret")
-    papers.new_key(file)
-    assert papers.read_key(file).public == papers.read_public_key(tmp_path / "release.pub")
+    monkeypatch.setenv(attestations.PASSWORD, "secret")
+    attestations.new_key(file)
+    assert attestations.read_key(file).public == attestations.read_public_key(
+        tmp_path / "release.pub"
+    )
     for password, words in ((None, "has a password; put it into"), ("wrong", "is not opened by")):
         if password is None:
-            monkeypatch.delenv(papers.PASSWORD)
+            monkeypatch.delenv(attestations.PASSWORD)
         else:
-            monkeypatch.setenv(papers.PASSWORD, password)
+            monkeypatch.setenv(attestations.PASSWORD, password)
         with pytest.raises(Problem, match=words) as caught:
-            papers.read_key(file)
+            attestations.read_key(file)
         assert caught.value.code == 2
         assert "ROLLOUT_KEY_PASSWORD" in caught.value.sentence
         assert "secret" not in caught.value.sentence
@@ -363,10 +368,10 @@ def test_a_password_closes_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_password_that_nothing_asks_for_does_no_harm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(papers.PASSWORD, raising=False)
-    papers.new_key(tmp_path / "release")
-    monkeypatch.setenv(papers.PASSWORD, "of another key")
-    assert papers.read_key(tmp_path / "release").public
+    monkeypatch.delenv(attestations.PASSWORD, raising=False)
+    attestations.new_key(tmp_path / "release")
+    monkeypatch.setenv(attestations.PASSWORD, "of another key")
+    assert attestations.read_key(tmp_path / "release").public
 
 
 def pem(key: Any) -> bytes:
@@ -412,7 +417,7 @@ def test_what_is_no_key_to_sign_with_is_told_in_one_sentence(
     if data is not None:
         file.write_bytes(data)
     with pytest.raises(Problem, match=words) as caught:
-        papers.read_key(file)
+        attestations.read_key(file)
     assert caught.value.code == 2
     assert str(file) in caught.value.sentence
 
@@ -436,16 +441,16 @@ def test_what_is_no_key_to_check_with_is_told_in_one_sentence(
     if data is not None:
         file.write_bytes(data)
     with pytest.raises(Problem, match=words) as caught:
-        papers.read_public_key(file)
+        attestations.read_public_key(file)
     assert caught.value.code == 2
     assert "--new-key" not in caught.value.sentence
 
 
 def test_who_lacks_a_key_is_told_where_keys_of_that_kind_come_from(tmp_path: Path) -> None:
     with pytest.raises(Problem, match=r"cannot be read .*; ask the publisher for the public key"):
-        papers.read_public_key(tmp_path / "missing.pub")
+        attestations.read_public_key(tmp_path / "missing.pub")
     with pytest.raises(Problem, match=r"cannot be read .*; make one with .*--new-key FILE"):
-        papers.read_key(tmp_path / "missing")
+        attestations.read_key(tmp_path / "missing")
 
 
 # Signatures
@@ -454,17 +459,17 @@ def test_who_lacks_a_key_is_told_where_keys_of_that_kind_come_from(tmp_path: Pat
 def test_what_is_signed_is_what_the_specification_of_dsse_says() -> None:
     """The test vector of DSSE v1.0: its key, its payload, its signature (r and s side by side)."""
     kind, body = "http://example.com/HelloWorld", b"hello world"
-    assert papers.pae(kind, body) == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
+    assert attestations.pae(kind, body) == b"DSSEv1 29 http://example.com/HelloWorld 11 hello world"
     number = 97358161215184420915383655311931858321456579547487070936769975997791359926199
     key = Key(ec.derive_private_key(number, ec.SECP256R1()))
-    r, s = utils.decode_dss_signature(key.sign(papers.pae(kind, body)))
+    r, s = utils.decode_dss_signature(key.sign(attestations.pae(kind, body)))
     assert base64.b64encode(r.to_bytes(32) + s.to_bytes(32)).decode() == (
         "A3JqsQGtVsJ2O2xqrI5IcnXip5GToJ3F+FnZ+O88SjtR6rDAajabZKciJTfUiHqJPcIAriEGAHTVeCUjW2JIZA=="
     )
 
 
 def test_lengths_are_of_bytes_not_of_characters() -> None:
-    assert papers.pae("ä", "ö!".encode()) == "DSSEv1 2 ä 3 ö!".encode()
+    assert attestations.pae("ä", "ö!".encode()) == "DSSEv1 2 ä 3 ö!".encode()
 
 
 def sealed(image: Image) -> dict[str, Any]:
@@ -472,8 +477,8 @@ def sealed(image: Image) -> dict[str, Any]:
     return found
 
 
-def read(document: object) -> papers.Envelope:
-    return papers.Envelope.parse(json.dumps(document).encode())
+def read(document: object) -> attestations.Envelope:
+    return attestations.Envelope.parse(json.dumps(document).encode())
 
 
 def test_an_envelope_holds_for_its_payload_its_type_and_its_key_alone(image: Image) -> None:
@@ -523,11 +528,11 @@ def test_both_alphabets_of_base64_are_read(image: Image) -> None:
 )
 def test_what_is_no_envelope_is_none(data: bytes) -> None:
     with pytest.raises(ValueError, match="not a DSSE envelope"):
-        papers.Envelope.parse(data)
+        attestations.Envelope.parse(data)
 
 
 def test_a_signature_is_the_payload_of_cosign() -> None:
-    payload, annotations = papers.signature(DIGEST, "127.0.0.1:5000/team/verl-rollout", KEY)
+    payload, annotations = attestations.signature(DIGEST, "127.0.0.1:5000/team/verl-rollout", KEY)
     assert json.loads(payload) == {
         "critical": {
             "identity": {"docker-reference": "127.0.0.1:5000/team/verl-rollout"},
@@ -537,20 +542,20 @@ def test_a_signature_is_the_payload_of_cosign() -> None:
         "optional": None,
     }
     assert set(annotations) == {"dev.cosignproject.cosign/signature"}
-    assert papers.signature(DIGEST, "127.0.0.1:5000/team/verl-rollout", KEY) == (
+    assert attestations.signature(DIGEST, "127.0.0.1:5000/team/verl-rollout", KEY) == (
         payload,
         annotations,
     )
 
 
 def test_a_signature_holds_for_one_digest_and_one_key() -> None:
-    payload, annotations = papers.signature(DIGEST, "host/name", KEY)
-    assert papers.signed_digest(payload, annotations, KEY.public) == DIGEST
-    assert papers.signed_digest(payload, annotations, OTHER.public) is None
+    payload, annotations = attestations.signature(DIGEST, "host/name", KEY)
+    assert attestations.signed_digest(payload, annotations, KEY.public) == DIGEST
+    assert attestations.signed_digest(payload, annotations, OTHER.public) is None
     edited = payload.replace(b"1" * 64, b"2" * 64)
-    assert papers.signed_digest(edited, annotations, KEY.public) is None
-    for broken in ({}, {papers.SIGNATURE: ""}, {papers.SIGNATURE: "ä?"}):
-        assert papers.signed_digest(payload, broken, KEY.public) is None
+    assert attestations.signed_digest(edited, annotations, KEY.public) is None
+    for broken in ({}, {attestations.SIGNATURE: ""}, {attestations.SIGNATURE: "ä?"}):
+        assert attestations.signed_digest(payload, broken, KEY.public) is None
 
 
 @pytest.mark.parametrize(
@@ -558,20 +563,20 @@ def test_a_signature_holds_for_one_digest_and_one_key() -> None:
     [b"{}", b"[]", b"text", b'{"critical": {"type": "another", "image": {}}}'],
 )
 def test_something_else_that_the_key_has_signed_vouches_for_no_image(payload: bytes) -> None:
-    annotations = {papers.SIGNATURE: base64.b64encode(KEY.sign(payload)).decode()}
+    annotations = {attestations.SIGNATURE: base64.b64encode(KEY.sign(payload)).decode()}
     with pytest.raises(ValueError, match="no image"):
-        papers.signed_digest(payload, annotations, KEY.public)
+        attestations.signed_digest(payload, annotations, KEY.public)
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl is not installed")
 def test_openssl_accepts_what_is_signed_here(image: Image, tmp_path: Path) -> None:
     (tmp_path / "pub").write_bytes(KEY.public.pem)
     (tmp_path / "other").write_bytes(OTHER.public.pem)
-    payload, annotations = papers.signature(DIGEST, "host/name", KEY)
+    payload, annotations = attestations.signature(DIGEST, "host/name", KEY)
     envelope = read(sealed(image))
     signed = {
-        payload: base64.b64decode(annotations[papers.SIGNATURE]),
-        papers.pae(envelope.kind, envelope.payload): envelope.signatures[0],
+        payload: base64.b64decode(annotations[attestations.SIGNATURE]),
+        attestations.pae(envelope.kind, envelope.payload): envelope.signatures[0],
     }
     for data, signature in signed.items():
         (tmp_path / "data").write_bytes(data)
@@ -583,9 +588,9 @@ def test_openssl_accepts_what_is_signed_here(image: Image, tmp_path: Path) -> No
         assert codes == [0, 1]
 
 
-def test_every_image_of_the_catalog_has_its_papers() -> None:
+def test_every_image_of_the_catalog_has_its_attestations() -> None:
     from images import catalog
 
     for image in catalog.load():
-        components = json.loads(papers.sbom(image, DIGEST))["components"]
+        components = json.loads(attestations.sbom(image, DIGEST))["components"]
         assert len(components) == len(lock.read(image)) + len(base.read(base.LOCK).debs)

@@ -2,7 +2,7 @@
 
 All pure but for reading keys and asking git. The same image, commit and key give the same bytes:
 nothing holds the moment of a run, and signatures are deterministic (RFC 6979). So publishing again
-finds its papers there already.
+finds its attestations there already.
 
 The forms are other people's, so that other people's tools read them: CycloneDX 1.6, in-toto
 Statement v1 with SLSA provenance v1 in a DSSE envelope, and cosign's simple signing.
@@ -66,7 +66,7 @@ DIRTY = "-dirty"  # behind a commit, as 'git describe --dirty' has it
 
 
 @dataclass(frozen=True)
-class Paper:
+class Attestation:
     """One thing that is attached to an image: a file name, what it is, and its bytes."""
 
     name: str
@@ -80,22 +80,25 @@ class Paper:
         return hashlib.sha256(self.data).hexdigest()
 
 
-def papers(
+def attestations(
     image: Image, *, digest: str, report: bytes | None, key: Key | None, commit: str
-) -> list[Paper]:
-    """The papers of an image whose manifest has this digest: report, SBOM and provenance.
+) -> list[Attestation]:
+    """The attestations of an image whose manifest has this digest: report, SBOM and provenance.
 
     An image that is published unproved has no report, and its provenance names none.
 
     Raises:
         Problem: a lock is missing or malformed.
     """
-    found = [] if report is None else [Paper("smoke-report.json", REPORT, REPORT, report)]
-    found.append(Paper("sbom.cdx.json", SBOM, SBOM, sbom(image, digest)))
+    found = [] if report is None else [Attestation("smoke-report.json", REPORT, REPORT, report)]
+    found.append(Attestation("sbom.cdx.json", SBOM, SBOM, sbom(image, digest)))
     statement = provenance(image, digest, found, commit, os.environ)
     if key is None:
-        return [*found, Paper("provenance.json", STATEMENT, STATEMENT, statement)]
-    return [*found, Paper("provenance.dsse.json", STATEMENT, ENVELOPE, envelope(statement, key))]
+        return [*found, Attestation("provenance.json", STATEMENT, STATEMENT, statement)]
+    return [
+        *found,
+        Attestation("provenance.dsse.json", STATEMENT, ENVELOPE, envelope(statement, key)),
+    ]
 
 
 def encoded(document: object) -> bytes:
@@ -227,11 +230,11 @@ def _source(commit: str, environ: Mapping[str, str]) -> dict[str, Any]:
 def provenance(
     image: Image,
     digest: str,
-    byproducts: Sequence[Paper],
+    byproducts: Sequence[Attestation],
     commit: str,
     environ: Mapping[str, str],
 ) -> bytes:
-    """An in-toto statement: what the image with this digest was made from, by whom, and its papers.
+    """An in-toto statement: what the image of this digest was made from, and by whom.
 
     Raises:
         Problem: a lock is missing or malformed.
@@ -270,11 +273,11 @@ def provenance(
                     **builder(environ),
                     "byproducts": [
                         {
-                            "name": paper.name,
-                            "mediaType": paper.media_type,
-                            "digest": {"sha256": paper.sha256},
+                            "name": attestation.name,
+                            "mediaType": attestation.media_type,
+                            "digest": {"sha256": attestation.sha256},
                         }
-                        for paper in byproducts
+                        for attestation in byproducts
                     ],
                 },
             },
@@ -319,7 +322,7 @@ class Key:
     value: ec.EllipticCurvePrivateKey
 
     def sign(self, data: bytes) -> bytes:
-        """A signature in ASN.1: the same of the same bytes, so the same papers every time."""
+        """A signature in ASN.1: the same of the same bytes, so the same attestations every time."""
         return self.value.sign(data, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
 
     @property
