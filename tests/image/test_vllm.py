@@ -106,6 +106,7 @@ def test_a_kernel_is_linked_to_what_wheels_have_under_a_numbered_name_alone(
 ) -> None:
     """FlashInfer's fp8 GEMM asks the linker for -lnvrtc, every kernel for -lcudart."""
     home, file = sealed.env["CUDA_HOME"], "/var/cache/rollout/linked.so"
+    sealed.env["TMPDIR"] = "/var/cache/rollout"  # the root is read-only
     asked = ("-Wl,--no-as-needed", f"-L{home}/lib64", "-lnvrtc", "-lcudart")
     done = sealed.run("gcc", "-shared", "-o", file, "-x", "c", "/dev/null", *asked)
     assert done.returncode == 0, done.stderr
