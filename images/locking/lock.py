@@ -350,6 +350,8 @@ def resolve(image: Image) -> str:
     for release in image.framework.fits if image.framework else ():
         try:
             _ask(image, release_question(question, image, release), forms=("requirements.txt",))
+        except Unanswered:  # which says nothing of the release
+            raise
         except Problem as problem:
             what = f"key 'framework.fits' has {release}, which does not: {problem.sentence}"
             raise Problem(f"{shown(image.path)}: {what}", 2) from None
@@ -395,12 +397,12 @@ def _ask(image: Image, question: Question, forms: Sequence[str] = _FORMS) -> str
             done = host.run(argv, quiet=True, env={**os.environ, **environ}, check=False)
             undated = _UNDATED.search(done.stderr)
             if undated:  # also where something else was taken in its place
-                what = f"gives no upload time of {undated[1]}"
-                raise _unanswered(image, f"{what}, so nobody can say what it had on a day")
-            if any(sign in done.stderr for sign in UNREACHED) and done.returncode:
-                raise _unanswered(image, "cannot be reached; check the network and UV_*/PIP_*")
+                what = f"the package index gives no upload time of {undated[1]}"
+                why = f"{what}, so nobody can say what it had on a day"
+                raise Unanswered(f"{image.reference} cannot be resolved: {why}")
             if done.returncode:
-                raise Problem(f"{image.reference} cannot be resolved: {_reason(done.stderr)}")
+                kind = Unanswered if _unreached(done.stderr) else Problem
+                raise kind(f"{image.reference} cannot be resolved: {_reason(done.stderr)}")
             texts.append((folder / file).read_text(encoding="utf-8"))
     if "pylock.toml" not in forms:
         return texts[-1]
@@ -413,16 +415,13 @@ def _ask(image: Image, question: Question, forms: Sequence[str] = _FORMS) -> str
     return keep_hashes(body, chosen)
 
 
-# What uv says where an index does not answer.
-UNREACHED = ("Failed to fetch", "error sending request")
-
-
-def _unanswered(image: Image, why: str) -> Unanswered:
-    return Unanswered(f"{image.reference} cannot be resolved: the package index {why}")
+def _unreached(stderr: str) -> bool:
+    """Whether uv says that an index does not answer."""
+    return "Failed to fetch" in stderr or "error sending request" in stderr
 
 
 def _reason(stderr: str) -> str:
-    if any(sign in stderr for sign in UNREACHED):
+    if _unreached(stderr):
         return "the package index cannot be reached; check the network and UV_*/PIP_*"
     lines = [line.strip(" ×╰─▶├│") for line in stderr.strip().splitlines()]
     lines = [line for line in lines if not line.startswith("warning: ")]

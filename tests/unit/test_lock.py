@@ -397,6 +397,23 @@ def test_releases_that_are_said_to_fit_are_asked_of_a_resolver(
         lock.resolve(checkout.image({"framework": f'{{ {rest}, fits = ["0.6.0"] }}'}))
 
 
+def test_an_index_that_is_gone_says_nothing_of_a_release(
+    checkout: Checkout, uv: Callable[[Run], list[list[str]]]
+) -> None:
+    """It ends as any question to it ends, so that `prove` goes on with the committed lock."""
+
+    def answer(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        if asked(argv)["requirements.in"] == ["verl[vllm]==0.8.0"]:
+            return subprocess.CompletedProcess(argv, 2, "", UNREACHABLE)
+        return resolves(argv)
+
+    uv(answer)
+    rest = 'name = "verl", version = "0.7.1", resolved-as-of = 2026-03-20, extra = "vllm"'
+    framework = f'{{ {rest}, fits = ["0.8.0"] }}'
+    with pytest.raises(lock.Unanswered, match="the package index cannot be reached"):
+        lock.resolve(checkout.image({"framework": framework}))
+
+
 def test_a_framework_may_take_nothing_from_the_engine(
     checkout: Checkout, uv: Callable[[Run], list[list[str]]]
 ) -> None:
