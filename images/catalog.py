@@ -212,6 +212,22 @@ def text(path: Path, remedy: str) -> str:
         raise Problem(f"{shown(path)} {error}; {remedy}", 2) from None
 
 
+def toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file of ours.
+
+    Raises:
+        Problem: exit code 2 where it is none.
+    """
+    try:
+        return tomllib.loads(report.content(path).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Problem(f"{shown(path)} is not valid TOML: {error}", 2) from None
+    except RecursionError:
+        raise Problem(f"{shown(path)} is nested too deeply", 2) from None
+    except ValueError as error:
+        raise Problem(f"{shown(path)} {error}", 2) from None
+
+
 def quoted(line: str) -> str:
     """A line of a file as an error quotes it: a file may have lines of any length."""
     return repr(line if len(line) <= QUOTED else f"{line[:QUOTED]}…")
@@ -267,14 +283,7 @@ def parse(path: Path) -> Image:
     Raises:
         Problem: exit code 2, naming the file and the key.
     """
-    try:
-        table = tomllib.loads(report.content(path).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Problem(f"{shown(path)} is not valid TOML: {error}", 2) from None
-    except RecursionError:
-        raise Problem(f"{shown(path)} is nested too deeply", 2) from None
-    except ValueError as error:
-        raise Problem(f"{shown(path)} {error}", 2) from None
+    table = toml(path)
     _check_keys(table, _KEYS, path)
     _check_keys(table["smoke"], _SMOKE_KEYS, path, "smoke.")
     _check_keys(table["size"], _SIZE_KEYS, path, "size.")

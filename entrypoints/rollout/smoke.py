@@ -108,10 +108,12 @@ def fault(name: str | None, wanted: Mapping[str, Any]) -> str | None:
     check = FAULTS[plain].check
     if FAULTS[plain].found_by(available(wanted, ANY)) is None:
         raise Problem(f"--inject: {plain} is found by {check}, which this image has not", 2)
-    if "@" in name and plain not in SPOILED:
+    if name == plain:
+        return name
+    if plain not in SPOILED:
         one = ", ".join(SPOILED)
         raise Problem(f"--inject: {plain} is made in no transport; aim one of {one}", 2)
-    if "@" in name and transport not in wanted["refit"]:
+    if transport not in wanted["refit"]:
         hint = _nearest(transport, wanted["refit"])
         raise Problem(f"--inject: this image promises no refit by {transport!r}; {hint}", 2)
     return name

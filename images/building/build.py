@@ -544,6 +544,11 @@ def build(
     return built
 
 
+def command(image: Image, *options: str) -> list[str]:
+    """This station as a command of its own, for who has to build from nothing."""
+    return [sys.executable, "-m", "images.building.build", image.reference, "--no-cache", *options]
+
+
 def record(image: Image, tool: builder.Buildah, built: builder.Built) -> Record:
     """What is recorded of an image that was just built: its layers below our own package.
 

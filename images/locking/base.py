@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,16 +47,11 @@ def reasons(path: Path = PACKAGES) -> dict[str, str]:
     Raises:
         Problem: the file is not TOML, or a package stands there without a reason.
     """
-    try:
-        table = tomllib.loads(catalog.text(path, "restore it from git"))
-    except tomllib.TOMLDecodeError as error:
-        raise Problem(f"{shown(path)} is not valid TOML: {error}", 2) from None
-    except RecursionError:
-        raise Problem(f"{shown(path)} is nested too deeply", 2) from None
+    table = catalog.toml(path)
     for name, reason in table.items():
         if not isinstance(reason, str) or not reason.strip():
             raise Problem(f'{shown(path)}: {name} has no reason; write {name} = "why"', 2)
-    return dict(table)
+    return table
 
 
 _LINE = re.compile(

@@ -102,15 +102,7 @@ def cold_build(image: Image, tool: builder.Buildah) -> dict[str, float]:
     tag = "verl-rollout:measured"
     with leftovers.temporary("measure") as folder:
         # buildah keeps the cache mounts of a Dockerfile below TMPDIR: an empty one, an empty cache.
-        argv = [
-            sys.executable,
-            "-m",
-            "images.building.build",
-            image.reference,
-            "--no-cache",
-            "--tag",
-            tag,
-        ]
+        argv = build.command(image, "--tag", tag)
         env = {**os.environ, "TMPDIR": str(folder)}
         steps: list[tuple[float, str]] = []
         whole = seconds(lambda: steps.extend(_timed(argv, env)))

@@ -43,9 +43,20 @@ def beside(image: Image, what: str) -> Path:
     return kept(image).with_suffix(f".{what}.json")
 
 
+def faults_folder(image: Image) -> Path:
+    """Where the reports of runs with an injected fault are kept."""
+    return kept(image).with_name(f"{image.tag}.faults")
+
+
 def kept_fault(image: Image, fault: str) -> Path:
-    """Where the report of a run with an injected fault is kept."""
-    return kept(image).with_name(f"{image.tag}.faults") / f"{fault}.json"
+    """Where the report of a run with this fault is kept."""
+    return faults_folder(image) / f"{fault}.json"
+
+
+def kept_faults(image: Image, name: str) -> list[Path]:
+    """The kept reports of a fault, wherever it was aimed."""
+    folder = faults_folder(image)
+    return sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}@*.json")])
 
 
 def report_path(image: Image) -> Path:
@@ -315,7 +326,7 @@ def _add_faults(image: Image, faults: Mapping[str, Mapping[str, Any]], *, keep: 
     host.say(f"{image.reference}: each of {len(faults)} faults was found by its own check")
     if keep:
         _keep_faults(image, faults)
-        host.say(f"kept in {shown(kept_fault(image, 'any').parent)}; 'nox -s docs' is next")
+        host.say(f"kept in {shown(faults_folder(image))}; 'nox -s docs' is next")
     return 0
 
 
@@ -353,7 +364,7 @@ def _keep(image: Image, tool: builder.Builder, built: builder.Built) -> None:
     host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
     # Reports of faults and of a second start in other layers say nothing of these.
     beside(image, "warm").unlink(missing_ok=True)
-    shutil.rmtree(kept_fault(image, "any").parent, ignore_errors=True)
+    shutil.rmtree(faults_folder(image), ignore_errors=True)
 
 
 def smoke_options(options: Sequence[str], image: Image) -> tuple[list[str], dict[str, str]]:

@@ -236,15 +236,7 @@ def build_once(image: Image, work: Path, circumstances: Circumstances) -> Outcom
     env = environment(work, circumstances)
     host.say(f"\n{image.reference}: the {circumstances.name} build, from nothing, in {checkout}")
     start = time.perf_counter()
-    argv = [
-        sys.executable,
-        "-m",
-        "images.building.build",
-        image.reference,
-        "--no-cache",
-        "--no-check",
-    ]
-    builder.stream(argv, env, checkout, circumstances.umask)
+    builder.stream(build.command(image, "--no-check"), env, checkout, circumstances.umask)
     seconds = time.perf_counter() - start
     tool = builder.Buildah()
     with storage_of(own):

@@ -113,10 +113,8 @@ def fault_table(images: Sequence[Image]) -> str:
     for name, fault in FAULTS.items():
         shown_on = ["CPU (tests)"] if fault.found_by(on_cpu) else []
         for image in images:
-            for path in sorted(prove.kept_fault(image, name).parent.glob(f"{name}*.json")):
-                plain, transport = aimed(path.stem)
-                if plain != name:
-                    continue
+            for path in prove.kept_faults(image, name):
+                transport = aimed(path.stem)[1]
                 worth = prove.standing_of_fault(image, path.stem)
                 by = f" by {transport}" if transport else ""
                 link = f"[{image.tag}{by}]({path.relative_to(ROOT)})"
