@@ -68,13 +68,21 @@ def letters() -> dict[str, Any]:
     Of Qwen's own kind. transformers takes the class of the model's family, whatever
     tokenizer_config.json names, and from version 5 on that class reads the vocabulary alone.
     """
-    model: dict[str, Any] = {"type": "BPE", "merges": [], "unk_token": None}
-    none = {"dropout": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "merges": [],
+        "unk_token": None,
+        "dropout": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "byte_fallback": False,
+    }
     as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     return tokenizer.content(
         TOKENS,
         (PAD, END, UNKNOWN, TURN),
-        model={**model, **none, "fuse_unk": False, "byte_fallback": False},
+        model=model,
         apart={**as_bytes, "use_regex": False},
         decoder={**as_bytes, "use_regex": False},
     )
