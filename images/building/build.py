@@ -15,14 +15,13 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
 from images import catalog, host
-from images.building import budget, builder, storage
+from images.building import budget, builder, fetching, storage
 from images.building import layers as layers_of
 from images.building.layers import Record, measure
 from images.catalog import BACKENDS, FRAMEWORKS, ROOT, Image, shown
@@ -311,9 +310,10 @@ def inputs(image: Image) -> str:
 # Settings of uv that say where packages come from. The others speak of the host's own projects,
 # folders and files, which do not exist in the build container.
 _TRAVELS = re.compile(
-    "UV_(DEFAULT_INDEX|INDEX(_.*)?|EXTRA_INDEX_URL|FIND_LINKS|NO_INDEX|OFFLINE|INSECURE_HOST|"
-    "HTTP_.*|SYSTEM_CERTS|NATIVE_TLS|CONCURRENT_.*|TORCH_BACKEND)$"
+    "UV_(DEFAULT_INDEX|INDEX(_(URL|STRATEGY))?|EXTRA_INDEX_URL|FIND_LINKS|NO_INDEX|"
+    "CONCURRENT_.*|TORCH_BACKEND)$"
 )
+_BARE = re.compile(r"(?<=://)[^/@\s]+@")  # credentials in an address
 
 
 # A test's: how much later the programs of a build step believe it is, as libfaketime reads it.
@@ -333,15 +333,16 @@ def clock(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def host_env(settings: Mapping[str, str], wheels: bool) -> str:
-    """The host's package settings as a file for the shell in the build container."""
-    inside = {k: v for k, v in settings.items() if not k.startswith("UV_") or _TRAVELS.match(k)}
+def indexes(settings: Mapping[str, str], wheels: bool) -> str:
+    """The names of the host's indexes, as a file for the shell in the build container.
+
+    By them uv finds what it has in its cache; it keeps them without credentials, and so does this.
+    """
+    inside = {k: _BARE.sub("", v) for k, v in settings.items() if _TRAVELS.match(k)}
     # Nor is an index that is a folder of the host one in there.
     local = [k for k, v in inside.items() if "INDEX" in k and re.match(r"([^/]+=)?(/|\.|file:)", v)]
     for name in local:
         del inside[name]
-    if "SSL_CERT_FILE" in inside:
-        inside["SSL_CERT_FILE"] = "/mnt/ca.crt"
     # Folders of the host do not exist in there; their wheels travel in the context.
     links = inside.pop("UV_FIND_LINKS", "").split(",")
     links = [link for link in links if "://" in link and not link.startswith("file:")]
@@ -349,7 +350,12 @@ def host_env(settings: Mapping[str, str], wheels: bool) -> str:
         links.append("/mnt/context/wheels")
     if links:
         inside["UV_FIND_LINKS"] = ",".join(links)
-    return "".join(f"export {k}={shlex.quote(v)}\n" for k, v in sorted(inside.items()))
+    return exports(inside)
+
+
+def exports(values: Mapping[str, str]) -> str:
+    """Variables as a shell reads them from a file."""
+    return "".join(f"export {k}={shlex.quote(v)}\n" for k, v in sorted(values.items()))
 
 
 def _place(source: Path, target: Path) -> None:
@@ -368,11 +374,16 @@ def prepare(
     files: Mapping[str, bytes],
     wheels: Sequence[Path],
     sources: Collection[str] = (),
+    settings: str = "",
 ) -> None:
-    """Lay out a build context. ``sources`` are built, so they stand in a list of their own."""
+    """Lay out a build context. ``sources`` are built, so they stand in a list of their own.
+
+    ``settings`` is what :func:`indexes` gives.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ("tools", "layers", "wheels", "payload"):
+    for name in ("tools", "layers", "wheels", "sources", "payload"):
         (folder / name).mkdir(parents=True)
+    (folder / "indexes.env").write_text(settings, encoding="utf-8")
     (folder / "Dockerfile").write_text(dockerfile, encoding="utf-8")
     for script in (*SCRIPTS, OWN_RULES, LAST):
         _place(script, folder / script.name)
@@ -401,21 +412,6 @@ def own_wheels(locked: Sequence[Locked], find_links: str) -> list[Path]:
         if versions[canonicalize_name(name)] == version:
             found.append(wheel)
     return found
-
-
-@contextmanager
-def _secrets(folder: Path, settings: Mapping[str, str], wheels: bool) -> Iterator[dict[str, Path]]:
-    """The host's settings and CA bundle as files that the builder mounts; removed afterwards."""
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    files = {"host": folder / "host.env", "ca": folder / "ca.crt"}
-    bundle = host.ca_bundle(os.environ)
-    try:
-        files["host"].write_text(host_env(settings, wheels), "utf-8")
-        files["ca"].write_bytes(bundle.read_bytes() if bundle else b"")
-        yield files
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_disk(folder: Path, needed: int = DISK_NEEDED) -> None:
@@ -526,15 +522,16 @@ def build(
         tool.sweep()
         bottom = base_image(tool, cache=cache)
         folder = place / "context"
-        prepare(folder, recipe_text(image, locked), texts, files, wheels, image.sources)
+        told = indexes(settings, bool(wheels)) + exports(clock(os.environ))
+        prepare(folder, recipe_text(image, locked), texts, files, wheels, image.sources, told)
+        here = {canonicalize_name(wheel.name.split("-")[0]) for wheel in wheels}
+        fetching.fetch(locked, image.python, image.sources, here, settings, folder / "sources")
         values = arguments(texts, bottom, files)
-        settings |= clock(os.environ)
         if CLOCK in os.environ:
             host.require(str(_FAKETIME))
             _place(_FAKETIME, folder / "tools" / _FAKETIME.name)
-        with _secrets(place / "secrets", settings, bool(wheels)) as secrets:
-            recipe = builder.Recipe(folder, name, TIMESTAMP, values, secrets, cache=cache)
-            built = tool.inspect(tool.build(recipe))
+        recipe = builder.Recipe(folder, name, TIMESTAMP, values, fetching.cache(), cache=cache)
+        built = tool.inspect(tool.build(recipe))
         if not built:
             raise Problem(f"{tool.name} finished, but {name} is not in its storage")
         storage.remember(tool, everything(image), built.id)

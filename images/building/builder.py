@@ -81,7 +81,7 @@ class Recipe:
     name: str
     timestamp: int  # of every file and of the image itself, in seconds since 1970
     arguments: Mapping[str, str] = field(default_factory=dict)
-    secrets: Mapping[str, Path] = field(default_factory=dict)
+    fetched: Path | None = None  # uv's cache, which steps mount; they have no network
     cache: bool = True
 
 
@@ -160,11 +160,11 @@ def _pairs(flag: str, values: Mapping[str, str]) -> list[str]:
 
 def _common(recipe: Recipe) -> list[str]:
     """What buildah and docker call by the same names."""
-    secrets = {f"id={key},src": str(path) for key, path in recipe.secrets.items()}
+    fetched = ["--build-context", f"fetched={recipe.fetched}"] if recipe.fetched else []
     return [
         *([] if recipe.cache else ["--no-cache"]),
         *_pairs("--build-arg", recipe.arguments),
-        *_pairs("--secret", secrets),
+        *fetched,
         *("--tag", recipe.name, "--file", str(recipe.context / "Dockerfile"), str(recipe.context)),
     ]
 
@@ -183,6 +183,12 @@ CONTAINER = "ROLLOUT_CONTAINER"
 # buildah says of every container which file of mounts it was made with. A build's containers have
 # names of buildah's own, so this is where their owner stands; there is no such file.
 _MARK = "/nonexistent/rollout-build-"
+
+
+def _without_network(uid: int) -> list[str]:
+    """What a command is run by that is to have no network: code of wheels runs as they are built."""
+    # Another user may make namespaces in one of his own alone, which buildah makes for him.
+    return [*(["buildah", "unshare"] if uid else []), "unshare", "--net", "--"]
 
 
 class Buildah(Builder):
@@ -219,8 +225,10 @@ class Buildah(Builder):
     def build_argv(self, recipe: Recipe, file: Path) -> list[str]:
         """The command that builds a recipe, tags the result, and writes its id into a file."""
         return [
+            *_without_network(os.geteuid()),
             *("buildah", "--default-mounts-file", f"{_MARK}{owner.this()}", "bud"),
-            # chroot: the isolation that needs no OCI runtime and works inside a container too.
+            # chroot: the isolation that needs no OCI runtime and works inside a container too. Its
+            # network is that of buildah itself, which has none here.
             *("--isolation", "chroot", "--format", "oci", "--network", "host"),
             # The identity label would put the version of buildah into every image.
             *("--layers", "--timestamp", str(recipe.timestamp), "--identity-label=false"),
@@ -354,7 +362,7 @@ class Docker(Builder):
         return [
             # Not `docker buildx build`: that takes whichever builder a person has chosen, and one
             # in a container of its own does not see this storage.
-            *("docker", "build", "--network", "host", "--provenance=false", "--progress", "plain"),
+            *("docker", "build", "--network", "none", "--provenance=false", "--progress", "plain"),
             *("--build-arg", f"SOURCE_DATE_EPOCH={recipe.timestamp}"),
             # The base is an argument without a default on purpose: it is named by a digest.
             *("--build-arg", "BUILDKIT_DOCKERFILE_CHECK=skip=InvalidDefaultArgInFrom"),

@@ -1,7 +1,8 @@
 """Level R1: every input of an image is pinned by its bytes, and no build step fetches another.
 
-What is fetched is fetched by uv, from a lock with a sha256 for each file, or by apt for the base,
-from a lock likewise. These functions look at the texts that decide it.
+What is fetched is fetched before a build, by uv, from a lock with a sha256 for each file, or by apt
+for the base, from a lock likewise; the steps of a build have no network. These functions look at the
+texts that decide it.
 """
 
 from __future__ import annotations
@@ -48,11 +49,14 @@ def dockerfile(text: str) -> list[str]:
             called = words[:2] == ["sh", "/mnt/context/install"] and len(words) == 3
             if not last and not (called and words[2].isalpha()):
                 found.append(f"RUN {shlex.join(words)}: not a call of a build script")
-            elif re.search(r"--mount=\S*\bfrom=", value):
+            elif re.search(r"--mount=\S*\bfrom=(?!fetched,)", value):
                 what = "a mount from an image that was not made from our locks"
                 found.append(f"RUN … {words[-1]}: {what}")
-            elif last and re.search(r"type=(cache|secret)", value):
-                found.append("RUN … entrypoints: it needs no package, so it gets no way to one")
+            elif re.search(r"type=(cache|secret|ssh)", value):
+                what = "what is fetched is fetched before, and code of wheels may read a mount"
+                found.append(f"RUN … {words[-1]}: {what}")
+            elif last and "from=" in value:
+                found.append("RUN … entrypoints: it needs no package, so it gets none")
     return found
 
 

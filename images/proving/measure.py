@@ -101,9 +101,9 @@ def cold_build(image: Image, tool: builder.Buildah) -> dict[str, float]:
     found["base_seconds"] = seconds(lambda: build.base_image(tool, cache=False))
     tag = "verl-rollout:measured"
     with leftovers.temporary("measure") as folder:
-        # buildah keeps the cache mounts of a Dockerfile below TMPDIR: an empty one, an empty cache.
         argv = build.command(image, "--tag", tag)
-        env = {**os.environ, "TMPDIR": str(folder)}
+        # Files of wheels and what uv unpacked of them: an empty folder, an empty cache.
+        env = {**os.environ, "UV_CACHE_DIR": f"{folder}/cache"}
         steps: list[tuple[float, str]] = []
         whole = seconds(lambda: steps.extend(_timed(argv, env)))
     _run(["buildah", "rmi", tool.local + tag])

@@ -159,6 +159,7 @@ def environment(work: Path, circumstances: Circumstances) -> dict[str, str]:
         # Beside what this host needs, or its packages could not be had.
         "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), circumstances.trace])),
         "XDG_CACHE_HOME": str(own / "cache"),
+        "UV_CACHE_DIR": str(own / "uv"),
         "TMPDIR": str(own / "tmp"),
         "CONTAINERS_STORAGE_CONF": str(own / "storage.conf"),
     }
@@ -229,10 +230,8 @@ def build_once(image: Image, work: Path, circumstances: Circumstances) -> Outcom
     (own / "storage.conf").write_text(storage_conf(own), encoding="utf-8")
     checkout = work / circumstances.checkout
     copy_checkout(checkout)
-    caches = work / "first-own" / "tmp"
     if circumstances.reversed_cache:
-        for cache in caches.glob("buildah-cache*"):
-            turn_around(cache, own / "tmp" / cache.name)
+        turn_around(work / "first-own" / "uv", own / "uv")
     env = environment(work, circumstances)
     host.say(f"\n{image.reference}: the {circumstances.name} build, from nothing, in {checkout}")
     start = time.perf_counter()
