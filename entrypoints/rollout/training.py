@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rollout.checks import Failed, Metrics
-from rollout.frameworks import LOST, STALE, Framework, FrameworkError, Step, Tampering
+from rollout.frameworks import LOST, STALE, Framework, FrameworkError, Refit, Step, Tampering
 from rollout.gauge import Gauge
 
 STEPS = 8  # that have to be right
@@ -96,13 +96,14 @@ def training(run: Run) -> Metrics:
                 metrics["control_divergence"] = max(one.divergence for one in seen)
                 if not step.divergence <= BOUND or len(seen) == CONTROLS:
                     break
+        refits = framework.refits()  # a framework that was stopped has left no file
     except FrameworkError as error:
         if len(right) < STEPS or seen:
             raise Failed(str(error), metrics) from None
         raise Failed(f"control: with a tensor left out {error}", metrics) from None
     finally:
         framework.stop()
-    _judge(run, right, seen, metrics)
+    _judge(run, right, seen, refits, metrics)
     return {key: metrics[key] for key in TELLING if key in metrics} | metrics
 
 
@@ -142,8 +143,13 @@ def _agrees(step: Step, number: int, metrics: Metrics) -> None:
         )
 
 
-def _judge(run: Run, right: Sequence[Step], seen: Sequence[Step], metrics: Metrics) -> None:
-    refits = run.framework.refits()
+def _judge(
+    run: Run,
+    right: Sequence[Step],
+    seen: Sequence[Step],
+    refits: Sequence[Refit],
+    metrics: Metrics,
+) -> None:
     metrics["refits"] = len(refits)
     metrics["refit_tensors"] = refits[0].tensors if refits else 0
     metrics["refit_bytes"] = refits[0].bytes if refits else 0

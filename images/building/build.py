@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import sys
+import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +35,11 @@ BUILD = ROOT / "build"
 ENTRYPOINTS = ROOT / "entrypoints" / "rollout"
 # The script of every step that installs and what it reads, in the context under these names; and
 # the script of the last step, which decides no other layer.
-SCRIPTS = [ROOT / "images" / "base" / name for name in ("install", "prune", "prune.toml")]
+ORDER = ROOT / "images" / "base" / "order.toml"
+SCRIPTS = [
+    *(ROOT / "images" / "base" / name for name in ("install", "prune", "prune.toml", "owners")),
+    ORDER,
+]
 OWN_RULES = ROOT / "images" / "base" / "prune-framework.toml"  # for the layer of that name alone
 LAST = ROOT / "images" / "base" / "entrypoints"
 BASE_DOCKERFILE = ROOT / "images" / "base" / "Dockerfile"
@@ -388,13 +393,15 @@ def prepare(
     for script in (*SCRIPTS, OWN_RULES, LAST):
         _place(script, folder / script.name)
     _place(Path(host.uv()), folder / "tools" / "uv")
+    last = tomllib.loads(ORDER.read_text("utf-8"))
     for name, text in texts.items():
-        entries = lock.parse(text, folder)
-        for kind, built in (("wheels", False), ("sources", True)):
-            lines = [entry.text for entry in entries if (entry.name in sources) is built]
-            if lines:
-                path = folder / "layers" / f"{name}.{kind}.txt"
-                path.write_text("".join(lines), encoding="utf-8")
+        lists: dict[str, list[str]] = {}
+        for entry in lock.parse(text, folder):
+            kind = "sources" if entry.name in sources else "wheels"
+            lists.setdefault("last" if entry.name in last else kind, []).append(entry.text)
+        for kind, lines in lists.items():
+            path = folder / "layers" / f"{name}.{kind}.txt"
+            path.write_text("".join(lines), encoding="utf-8")
     for name, data in files.items():
         path = folder / "payload" / name
         path.parent.mkdir(parents=True, exist_ok=True)

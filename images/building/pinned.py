@@ -46,15 +46,16 @@ def dockerfile(text: str) -> list[str]:
         if name == "RUN":
             words = [w for w in shlex.split(value) if not w.startswith("--mount=")]
             last = words == ["sh", "/mnt/context/entrypoints"]
+            step = words[-1].rpartition("/")[2]
             called = words[:2] == ["sh", "/mnt/context/install"] and len(words) == 3
             if not last and not (called and words[2].isalpha()):
                 found.append(f"RUN {shlex.join(words)}: not a call of a build script")
             elif re.search(r"--mount=\S*\bfrom=(?!fetched,)", value):
                 what = "a mount from an image that was not made from our locks"
-                found.append(f"RUN … {words[-1]}: {what}")
+                found.append(f"RUN … {step}: {what}")
             elif re.search(r"type=(cache|secret|ssh)", value):
                 what = "what is fetched is fetched before, and code of wheels may read a mount"
-                found.append(f"RUN … {words[-1]}: {what}")
+                found.append(f"RUN … {step}: {what}")
             elif last and "from=" in value:
                 found.append("RUN … entrypoints: it needs no package, so it gets none")
     return found

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from images import catalog, host
-from images.building import budget, build, builder
+from images.building import budget, build, builder, fetching
 from images.building.contents import Summary
 from images.building.layers import Layer, Measured, Record
 from images.catalog import Image
@@ -341,7 +341,7 @@ def own(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Path:
     (checkout.root / "entrypoints/backends").mkdir(parents=True)
     for name in ("cli.py", "backends/vllm.py", "backends/notes.txt"):
         (checkout.root / "entrypoints" / name).write_text(f"# {name}\n")
-    scripts = [checkout.root / name for name in ("install", "prune", "prune.toml")]
+    scripts = [checkout.root / script.name for script in build.SCRIPTS]
     for script in scripts:
         script.write_text("#!/bin/sh\n")
     monkeypatch.setattr(build, "ENTRYPOINTS", checkout.root / "entrypoints")
@@ -369,7 +369,7 @@ def test_there_is_an_argument_for_each_layer_and_the_base(checkout: Checkout) ->
     assert values["BASE"] == "base:1"
 
 
-@pytest.mark.parametrize("name", ["install", "prune", "prune.toml"])
+@pytest.mark.parametrize("name", [script.name for script in build.SCRIPTS])
 def test_a_byte_of_what_a_step_runs_changes_every_layer(
     checkout: Checkout, own: Path, name: str
 ) -> None:
@@ -563,18 +563,42 @@ def test_what_a_file_says_of_fp8_and_libraries_is_in_the_image(checkout: Checkou
 
 def exported(settings: Mapping[str, str], *, wheels: bool = False) -> dict[str, str]:
     """The settings as the shell in the build container reads them."""
-    words = shlex.split(build.host_env(settings, wheels))
+    words = shlex.split(build.indexes(settings, wheels))
     assert words[::2] == ["export"] * (len(words) // 2)
     return dict(word.split("=", 1) for word in words[1::2])
 
 
-def test_settings_reach_the_build_whatever_is_in_them() -> None:
-    settings = {"UV_DEFAULT_INDEX": "https://u:p$w'd@mirror.example/a b", "no_proxy": "*"}
+def test_the_steps_know_the_indexes_by_name_whatever_is_in_it() -> None:
+    settings = {
+        "UV_DEFAULT_INDEX": "https://mirror.example/a b$c'd",
+        "UV_INDEX": "a=https://x/ https://y/",
+    }
     assert exported(settings) == settings
 
 
-def test_a_ca_bundle_of_the_host_is_the_mounted_one() -> None:
-    assert exported({"SSL_CERT_FILE": "/home/me/ca.pem"}) == {"SSL_CERT_FILE": "/mnt/ca.crt"}
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("no_proxy", "https_proxy", "SSL_CERT_FILE", "UV_SYSTEM_CERTS", "UV_HTTP_TIMEOUT"),
+        *("UV_INDEX_MINE_USERNAME", "UV_INDEX_MINE_PASSWORD", "UV_INSECURE_HOST", "NETRC"),
+    ],
+)
+def test_the_steps_know_no_way_to_an_index_and_no_credentials(name: str) -> None:
+    assert exported({name: "x"}) == {}
+
+
+@pytest.mark.parametrize("login", ["me:secret@", "token@", "me:p%40ss@"])
+def test_an_index_has_no_credentials_in_its_name(login: str) -> None:
+    settings = {
+        "UV_DEFAULT_INDEX": f"https://{login}mirror.example/simple",
+        "UV_INDEX": f"a=https://{login}one.example/ https://{login}two.example/",
+        "UV_FIND_LINKS": f"https://{login}three.example/x",
+    }
+    assert exported(settings) == {
+        "UV_DEFAULT_INDEX": "https://mirror.example/simple",
+        "UV_INDEX": "a=https://one.example/ https://two.example/",
+        "UV_FIND_LINKS": "https://three.example/x",
+    }
 
 
 def test_the_hosts_cache_is_not_the_builds() -> None:
@@ -612,11 +636,6 @@ def test_the_clock_of_a_build_is_the_hosts_unless_a_test_asks_for_another() -> N
     found = build.clock({build.CLOCK: "+25h"})
     assert found["FAKETIME"] == "+25h"
     assert found["LD_PRELOAD"].startswith("/mnt/context/tools/libfaketime")
-
-
-def test_a_clock_reaches_the_steps_of_a_build() -> None:
-    turned = build.clock({build.CLOCK: "+25h"})
-    assert exported(turned) == turned
 
 
 def test_too_little_disk_is_said_with_numbers_and_place(
@@ -660,8 +679,7 @@ class Looks:
             "recipe": recipe,
             "files": files,
             "context": {p: p.read_bytes() for p in recipe.context.rglob("*") if p.is_file()},
-            "secrets": {key: path.read_text() for key, path in recipe.secrets.items()},
-            "modes": {path.parent.stat().st_mode & 0o777 for path in recipe.secrets.values()},
+            "settings": (recipe.context / "indexes.env").read_text(),
         }
         if self.interrupted:
             raise KeyboardInterrupt
@@ -695,14 +713,24 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What is fetched, without an index."""
+    made: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(fetching, "fetch", lambda *arguments: made.append(arguments))
+    return made
+
+
+@pytest.fixture
 def image(
     checkout: Checkout,
     monkeypatch: pytest.MonkeyPatch,
+    fetched: list[tuple[Any, ...]],
     checked: list[tuple[Any, ...]],  # noqa: ARG001 - there are no layers to look at
 ) -> Image:
     """An image, on a host with an index of its own, credentials and a CA bundle."""
     monkeypatch.setattr(build, "base_image", lambda *_, **__: "localhost/base:1")
     monkeypatch.setattr(build, "check_disk", lambda *_: None)
+    assert fetched == []
     (checkout.root / "uv").write_text("uv")
     (checkout.root / "ca.pem").write_text("the company's root")
     monkeypatch.setattr(host, "uv", lambda: str(checkout.root / "uv"))
@@ -713,37 +741,74 @@ def image(
     return checkout.image()
 
 
-def test_a_build_mounts_the_hosts_settings_and_keeps_them_out_of_the_context(image: Image) -> None:
+def test_a_build_gets_the_files_and_neither_credentials_nor_certificates(image: Image) -> None:
     tool = Fake()
     build.build(image, tool)
     seen = tool.seen
-    assert "xyzzy-password" in seen["secrets"]["host"]
-    assert seen["secrets"]["ca"] == "the company's root"
-    assert seen["modes"] == {0o700}, "nobody else on this host reads the credentials"
+    assert "export UV_DEFAULT_INDEX=https://mirror.example/simple\n" in seen["settings"]
     for path, data in seen["context"].items():
         assert b"xyzzy-password" not in data, path
         assert b"the company's root" not in data, path
     assert "layers/nvidia.wheels.txt" in seen["files"]
-    assert {"install", "prune", "prune.toml", "entrypoints"} <= {
+    assert {script.name for script in (*build.SCRIPTS, build.LAST)} <= {
         path.name for path in seen["context"]
     }
     assert seen["recipe"].name == "localhost/verl-rollout:vllm-0.12"
     assert seen["recipe"].timestamp == build.TIMESTAMP
     assert seen["recipe"].arguments["BASE"] == "localhost/base:1"
+    assert seen["recipe"].fetched == fetching.cache()
+
+
+def test_the_files_are_fetched_with_the_hosts_credentials_before_anything_is_built(
+    image: Image, fetched: list[tuple[Any, ...]]
+) -> None:
+    tool = Fake()
+    build.build(image, tool)
+    [(entries, python, sources, here, settings, folder)] = fetched
+    assert (entries, python, set(sources), here) == (lock.read(image), "3.11", set(), set())
+    assert settings["UV_DEFAULT_INDEX"] == "https://me:xyzzy-password@mirror.example/simple"
+    assert folder == tool.seen["recipe"].context / "sources"
+
+
+def test_nothing_is_built_of_files_that_cannot_be_had(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> None:
+        raise Problem("the index does not answer")
+
+    monkeypatch.setattr(fetching, "fetch", gone)
+    tool = Fake()
+    with pytest.raises(Problem, match="the index does not answer"):
+        build.build(image, tool)
+    assert tool.seen == {}
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_a_build_leaves_no_settings_behind(image: Image, interrupted: bool) -> None:
+def test_a_build_leaves_no_credentials_behind(image: Image, interrupted: bool) -> None:
     tool = Fake(interrupted=interrupted)
     if interrupted:
         with pytest.raises(KeyboardInterrupt):
             build.build(image, tool)
     else:
         build.build(image, tool)
-    assert tool.seen["secrets"]
     left = [p for p in build.BUILD.rglob("*") if p.is_file()]
     assert [p for p in left if b"xyzzy-password" in p.read_bytes()] == []
-    assert [p for p in build.BUILD.rglob("*") if p.name == "secrets"] == []
+
+
+def test_what_lies_over_other_files_is_in_a_list_of_its_own(
+    checkout: Checkout, tmp_path: Path
+) -> None:
+    """Installed at once with the others, its files would be there or not as it happens."""
+    versions = WHOLE | {"nvidia-cutlass-dsl-libs-cu13": "4"}
+    image = checkout.image(versions=versions)
+    texts = build.layers(lock.read(image), image.engine, image.sources)
+    build.prepare(tmp_path / "context", "FROM x\n", texts, {}, [])
+    lists = tmp_path / "context/layers"
+    names = {path.name: path.read_text() for path in lists.iterdir()}
+    assert "nvidia-cutlass-dsl-libs-cu13" in names["dependencies.last.txt"]
+    assert "nvidia-cutlass-dsl-libs-cu13" not in names["dependencies.wheels.txt"]
+    assert "ray" in names["dependencies.wheels.txt"]
+    assert [name for name in names if "last" in name] == ["dependencies.last.txt"]
 
 
 def test_a_build_without_its_image_is_a_failure(
@@ -788,8 +853,8 @@ def test_docker_gives_no_layers_to_be_held_against_a_budget(
 def test_a_build_has_the_hosts_own_clock(image: Image) -> None:
     tool = Fake()
     build.build(image, tool)
-    assert "FAKETIME" not in tool.seen["secrets"]["host"]
-    assert "LD_PRELOAD" not in tool.seen["secrets"]["host"]
+    assert "FAKETIME" not in tool.seen["settings"]
+    assert "LD_PRELOAD" not in tool.seen["settings"]
     assert not [name for name in tool.seen["files"] if "faketime" in name]
 
 
@@ -804,8 +869,8 @@ def test_a_build_with_a_turned_clock_has_what_turns_it(
     monkeypatch.setenv(build.CLOCK, "+25h")
     tool = Fake()
     build.build(image, tool)
-    assert "export FAKETIME=+25h\n" in tool.seen["secrets"]["host"]
-    preloaded = re.search(r"LD_PRELOAD=/mnt/context/(\S+)", tool.seen["secrets"]["host"])
+    assert "export FAKETIME=+25h\n" in tool.seen["settings"]
+    preloaded = re.search(r"LD_PRELOAD=/mnt/context/(\S+)", tool.seen["settings"])
     assert preloaded
     assert tool.seen["context"][tool.seen["recipe"].context / preloaded[1]] == b"turns clocks"
     assert required == [str(library)]

@@ -26,12 +26,12 @@ RECIPE = Recipe(
     "localhost/verl-rollout:toy",
     1686355200,
     {"TORCH": "2", "BASE": "b:1"},
-    {"host": Path("/secrets/host.env"), "ca": Path("/secrets/ca.crt")},
+    Path("/fetched"),
 )
 # What both take, in one order whatever the order of the mappings.
 COMMON = [
     *("--build-arg", "BASE=b:1", "--build-arg", "TORCH=2"),
-    *("--secret", "id=ca,src=/secrets/ca.crt", "--secret", "id=host,src=/secrets/host.env"),
+    *("--build-context", "fetched=/fetched"),
     *("--tag", "localhost/verl-rollout:toy", "--file", "/context/Dockerfile", "/context"),
 ]
 COMMAND = Command(
@@ -42,10 +42,22 @@ OPTIONS = [
 ]
 
 
-def test_buildah_builds_with_one_timestamp_and_no_trace_of_itself() -> None:
+@pytest.mark.parametrize(
+    ("uid", "isolated"),
+    [
+        (0, ["unshare", "--net", "--"]),
+        (1000, ["buildah", "unshare", "unshare", "--net", "--"]),
+    ],
+    ids=["root", "another user"],
+)
+def test_buildah_builds_with_one_timestamp_no_network_and_no_trace_of_itself(
+    monkeypatch: pytest.MonkeyPatch, uid: int, isolated: list[str]
+) -> None:
+    monkeypatch.setattr(builder.os, "geteuid", lambda: uid)
     argv = Buildah().build_argv(RECIPE, Path("/id"))
     mark = f"/nonexistent/rollout-build-{owner.this()}"
     assert argv == [
+        *isolated,
         *("buildah", "--default-mounts-file", mark, "bud"),
         *("--isolation", "chroot", "--format", "oci", "--network", "host"),
         *("--layers", "--timestamp", "1686355200", "--identity-label=false"),
@@ -61,6 +73,7 @@ def test_docker_builds_the_same_dockerfile_with_the_same_timestamp() -> None:
         assert argv[-len(COMMON) :] == COMMON
         assert "SOURCE_DATE_EPOCH=1686355200" in argv
         assert "--provenance=false" in argv, "provenance records who built it, and when"
+        assert argv[argv.index("--network") + 1] == "none"
     assert "type=docker" in plain
     assert "type=docker,rewrite-timestamp=true,dest=/scratch/image.tar" in archive
 

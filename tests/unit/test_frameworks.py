@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rollout import frameworks
+from rollout import frameworks, training
 from rollout.frameworks import LOST, STALE, FrameworkError, Tampering, processes, tiny, verl
 from rollout.frameworks import __main__ as importer
 from rollout.frameworks import verl_hook as hook
@@ -383,6 +383,45 @@ def test_what_ran_is_what_the_worker_said(started: list[verl.Framework], tmp_pat
     assert (framework.version, framework.path) == ("9.9", "/elsewhere/verl")
     assert framework.sender == "a.B.c"
     assert framework.refits() == [frameworks.Refit(1, 51, 9, "")]
+    framework.stop()
+    assert framework.refits() == [], "a check that asks now learns nothing of what was sent"
+
+
+SOUND = """\
+import json, os, sys, time
+from pathlib import Path
+since = int(os.environ["ROLLOUT_VERL_SINCE"])
+for number in range(1, 12):
+    lost = "lm_head.weight" if number >= since else ""
+    record = {{"number": number, "tensors": 51, "bytes": 9, "left_out": lost}}
+    worker = {{"sender": "a.B.c", "version": "9.9", "path": "/elsewhere/verl/__init__.py"}}
+    with open(os.environ["ROLLOUT_VERL_REFITS"], "a") as file:
+        file.write(json.dumps(record | worker) + "\\n")
+    data = {{
+        "critic/score/mean": number / 12,
+        "training/rollout_probs_diff_mean": 0.04 if lost else 0.0001,
+        "perf/time_per_step": 1.0,
+    }}
+    with open(os.environ["VERL_FILE_LOGGER_PATH"], "a") as file:
+        file.write(json.dumps({{"step": number, "data": data}}) + "\\n")
+time.sleep(600)
+"""
+
+
+def test_a_sound_run_passes_the_check_with_the_adapter_that_is_in_the_image(
+    started: list[verl.Framework], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its first step to the end of its files: what either forgets, no image could pass."""
+    monkeypatch.setattr(sys.modules[__name__], "MAIN", SOUND)
+    framework = verl.Framework("vllm", checkout(tmp_path))
+    started.append(framework)
+    run = training.Run(framework, lambda: 7 << 30, 1 << 37, interval=3600)
+    metrics = training.training(run)
+    assert (metrics["steps"], metrics["refit_tensors"]) == (8, 51)
+    assert metrics["left_out"] == "lm_head.weight"
+    assert metrics["divergence"] == 0.0001
+    assert metrics["control_divergence"] == 0.04
+    assert not Path(framework.path).is_relative_to(tmp_path), "what ran is what the worker said"
 
 
 def test_what_hangs_is_not_waited_for(started: list[verl.Framework], tmp_path: Path) -> None:

@@ -15,10 +15,7 @@ from ..conftest import Checkout, sha256
 
 IMAGES = catalog.load()
 INSTALL = build.SCRIPTS[0].read_text(encoding="utf-8")
-MOUNTS = (
-    "--mount=type=bind,target=/mnt/context --mount=type=cache,id=verl-rollout-uv,target=/mnt/cache "
-    "--mount=type=secret,id=host,target=/mnt/host.env"
-)
+MOUNTS = "--mount=type=bind,target=/mnt/context --mount=type=bind,from=fetched,target=/mnt/cache,rw"
 # In pieces, or tests/unit/test_static.py would find this file.
 MOVING = "lat" + "est"
 UPGRADE = "up" + "grade"
@@ -137,15 +134,28 @@ def test_a_step_that_is_no_call_of_the_install_script_is_found(mounts: str, comm
     assert found[0].endswith(": not a call of a build script")
 
 
+@pytest.mark.parametrize("step", ["install torch", "entrypoints"])
 @pytest.mark.parametrize(
-    "mount", ["type=cache,target=/mnt/cache", "type=secret,id=host", "target=/x,type=cache"]
+    "mount",
+    [
+        *("type=cache,target=/mnt/cache", "target=/x,type=cache"),
+        *("type=secret,id=host", "type=secret,id=ca,target=/mnt/ca.crt", "type=ssh"),
+    ],
 )
-def test_a_way_to_a_package_in_the_step_of_our_own_files_is_found(mount: str) -> None:
-    step = "sh /mnt/context/entrypoints"
-    text = DOCKERFILE.replace(step, f"--mount={mount} {step}")
+def test_a_way_to_an_index_or_a_secret_is_found_in_every_step(step: str, mount: str) -> None:
+    """Code of wheels runs in a step, and reads what is mounted there."""
+    command = f"sh /mnt/context/{step}"
+    text = DOCKERFILE.replace(command, f"--mount={mount} {command}")
+    name = step.rpartition(" ")[2]
     assert pinned.dockerfile(text) == [
-        "RUN … entrypoints: it needs no package, so it gets no way to one"
+        f"RUN … {name}: what is fetched is fetched before, and code of wheels may read a mount"
     ]
+
+
+def test_fetched_packages_in_the_step_of_our_own_files_are_found() -> None:
+    step = "sh /mnt/context/entrypoints"
+    text = DOCKERFILE.replace(step, f"--mount=type=bind,from=fetched,target=/mnt/cache {step}")
+    assert pinned.dockerfile(text) == ["RUN … entrypoints: it needs no package, so it gets none"]
 
 
 def test_files_of_another_image_in_a_mount_are_found() -> None:

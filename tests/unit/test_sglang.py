@@ -1153,9 +1153,13 @@ def test_a_server_says_what_a_trainer_reads_of_it(web: sglang.Server, scheduler:
 
 
 def test_a_server_reads_a_checkpoint_and_not_dummy_weights(
-    web: sglang.Server, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+    web: sglang.Server, scheduler: Scheduler, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sglang, "write", lambda _, __, folder: (folder / "x").write_text("four"))
+    def write(_: object, started: Path, folder: Path) -> int:
+        assert started == model, "the config of a checkpoint is the model's"
+        return (folder / "x").write_text("four")
+
+    monkeypatch.setattr(sglang, "write", write)
     scheduler.busy = 2
     assert web.refit(tensors(4), "disk") == 4
     ((body, files),) = scheduler.loaded

@@ -56,6 +56,8 @@ class Paper:
         raise FrameworkError(f"paper 1.0 ended after {len(self.seen)} steps: no more paper")
 
     def refits(self) -> list[Refit]:
+        if self.stopped:
+            return []
         count = len(self.seen) if self.refit is None else self.refit
         since = self.tampering.since if self.tampering else 0
         lost = [self.left_out if number >= since else "" for number in range(1, count + 1)]

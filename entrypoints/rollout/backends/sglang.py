@@ -339,7 +339,8 @@ class Server(Remote, Engine):
         self._tags = "tags" in {field.name for field in fields(ReleaseMemoryOccupationReqInput)}
         options = arguments(model, dummy=dummy, level=level, gpus=gpus) | {"nccl_port": free_port()}
         given = {name: value for name, value in options.items() if name in known}
-        self._gpus, self._log, self._asleep = gpus, log_file(), set()
+        self._model, self._gpus, self._log = model, gpus, log_file()
+        self._asleep = set()
         try:
             self._server = Http(flags(given), self._log, {})
             self._server.wait("/health")

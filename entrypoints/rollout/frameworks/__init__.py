@@ -74,7 +74,7 @@ class Framework(Protocol):
         """
 
     def refits(self) -> list[Refit]:
-        """The refits made up to now."""
+        """The refits made up to now; none once it is stopped, for then its files are gone."""
 
     def stop(self) -> None:
         """End it with all that it started, and leave no file; harmless when called twice."""
