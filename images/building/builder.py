@@ -186,7 +186,7 @@ _MARK = "/nonexistent/rollout-build-"
 
 
 def _without_network(uid: int) -> list[str]:
-    """What a command is run by that is to have no network: code of wheels runs as they are built."""
+    """What a command without a network is run by: code of wheels runs as they are built."""
     # Another user may make namespaces in one of his own alone, which buildah makes for him.
     return [*(["buildah", "unshare"] if uid else []), "unshare", "--net", "--"]
 

@@ -1,8 +1,8 @@
 """Level R1: every input of an image is pinned by its bytes, and no build step fetches another.
 
-What is fetched is fetched before a build, by uv, from a lock with a sha256 for each file, or by apt
-for the base, from a lock likewise; the steps of a build have no network. These functions look at the
-texts that decide it.
+What is fetched is fetched before a build: by uv, from a lock with a sha256 for each file, and by
+apt for the base, from a lock likewise. The steps of a build have no network. These functions look
+at the texts that decide it.
 """
 
 from __future__ import annotations
