@@ -1,6 +1,7 @@
 """First station: the catalog, one TOML file for each released image.
 
-``images/catalog/<repository>/<tag>.toml`` is the only hand-written place for a version. Parsing is
+``images/catalog/<repository>/<tag>.toml`` is the only hand-written place for a version, with the
+fragments that it takes by name (``use``): what several images say alike stands there once. Parsing is
 strict, because a key that is silently ignored is a setting that somebody believes to be in force.
 """
 
@@ -23,6 +24,7 @@ from rollout.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 CATALOG = ROOT / "images" / "catalog"
+FRAGMENTS = "fragments"  # the folder of the catalog that holds no images
 DEFAULT = "verl-rollout:transformers-cpu"
 BACKENDS = ("vllm", "sglang", "tensorrt-llm", "transformers")
 FRAMEWORKS = ("verl",)  # whose adapter is in entrypoints/rollout/frameworks
@@ -138,7 +140,7 @@ class Image:
 
     @property
     def dockerfile(self) -> Path:
-        return ROOT / "images" / self.backend / "Dockerfile"
+        return ROOT / "images" / "recipes" / "Dockerfile"
 
 
 # Key -> (type in TOML, required). Tables are checked by the functions below.
@@ -182,6 +184,7 @@ _SIZE_KEYS: dict[str, tuple[type, bool]] = {
     "compressed": (str, True),
     "largest-layer": (str, True),
 }
+_TABLE_KEYS = {"framework": _FRAMEWORK_KEYS, "smoke": _SMOKE_KEYS, "size": _SIZE_KEYS}
 _UNITS = {"MB": 10**6, "GB": 10**9}
 _TYPE_NAMES = {
     str: "a string",
@@ -233,8 +236,70 @@ def quoted(line: str) -> str:
     return repr(line if len(line) <= QUOTED else f"{line[:QUOTED]}…")
 
 
+def whole(path: Path) -> dict[str, Any]:
+    """A catalog file with its fragments.
+
+    Lists of requirements are joined, the fragments' first. Every other key may be said once.
+
+    Raises:
+        Problem: exit code 2, naming the file and the key.
+    """
+    found: dict[str, Any] = {}
+    _take(path, path.parent.parent / FRAGMENTS, found, {}, set())
+    return found
+
+
+def _take(
+    path: Path, fragments: Path, found: dict[str, Any], said: dict[str, str], taken: set[str]
+) -> None:
+    """Add a file to a table, the fragments that it uses before it, each of them once."""
+    table = toml(path)
+    names = table.pop("use", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise Problem(f"{shown(path)}: key 'use' must be a list of fragments' names", 2)
+    for name in names:
+        if name in taken:
+            continue
+        taken.add(name)
+        place = fragments / f"{name}.toml"
+        if "/" in name or not place.is_file():
+            known = sorted(fragment.stem for fragment in fragments.glob("*.toml"))
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise Problem(f"{shown(path)}: key 'use' names the fragment {name!r}; {hint}", 2)
+        _take(place, fragments, found, said, taken)
+    _check_keys(table, _KEYS, path, partly=True)
+    for key, keys in _TABLE_KEYS.items():
+        _check_keys(table.get(key, {}), keys, path, f"{key}.", partly=True)
+    _join(found, table, path, said)
+
+
+def _join(
+    table: dict[str, Any], more: Mapping[str, Any], path: Path, said: dict[str, str], prefix: str = ""
+) -> None:
+    """Add the keys of one file to a table; ``said`` are those that are there, with their files."""
+    for key, value in more.items():
+        name = prefix + key
+        if isinstance(value, dict) and isinstance(table.get(key, {}), dict):
+            _join(table.setdefault(key, {}), value, path, said, f"{name}.")
+        elif key == "requirements" and isinstance(value, list) and name in said:
+            table[key] = [*table[key], *value]
+        elif name in said or key in table:
+            # What is a table there has no place of its own.
+            other = said.get(name, "a fragment")
+            raise Problem(f"{shown(path)}: key {name!r} stands in {other} too; say it once", 2)
+        else:
+            table[key] = value
+            said[name] = shown(path)
+
+
 def _check_keys(
-    table: Mapping[str, Any], keys: Mapping[str, tuple[type, bool]], path: Path, prefix: str = ""
+    table: Mapping[str, Any],
+    keys: Mapping[str, tuple[type, bool]],
+    path: Path,
+    prefix: str = "",
+    *,
+    partly: bool = False,
 ) -> None:
     for key, value in table.items():
         if key not in keys:
@@ -246,7 +311,7 @@ def _check_keys(
         if not isinstance(value, kind) or isinstance(value, datetime.datetime):
             raise Problem(f"{shown(path)}: key {prefix + key!r} must be {_TYPE_NAMES[kind]}", 2)
     for key, (_, required) in keys.items():
-        if required and key not in table:
+        if required and not partly and key not in table:
             raise Problem(f"{shown(path)}: key {prefix + key!r} is missing; add it", 2)
 
 
@@ -283,7 +348,7 @@ def parse(path: Path) -> Image:
     Raises:
         Problem: exit code 2, naming the file and the key.
     """
-    table = toml(path)
+    table = whole(path)
     _check_keys(table, _KEYS, path)
     _check_keys(table["smoke"], _SMOKE_KEYS, path, "smoke.")
     _check_keys(table["size"], _SIZE_KEYS, path, "size.")
@@ -358,7 +423,7 @@ def _check_names(image: Image) -> None:
         Problem: exit code 2, naming the file.
     """
     name, tag = image.repository, image.tag
-    if len(name) > 128 or not _REPOSITORY.fullmatch(name):
+    if name == FRAGMENTS or len(name) > 128 or not _REPOSITORY.fullmatch(name):
         what = f"the folder {name!r} is no name of a repository; use a-z, 0-9 and single . _ -"
         raise Problem(f"{shown(image.path)}: {what}", 2)
     if not _TAG.fullmatch(tag):
@@ -489,6 +554,8 @@ def load(catalog: Path = CATALOG) -> list[Image]:
     """
     images: dict[str, Image] = {}
     for path in sorted(catalog.glob("*/*.toml")):
+        if path.parent.name == FRAGMENTS:
+            continue
         image = parse(path)
         # A registry does not tell `Verl:X` from `verl:x`, and some file systems do.
         key = image.reference.lower()

@@ -22,7 +22,7 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 from images import catalog, host
-from images.building import budget, builder, fetching, storage
+from images.building import budget, builder, dockerfile, fetching, storage
 from images.building import layers as layers_of
 from images.building.layers import Record, measure
 from images.catalog import BACKENDS, FRAMEWORKS, ROOT, Image, shown
@@ -35,14 +35,14 @@ BUILD = ROOT / "build"
 ENTRYPOINTS = ROOT / "entrypoints" / "rollout"
 # The script of every step that installs and what it reads, in the context under these names; and
 # the script of the last step, which decides no other layer.
-ORDER = ROOT / "images" / "base" / "order.toml"
+ORDER = ROOT / "images" / "recipes" / "order.toml"
 SCRIPTS = [
-    *(ROOT / "images" / "base" / name for name in ("install", "prune", "prune.toml", "owners")),
+    *(ROOT / "images" / "recipes" / name for name in ("install", "prune", "prune.toml", "owners")),
     ORDER,
 ]
-OWN_RULES = ROOT / "images" / "base" / "prune-framework.toml"  # for the layer of that name alone
-LAST = ROOT / "images" / "base" / "entrypoints"
-BASE_DOCKERFILE = ROOT / "images" / "base" / "Dockerfile"
+OWN_RULES = ROOT / "images" / "recipes" / "prune-framework.toml"  # for the layer of that name alone
+LAST = ROOT / "images" / "recipes" / "entrypoints"
+BASE_DOCKERFILE = ROOT / "images" / "recipes" / "base.Dockerfile"
 BASE = "verl-rollout-base"
 # Layers in the order of the Dockerfiles, from slow to fast changing: images with the same torch
 # share the first ones to the byte.
@@ -180,33 +180,6 @@ def labels(image: Image, locked: Sequence[Locked], lock_sha256: str, bottom: str
     }
 
 
-def without(text: str, empty: Collection[str]) -> str:
-    """A Dockerfile without the paragraphs of layers that hold nothing.
-
-    A step that installs nothing would make a layer all the same, which no name belongs to. What
-    stands in one paragraph with a step (its argument, variables that name its files) goes with it.
-    """
-    arguments = {f"ARG {layer.upper()}" for layer in empty}
-    paragraphs = text.split("\n\n")
-    return "\n\n".join(p for p in paragraphs if not arguments & set(p.splitlines()))
-
-
-def dockerfile(text: str, env: Mapping[str, str], labels: Mapping[str, str]) -> str:
-    """A Dockerfile with the catalog's variables and the labels behind it.
-
-    As one instruction each: given to the builder as options, every label would be a step.
-    """
-    parts = [text.rstrip("\n")]
-    for instruction, values in (("ENV", env), ("LABEL", labels)):
-        if values:
-            quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
-            # A bare dollar sign would name a variable of the build.
-            escaped = {key: value.replace("$", r"\$") for key, value in quoted.items()}
-            pairs = [f"{key}={value}" for key, value in sorted(escaped.items())]
-            parts.append(f"{instruction} " + " \\\n    ".join(pairs))
-    return "\n\n".join(parts) + "\n"
-
-
 LAUNCHER = """#!/opt/rollout/bin/python -I
 from rollout.cli import main
 
@@ -278,22 +251,22 @@ def layer_names(image: Image, locked: Sequence[Locked]) -> list[str]:
 
 
 def recipe_text(image: Image, locked: Sequence[Locked]) -> str:
-    """The Dockerfile of an image as it is built: its backend's, with variables and labels.
-
-    One Dockerfile makes images of several engine versions, not all of which fill every layer.
+    """The Dockerfile as it is rendered for an image, with its variables and labels.
 
     Raises:
-        Problem: exit code 2 where no step installs a layer of the lock: it would be missing.
+        Problem: exit code 2 where it cannot be rendered.
     """
-    stamped = labels(image, locked, host.sha256(image.lock), base_name())
-    filled = layer_names(image, locked)
-    text = without(image.dockerfile.read_text("utf-8"), set(LAYERS) - set(filled))
-    steps = set(re.findall(r"^ARG (\w+)$", text, flags=re.MULTILINE))
-    lost = [name for name in filled[1:] if name.upper() not in steps]
-    if lost:
-        what = f"no step installs the layer {lost[0]!r} of {shown(image.lock)}"
-        raise Problem(f"{shown(image.dockerfile)}: {what}; add its paragraph", 2)
-    return dockerfile(text, variables(image, locked), stamped)
+    found = labels(image, locked, host.sha256(image.lock), base_name())
+    return dockerfile.stamped(_steps(image, locked), variables(image, locked), found)
+
+
+def _steps(image: Image, locked: Sequence[Locked]) -> str:
+    try:
+        return dockerfile.steps(
+            image.dockerfile.read_text("utf-8"), layer_names(image, locked)[1:-1]
+        )
+    except ValueError as error:
+        raise Problem(f"{shown(image.dockerfile)}: {error}", 2) from None
 
 
 def inputs(image: Image) -> str:
@@ -305,11 +278,9 @@ def inputs(image: Image) -> str:
     """
     locked = lock.read(image)
     texts = layers(locked, image.engine, image.sources)
-    empty = (set(LAYERS) - set(layer_names(image, locked))) | {"entrypoints"}
-    text = without(image.dockerfile.read_text("utf-8"), empty)
-    code = "\n".join(line for line in text.splitlines() if line and not line.startswith("#"))
+    code = dockerfile.below(_steps(image, locked))
     values = json.dumps(below(texts, base_name()), sort_keys=True)
-    return digest(values, dockerfile(code, variables(image, locked), {}))
+    return digest(values, dockerfile.stamped(code, variables(image, locked), {}))
 
 
 # Settings of uv that say where packages come from. The others speak of the host's own projects,
@@ -374,7 +345,7 @@ def _place(source: Path, target: Path) -> None:
 
 def prepare(
     folder: Path,
-    dockerfile: str,
+    recipe: str,
     texts: Mapping[str, str],
     files: Mapping[str, bytes],
     wheels: Sequence[Path],
@@ -389,7 +360,7 @@ def prepare(
     for name in ("tools", "layers", "wheels", "sources", "payload"):
         (folder / name).mkdir(parents=True)
     (folder / "indexes.env").write_text(settings, encoding="utf-8")
-    (folder / "Dockerfile").write_text(dockerfile, encoding="utf-8")
+    (folder / "Dockerfile").write_text(recipe, encoding="utf-8")
     for script in (*SCRIPTS, OWN_RULES, LAST):
         _place(script, folder / script.name)
     _place(Path(host.uv()), folder / "tools" / "uv")
@@ -592,10 +563,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--no-cache", action="store_true", help="build every layer anew")
     parser.add_argument("--no-check", action="store_true", help="skip size and hygiene rules")
     parser.add_argument("--tag", default="", help="another name for the result")
+    parser.add_argument("--show", action="store_true", help="print the Dockerfile and build nothing")
     parser.add_argument("--record", action="store_true", help="keep what the layers are")
     given = parser.parse_args(list(arguments))
     images = catalog.load()
     chosen = [catalog.find(ref, images) for ref in given.refs or [catalog.DEFAULT]]
+    if given.show:
+        for image in chosen:
+            sys.stdout.write(recipe_text(image, lock.read(image)))
+        return 0
     tool = builder.detect(given.builder)
     if given.record and (given.tag or not isinstance(tool, builder.Buildah)):
         raise Problem("--record needs buildah and the image's own name: leave out --tag", 2)

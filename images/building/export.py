@@ -3,7 +3,7 @@
 ``nox -s export -- REF --format FORMAT`` writes build/exports/<repository>/<tag>.<format>:
 
 - ``oci``: an archive for Apptainer, podman and docker,
-- ``rootfs``: the files themselves and a launcher (images/launcher) that runs them with util-linux,
+- ``rootfs``: the files themselves and a launcher (images/recipes/launcher) that runs them with util-linux,
 - ``sqsh``: a squashfs file for enroot and pyxis.
 
 Pure functions compute names, arguments and texts; :func:`export` runs them. The same image gives
@@ -35,7 +35,7 @@ from images.host import leftovers
 from rollout.problem import Problem
 
 EXPORTS = ROOT / "build" / "exports"
-LAUNCHER = ROOT / "images" / "launcher"
+LAUNCHER = ROOT / "images" / "recipes" / "launcher"
 # Format -> ending of the file, and the command that makes it.
 FORMATS = {
     "oci": ("oci.tar", "buildah"),

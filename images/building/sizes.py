@@ -121,7 +121,7 @@ def page(images: Sequence[Image]) -> str:
         "# What takes room in each image",
         "",
         f"The {LARGEST} largest folders, uncompressed, with the distribution that each comes with "
-        "and what asked for it. What was taken out, and why, is in images/base/prune.toml.",
+        "and what asked for it. What was taken out, and why, is in images/recipes/prune.toml.",
     ]
     found = recorded(images)
     for image in images:

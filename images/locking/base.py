@@ -1,6 +1,6 @@
 """The base image: Debian 12 packages, locked one by one and joined into one tar.
 
-``relock`` asks Debian which packages the names in ``images/base/packages.toml`` need and writes
+``relock`` asks Debian which packages the names in ``images/recipes/packages.toml`` need and writes
 ``lockfiles/base.lock``; ``fetch`` brings exactly those files; ``make`` joins them into a root file
 system with no network at all. The sha256 in the lock decides what is genuine, so it does not
 matter which mirror a file came from.
@@ -25,7 +25,7 @@ from images.locking.debian import RELOCK, Deb
 from rollout.problem import Problem
 
 LOCK = ROOT / "lockfiles" / "base.lock"
-PACKAGES = ROOT / "images" / "base" / "packages.toml"
+PACKAGES = ROOT / "images" / "recipes" / "packages.toml"
 EPOCH = rootfs.EPOCH
 
 

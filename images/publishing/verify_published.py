@@ -45,7 +45,7 @@ VERSION = "org.opencontainers.image.version"
 LOCK = "rollout.lock.sha256"
 BACKEND, ENGINE, TORCH = "rollout.backend", "rollout.engine.version", "rollout.torch"
 FRAMEWORK, FRAMEWORK_VERSION = "rollout.framework", "rollout.framework.version"
-# Where an image keeps the lock that it was built from (images/base/install).
+# Where an image keeps the lock that it was built from (images/recipes/install).
 LOCK_INSIDE = "opt/rollout/share/rollout/requirements.lock"
 _UNPROVED = 3  # of a Problem that a check raises; any other code is a failure
 # More than any image of ours has. A few bytes may unpack to as many as there is room for.

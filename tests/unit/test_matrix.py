@@ -113,8 +113,8 @@ def test_another_dockerfile_changes_the_images_of_its_backend(clone: Path, image
     "path",
     [
         "lockfiles/base.lock",
-        "images/base/Dockerfile",
-        "images/base/install",
+        "images/recipes/base.Dockerfile",
+        "images/recipes/install",
         "images/building/builder.py",
     ],
 )
@@ -138,7 +138,7 @@ def test_another_installer_changes_them_all(clone: Path) -> None:
 
 
 def test_what_no_layer_is_made_of_changes_none(clone: Path) -> None:
-    for path in ("images/telling/docs.py", "images/building/export.py", "images/launcher"):
+    for path in ("images/telling/docs.py", "images/building/export.py", "images/recipes/launcher"):
         append(clone / path, "\n# another one\n")
     append(clone / matrix.TOOLS, "another-tool==1.0\n")
     assert changed(clone) == []

@@ -1,4 +1,4 @@
-"""images/base/owners: no file of an image depends on which distribution was written last."""
+"""images/recipes/owners: no file of an image depends on which distribution was written last."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from images.catalog import ROOT
 
-OWNERS = ROOT / "images/base/owners"
+OWNERS = ROOT / "images/recipes/owners"
 ORDER = 'over = "made to lie over the others"\n'
 
 
@@ -78,6 +78,6 @@ def test_a_record_is_not_written_where_nothing_changes(tmp_path: Path, other: st
 
 
 def test_every_order_has_its_reason() -> None:
-    rules = tomllib.loads((ROOT / "images/base/order.toml").read_text(encoding="utf-8"))
+    rules = tomllib.loads((ROOT / "images/recipes/order.toml").read_text(encoding="utf-8"))
     assert rules
     assert all(len(reason) > 20 for reason in rules.values())

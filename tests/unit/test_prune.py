@@ -14,8 +14,8 @@ import pytest
 from images.catalog import ROOT
 from rollout import verify
 
-PRUNE = ROOT / "images/base/prune"
-RULES = tomllib.loads((ROOT / "images/base/prune.toml").read_text(encoding="utf-8"))
+PRUNE = ROOT / "images/recipes/prune"
+RULES = tomllib.loads((ROOT / "images/recipes/prune.toml").read_text(encoding="utf-8"))
 CHECKS = {*verify.CHECKS, "smoke"}
 OWN_RULES = '"*/tests/*" = "because; imports"\n"demo/gone.py" = "because; imports"\n'
 ROWS = "demo/kept.py,sha256=a,1\ndemo/gone.py,sha256=b,1\ndemo/tests/test_a.py,sha256=c,1\n"

@@ -189,17 +189,17 @@ def test_a_copy_of_the_checkout_has_what_git_has_and_nothing_that_builds_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "checkout"
-    kept = ["README.md", ".gitignore", "images/base/install", "images/building/build.py"]
+    kept = ["README.md", ".gitignore", "images/recipes/install", "images/building/build.py"]
     put(root, *kept, "build/reports/x.json", ".git/HEAD", ".nox/lint/bin/python")
     put(root, "images/__pycache__/build.pyc", ".mypy_cache/x", "images/.ruff_cache/x")
-    (root / "images/base/install").chmod(0o755)
+    (root / "images/recipes/install").chmod(0o755)
     monkeypatch.setattr(reproduce, "ROOT", root)
     target = tmp_path / "a copy" / "deep"
     reproduce.copy_checkout(target)
     assert [name for name in listed(target) if "_cache" not in name] == sorted(kept)
     assert not [name for name in listed(target / "images") if "cache" in name]
     assert (target / "README.md").read_text() == "README.md"
-    assert (target / "images/base/install").stat().st_mode & 0o777 == 0o755
+    assert (target / "images/recipes/install").stat().st_mode & 0o777 == 0o755
 
 
 def test_a_copy_of_a_worktree_is_no_worktree(

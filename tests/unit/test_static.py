@@ -237,8 +237,8 @@ def test_the_stations_and_dockerfiles_are_looked_at() -> None:
     assert {
         "README.md",
         "images/locking/lock.py",
-        "images/base/Dockerfile",
-        "images/base/install",
+        "images/recipes/base.Dockerfile",
+        "images/recipes/install",
     } <= names
     assert not [name for name in names if name.startswith("images/catalog/")]
     readme = FILES[docs.README]
