@@ -1,8 +1,9 @@
 """First station: the catalog, one TOML file for each released image.
 
 ``images/catalog/<repository>/<tag>.toml`` is the only hand-written place for a version, with the
-fragments that it takes by name (``use``): what several images say alike stands there once. Parsing is
-strict, because a key that is silently ignored is a setting that somebody believes to be in force.
+fragments that it takes by name (``use``): what several images say alike stands there once. Parsing
+is strict, because a key that is silently ignored is a setting that somebody believes to be in
+force.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class Image:
     size: Size
     reproducible: str  # the level of images/proving/reproduce.py that two builds have to reach
     path: Path
+    fragments: tuple[Path, ...] = ()  # the files that it uses, in their order
     # Libraries that something in the image could load and nothing of an engine does, with a reason.
     optional_libraries: Mapping[str, str] = field(default_factory=dict)
     # Distributions that exist as source alone, by their normal names: the image builds them.
@@ -137,6 +139,11 @@ class Image:
     @property
     def lock(self) -> Path:
         return ROOT / "lockfiles" / self.repository / f"{self.tag}.lock"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What an image is made from, of this checkout: what a person writes, and the lock."""
+        return (self.path, *self.fragments, self.lock, self.dockerfile)
 
     @property
     def dockerfile(self) -> Path:
@@ -236,8 +243,8 @@ def quoted(line: str) -> str:
     return repr(line if len(line) <= QUOTED else f"{line[:QUOTED]}…")
 
 
-def whole(path: Path) -> dict[str, Any]:
-    """A catalog file with its fragments.
+def whole(path: Path) -> tuple[dict[str, Any], list[Path]]:
+    """A catalog file with its fragments, and the fragments' own files.
 
     Lists of requirements are joined, the fragments' first. Every other key may be said once.
 
@@ -245,12 +252,13 @@ def whole(path: Path) -> dict[str, Any]:
         Problem: exit code 2, naming the file and the key.
     """
     found: dict[str, Any] = {}
-    _take(path, path.parent.parent / FRAGMENTS, found, {}, set())
-    return found
+    taken: dict[str, Path] = {}
+    _take(path, path.parent.parent / FRAGMENTS, found, {}, taken)
+    return found, list(taken.values())
 
 
 def _take(
-    path: Path, fragments: Path, found: dict[str, Any], said: dict[str, str], taken: set[str]
+    path: Path, fragments: Path, found: dict[str, Any], said: dict[str, str], taken: dict[str, Path]
 ) -> None:
     """Add a file to a table, the fragments that it uses before it, each of them once."""
     table = toml(path)
@@ -260,8 +268,7 @@ def _take(
     for name in names:
         if name in taken:
             continue
-        taken.add(name)
-        place = fragments / f"{name}.toml"
+        place = taken[name] = fragments / f"{name}.toml"
         if "/" in name or not place.is_file():
             known = sorted(fragment.stem for fragment in fragments.glob("*.toml"))
             near = difflib.get_close_matches(name, known, 1)
@@ -275,7 +282,11 @@ def _take(
 
 
 def _join(
-    table: dict[str, Any], more: Mapping[str, Any], path: Path, said: dict[str, str], prefix: str = ""
+    table: dict[str, Any],
+    more: Mapping[str, Any],
+    path: Path,
+    said: dict[str, str],
+    prefix: str = "",
 ) -> None:
     """Add the keys of one file to a table; ``said`` are those that are there, with their files."""
     for key, value in more.items():
@@ -348,7 +359,7 @@ def parse(path: Path) -> Image:
     Raises:
         Problem: exit code 2, naming the file and the key.
     """
-    table = whole(path)
+    table, fragments = whole(path)
     _check_keys(table, _KEYS, path)
     _check_keys(table["smoke"], _SMOKE_KEYS, path, "smoke.")
     _check_keys(table["size"], _SIZE_KEYS, path, "size.")
@@ -380,6 +391,7 @@ def parse(path: Path) -> Image:
         ),
         reproducible=_chosen([table["reproducible"]], LEVELS, path, "reproducible")[0],
         path=path,
+        fragments=tuple(fragments),
         optional_libraries=_strings(
             table.get("optional-libraries", {}), path, "optional-libraries"
         ),

@@ -42,6 +42,25 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+DOCKERFILE = """\
+ARG BASE
+FROM ${BASE}
+
+# Rendered for each layer.
+ARG LAYER
+RUN --mount=type=bind,target=/mnt/context sh /mnt/context/install layer
+
+# Rendered behind the layer toolchain.
+ENV CUDA_HOME=/cuda
+
+# our own files
+ARG ENTRYPOINTS
+RUN --mount=type=bind,target=/mnt/context sh /mnt/context/entrypoints
+
+USER 1000:0
+"""
+
+
 @dataclass(frozen=True)
 class Checkout:
     """What the stations take for the repository."""
@@ -71,7 +90,6 @@ class Checkout:
     ) -> Image:
         """An image with its lock and its Dockerfile; ``above`` stands above its engine."""
         from images import catalog
-        from images.building import build
         from images.locking import lock
 
         found = catalog.parse(self.file(changes, tag, repository))
@@ -84,15 +102,7 @@ class Checkout:
         title = f"{lock.ABOVE}of a test\n" if above else ""
         found.lock.write_text(head + texts[0] + title + texts[1])
         found.dockerfile.parent.mkdir(parents=True, exist_ok=True)
-        scripts = {name: f"install {name}" for name in build.LAYERS} | {
-            "entrypoints": "entrypoints"
-        }
-        mount = "--mount=type=bind,target=/mnt/context"
-        steps = "".join(
-            f"\nARG {name.upper()}\nRUN {mount} sh /mnt/context/{script}\n"
-            for name, script in scripts.items()
-        )
-        found.dockerfile.write_text(f"ARG BASE\nFROM ${{BASE}}\n{steps}")
+        found.dockerfile.write_text(DOCKERFILE)
         return found
 
 

@@ -13,8 +13,8 @@ LAST = "ARG ENTRYPOINTS"
 def steps(text: str, layers: Sequence[str]) -> str:
     """The Dockerfile with a step for each of these layers, from the lowest up.
 
-    ``text`` is images/recipes/Dockerfile. Its paragraph ``# Rendered for each layer.`` is repeated; a
-    paragraph ``# Rendered behind the layer NAME`` comes behind that layer, or not at all.
+    ``text`` is images/recipes/Dockerfile. Its paragraph ``# Rendered for each layer.`` is repeated;
+    a paragraph ``# Rendered behind the layer NAME`` comes behind that layer, or not at all.
 
     Raises:
         ValueError: it has no paragraph for the layers, or several.

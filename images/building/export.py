@@ -3,7 +3,7 @@
 ``nox -s export -- REF --format FORMAT`` writes build/exports/<repository>/<tag>.<format>:
 
 - ``oci``: an archive for Apptainer, podman and docker,
-- ``rootfs``: the files themselves and a launcher (images/recipes/launcher) that runs them with util-linux,
+- ``rootfs``: the files themselves and a launcher (images/recipes/launcher), which needs util-linux,
 - ``sqsh``: a squashfs file for enroot and pyxis.
 
 Pure functions compute names, arguments and texts; :func:`export` runs them. The same image gives

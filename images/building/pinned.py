@@ -11,7 +11,7 @@ import re
 import shlex
 from pathlib import Path
 
-from images.building import build
+from images.building import build, context
 from images.catalog import Image, shown
 from images.locking import base, lock
 from rollout.problem import Problem
@@ -101,7 +101,7 @@ def problems(image: Image) -> list[str]:
     ]
     bottom = build.BASE_DOCKERFILE
     found += [f"{shown(bottom)}: {p}" for p in dockerfile(bottom.read_text("utf-8"))]
-    for step in (build.SCRIPTS[0], build.LAST):
+    for step in (context.SCRIPTS[0], context.LAST):
         found += [f"{shown(step)}: {p}" for p in script(step.read_text("utf-8"))]
     found += locked(image.lock.read_text("utf-8"), image.lock)
     try:

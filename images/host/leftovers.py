@@ -82,8 +82,7 @@ def sweep(*others: Path) -> None:
     # Names of buildah's own tell no owner. No step and no layer of a build takes so long.
     for path in buildah().glob("*"):
         with suppress(FileNotFoundError):
-            old = time.time() - path.lstat().st_mtime > _DAY
-            if old and not path.name.startswith("buildah-cache"):
+            if time.time() - path.lstat().st_mtime > _DAY:
                 discard(path)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from images import catalog, host
-from images.building import build, builder, layers
+from images.building import build, builder, layering, layers
 from images.catalog import ROOT, Image, shown
 from images.host import leftovers
 from images.locking import lock
@@ -84,7 +84,7 @@ def today(image: Image, diff_ids: Sequence[str] | None = None) -> Today:
         transports=image.smoke.refit,
         program=standing.program_of(image),
         not_shown=image.not_shown,
-        above=int("framework" in build.layer_names(image, lock.read(image))),
+        above=int("framework" in layering.layer_names(image, lock.read(image))),
     )
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from images import catalog, host
-from images.building import build, builder, contents, layers, pinned
+from images.building import build, builder, contents, context, layering, layers, pinned
 from images.building.contents import Entry
 from images.catalog import ROOT, Image, shown
 from images.host import leftovers
@@ -76,7 +76,7 @@ BUILDS = (
             "PYTHONHASHSEED": "7",
             "UV_CONCURRENT_DOWNLOADS": "1",
             "UV_CONCURRENT_INSTALLS": "1",
-            build.CLOCK: "+25h",
+            context.CLOCK: "+25h",
         },
         trace="trace-of-the-host.example",
         reversed_cache=True,
@@ -275,7 +275,7 @@ def compared(image: Image, one: Outcome, two: Outcome, work: Path) -> tuple[str,
     if one.built.diff_ids != two.built.diff_ids:
         first, second = look(image, one, work), look(image, two, work)
         equal = same_files(first, second)
-        names = build.layer_names(image, lock.read(image))
+        names = layering.layer_names(image, lock.read(image))
         lines = explained(names, first, second)
         lines += [
             f"layer {name}: the tar itself: encoding"

@@ -239,7 +239,7 @@ def provenance(
     Raises:
         Problem: a lock is missing or malformed.
     """
-    files = {shown(path): path for path in (image.path, image.lock, image.dockerfile)}
+    files = {shown(path): path for path in image.files}
     files[BASE_LOCK] = base.LOCK
     return encoded(
         {

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from images import catalog, host
-from images.building import build
+from images.building import build, context, payload
 from images.catalog import ROOT, Image
 from images.host import revisions
 from images.locking import lock
@@ -23,7 +23,7 @@ from images.proving import prove, standing
 from rollout.problem import Problem
 
 # What no digest of inputs holds: how a build is run. The other modules stand in it by what they do.
-MAKERS = ("images/building/build.py", "images/building/builder.py")
+MAKERS = tuple(f"images/building/{name}.py" for name in ("build", "builder", "context"))
 TOOLS = "lockfiles/dev.lock"
 INSTALLER = "uv=="  # of all tools the one that writes into images
 # Run by the code of another revision, which need not know this module.
@@ -47,7 +47,7 @@ def makers(tree: Path) -> str:
     parts = [(tree / name).read_bytes() for name in MAKERS]
     text = (tree / TOOLS).read_text(encoding="utf-8")
     pinned = [line.split()[0] for line in text.splitlines() if line.startswith(INSTALLER)]
-    return build.digest(*parts, *pinned)
+    return context.digest(*parts, *pinned)
 
 
 def same_makers(tree: Path) -> bool:
@@ -73,8 +73,8 @@ def same_makers(tree: Path) -> bool:
 def decides(image: Image) -> str:
     """A digest of what an image is made of, and of what its proof asks."""
     program = json.dumps(standing.program_of(image), sort_keys=True)
-    facts = json.dumps(build.facts(image, lock.read(image)), sort_keys=True)
-    return build.digest(build.inputs(image), facts, program)
+    facts = json.dumps(payload.facts(image, lock.read(image)), sort_keys=True)
+    return context.digest(build.inputs(image), facts, program)
 
 
 def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:

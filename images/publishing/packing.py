@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from images import host
-from images.building import build, builder, layers
+from images.building import build, builder, layering, layers
 from images.catalog import Image
 from images.host import leftovers
 from images.locking import lock
@@ -65,7 +65,7 @@ def source(image: Image, tool: builder.Buildah, built: builder.Built) -> Source:
         raise Problem(
             f"skopeo does not read {image.reference} as buildah does; build the image anew", 3
         )
-    names = build.layer_names(image, lock.read(image))
+    names = layering.layer_names(image, lock.read(image))
 
     @contextmanager
     def opened(wanted: Collection[str]) -> Iterator[Mapping[str, Path]]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from images import catalog, host
-from images.building import build, builder, layers
+from images.building import build, builder, labels, layers
 from images.catalog import Image, shown
 from images.host import leftovers
 from images.locking import lock
@@ -51,7 +51,7 @@ def tags(image: Image, *, unproved: bool = False) -> Tags:
 
     What is not proved takes neither of the names that a proved one has, or is going to have.
     """
-    name = build.immutable_tag(image, lock.read(image), host.sha256(image.lock))
+    name = labels.immutable_tag(image, lock.read(image), host.sha256(image.lock))
     ending = oci.UNPROVED_TAG if unproved else ""
     return Tags(name + ending, image.tag + ending)
 

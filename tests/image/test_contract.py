@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from images import catalog, host
-from images.building import build, builder
+from images.building import build, builder, labels
 from images.locking import lock
 
 from .conftest import Container, Sealed
@@ -42,7 +42,7 @@ def test_what_asks_for_the_gpu_is_there_where_there_is_cuda(
 ) -> None:
     env = dict(pair.split("=", 1) for pair in built.config["Env"])
     asked = {name: value for name, value in env.items() if name.startswith("NVIDIA_")}
-    assert asked == (build.GPU if "cuda" in image.expect else {})
+    assert asked == (labels.GPU if "cuda" in image.expect else {})
 
 
 def test_every_cache_lies_below_the_one_root(built: builder.Built) -> None:

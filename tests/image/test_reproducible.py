@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from images import catalog, host
-from images.building import build, builder, layers
+from images.building import builder, layering, layers
 from images.catalog import ROOT
 from images.host import leftovers
 from images.proving import reproduce
@@ -75,7 +75,7 @@ def test_the_file_that_differs_in_a_real_layer_is_named(
     level: str,
     said: list[str],
 ) -> None:
-    monkeypatch.setattr(build, "layer_names", lambda *_: ["only"])
+    monkeypatch.setattr(layering, "layer_names", lambda *_: ["only"])
     monkeypatch.setattr(type(image), "reference", TAG)
     one, two = (
         outcome(tmp_path / "one-own", "one", 0o644),

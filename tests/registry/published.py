@@ -19,7 +19,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from images import host
-from images.building import build
+from images.building import build, labels
 from images.catalog import Image
 from images.locking import lock
 from images.publishing import attach, attestations, oci, publish
@@ -63,7 +63,7 @@ class Release:
         self.folder.mkdir(parents=True, exist_ok=True)
         locked = lock.read(self.image)
         self.lock_sha256 = host.sha256(self.image.lock)
-        labels = build.labels(self.image, locked, self.lock_sha256, build.base_name())
+        stamps = labels.of_image(self.image, locked, self.lock_sha256, build.base_name())
         tars = {
             "base": tar(self.seed, 50_000),
             "entrypoints": layer({f"./{LOCK_INSIDE}": self.image.lock.read_bytes()}),
@@ -77,7 +77,7 @@ class Release:
         config = {
             "architecture": "amd64",
             "os": "linux",
-            "config": {"Labels": labels},
+            "config": {"Labels": stamps},
             "rootfs": {"type": "layers", "diff_ids": self.diff_ids},
         }
         self.config = json.dumps(config).encode()

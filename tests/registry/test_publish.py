@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from images import host
-from images.building import build, builder, layers
+from images.building import build, builder, labels, layers
 from images.building.contents import Summary
 from images.locking import lock
 from images.proving import prove
@@ -420,8 +420,8 @@ class Store(builder.Buildah):
 def built(toy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     """The default image in buildah's storage, in small, and a report that proves it."""
     sha256 = host.sha256(IMAGE.lock)
-    labels = build.labels(IMAGE, lock.read(IMAGE), sha256, build.base_name())
-    image = toy("base", "engine", labels=labels)
+    stamps = labels.of_image(IMAGE, lock.read(IMAGE), sha256, build.base_name())
+    image = toy("base", "engine", labels=stamps)
     diff_ids = [layer.diff_id for layer in image.source.layers]
     monkeypatch.setattr(prove, "REPORTS", tmp_path / "reports")
     host.write(prove.report_path(IMAGE), json.dumps(reports.of(IMAGE, diff_ids)))

@@ -187,7 +187,7 @@ def test_a_provenance_names_what_the_image_was_made_from(image: Image) -> None:
             "images/catalog/verl-rollout/vllm-0.12.toml": image.path,
             "lockfiles/verl-rollout/vllm-0.12.lock": image.lock,
             "lockfiles/base.lock": base.LOCK,
-            "images/vllm/Dockerfile": image.dockerfile,
+            "images/recipes/Dockerfile": image.dockerfile,
         }.items()
     }
     assert source["digest"] == {"gitCommit": COMMIT}

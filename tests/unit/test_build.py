@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 
 from images import catalog, host
-from images.building import budget, build, builder, fetching
+from images.building import (
+    budget,
+    build,
+    builder,
+    context,
+    dockerfile,
+    fetching,
+    labels,
+    layering,
+    payload,
+)
 from images.building.contents import Summary
 from images.building.layers import Layer, Measured, Record
 from images.catalog import Image
@@ -84,14 +94,14 @@ def layer_of(
     name: str, engine: str, names: Collection[str] = (), sources: Collection[str] = ()
 ) -> str:
     """The layer of a distribution of the engine's part of a lock."""
-    return build.layer_of(lock.Locked(name, "1", SHA), engine, names, sources)
+    return layering.layer_of(lock.Locked(name, "1", SHA), engine, names, sources)
 
 
 def test_what_trains_lies_above_the_engine_whatever_it_is_called() -> None:
     for name in ("verl", "nvidia-nccl-cu12", "torch", "vllm"):
         entry = lock.Locked(name, "1", SHA, above=True)
-        assert build.layer_of(entry, "vllm", [name], [name]) == "framework"
-    assert build.LAYERS[-1] == "framework"
+        assert layering.layer_of(entry, "vllm", [name], [name]) == "framework"
+    assert layering.LAYERS[-1] == "framework"
 
 
 def test_a_second_cuda_runtime_is_the_toolchains() -> None:
@@ -107,7 +117,7 @@ def test_a_source_distribution_lies_above_what_it_is_built_with() -> None:
     assert [layer_of(name, "vllm", names, ["ray"]) for name in names] == [
         *("sources", "dependencies", "torch")
     ]
-    assert build.LAYERS.index("sources") > build.LAYERS.index("dependencies")
+    assert layering.LAYERS.index("sources") > layering.LAYERS.index("dependencies")
 
 
 def test_an_engine_by_any_name_is_the_engine() -> None:
@@ -117,32 +127,32 @@ def test_an_engine_by_any_name_is_the_engine() -> None:
 @pytest.mark.parametrize("image", catalog.load(), ids=lambda image: image.reference)
 def test_layers_hold_every_distribution_of_a_lock_once(image: Image) -> None:
     entries = lock.read(image)
-    texts = build.layers(entries, image.engine, image.sources)
+    texts = layering.layers(entries, image.engine, image.sources)
     found = Counter(e.text for text in texts.values() for e in lock.parse(text, image.lock))
     assert found == Counter(entry.text for entry in entries)
-    assert list(texts) == [layer for layer in build.LAYERS if layer in texts]
+    assert list(texts) == [layer for layer in layering.LAYERS if layer in texts]
     assert [e.name for e in lock.parse(texts["engine"], image.lock)] == [image.engine]
 
 
 def test_a_layer_does_not_depend_on_the_order_of_the_lock() -> None:
-    assert build.layers(locked(), "vllm") == build.layers(locked()[::-1], "vllm")
+    assert layering.layers(locked(), "vllm") == layering.layers(locked()[::-1], "vllm")
 
 
 def test_a_layer_that_would_be_empty_is_none() -> None:
     versions = {"torch": "2.9.0+cpu", "vllm": "0.12.0"}
-    assert list(build.layers(locked(versions), "vllm")) == ["torch", "engine"]
+    assert list(layering.layers(locked(versions), "vllm")) == ["torch", "engine"]
 
 
 def test_a_framework_changes_no_layer_of_the_engine() -> None:
-    alone, beside = (build.layers(locked(above=above), "vllm") for above in ({}, ABOVE))
+    alone, beside = (layering.layers(locked(above=above), "vllm") for above in ({}, ABOVE))
     assert beside.pop("framework")
     assert alone == beside
 
 
 def test_what_has_to_be_built_stands_in_a_list_of_its_own(tmp_path: Path) -> None:
     folder = tmp_path / "context"
-    texts = build.layers(locked(above=ABOVE), "vllm", ["antlr4-python3-runtime"])
-    build.prepare(folder, "", texts, {}, [], ["antlr4-python3-runtime"])
+    texts = layering.layers(locked(above=ABOVE), "vllm", ["antlr4-python3-runtime"])
+    context.prepare(folder, "", texts, {}, [], ["antlr4-python3-runtime"])
     lists = {path.name: path.read_text() for path in (folder / "layers").iterdir()}
     assert "antlr4-python3-runtime==4.9.3" in lists["framework.sources.txt"]
     assert "antlr4" not in lists["framework.wheels.txt"]
@@ -156,27 +166,13 @@ def test_every_layer_of_an_image_has_a_name_in_the_order_of_the_dockerfiles(
     checkout: Checkout,
 ) -> None:
     image = checkout.image(SOURCES, versions=WHOLE)
-    assert build.layer_names(image, locked(WHOLE, ABOVE)) == ["base", *build.LAYERS, "entrypoints"]
+    assert layering.layer_names(image, locked(WHOLE, ABOVE)) == [
+        "base",
+        *layering.LAYERS,
+        "entrypoints",
+    ]
     few = {"torch": "2.9.0+cpu", "vllm": "0.12.0"}
-    assert build.layer_names(image, locked(few)) == ["base", "torch", "engine", "entrypoints"]
-
-
-@pytest.mark.parametrize("image", catalog.load(), ids=lambda image: image.reference)
-def test_a_dockerfile_makes_a_layer_for_each_name(image: Image) -> None:
-    recipe = build.recipe_text(image, lock.read(image))
-    steps = re.findall(r"(?m)sh /mnt/context/(?:install )?(\w+)$", recipe)
-    assert build.layer_names(image, lock.read(image)) == ["base", *steps]
-    arguments = re.findall(r"(?m)^ARG (\w+)$", recipe)
-    assert arguments == ["BASE", *(step.upper() for step in steps)]
-
-
-def test_a_layer_that_no_step_installs_is_an_error(checkout: Checkout) -> None:
-    image = checkout.image(SOURCES, versions=WHOLE)
-    text = image.dockerfile.read_text()
-    image.dockerfile.write_text(text.replace("ARG SOURCES", "ARG SAUCES"))
-    with pytest.raises(Problem, match="no step installs the layer 'sources'") as caught:
-        build.recipe_text(image, lock.read(image))
-    assert caught.value.code == 2
+    assert layering.layer_names(image, locked(few)) == ["base", "torch", "engine", "entrypoints"]
 
 
 # names
@@ -196,7 +192,7 @@ def test_a_layer_that_no_step_installs_is_an_error(checkout: Checkout) -> None:
 def test_the_immutable_tag_is_one_that_a_registry_takes(
     checkout: Checkout, versions: dict[str, str], tag: str
 ) -> None:
-    found = build.immutable_tag(checkout.image(), locked(versions), SHA)
+    found = labels.immutable_tag(checkout.image(), locked(versions), SHA)
     assert found == tag
     assert TAG.fullmatch(found)
 
@@ -204,12 +200,12 @@ def test_the_immutable_tag_is_one_that_a_registry_takes(
 @pytest.mark.parametrize("image", catalog.load(), ids=lambda image: image.reference)
 def test_every_name_of_the_catalog_is_one_that_a_registry_takes(image: Image) -> None:
     assert TAG.fullmatch(image.tag)
-    assert TAG.fullmatch(build.immutable_tag(image, lock.read(image), SHA))
+    assert TAG.fullmatch(labels.immutable_tag(image, lock.read(image), SHA))
     assert re.fullmatch(r"[a-z0-9]+([._-][a-z0-9]+)*", image.repository)
 
 
 def test_labels_are_the_row_of_the_catalog(checkout: Checkout) -> None:
-    found = build.labels(checkout.image(), locked(), SHA, "base:1")
+    found = labels.of_image(checkout.image(), locked(), SHA, "base:1")
     assert {k: v for k, v in found.items() if k.startswith("rollout.")} == {
         "rollout.backend": "vllm",
         "rollout.base": "base:1",
@@ -224,16 +220,16 @@ def test_labels_are_the_row_of_the_catalog(checkout: Checkout) -> None:
         "rollout.torch": "2.9.0",
     }
     assert found["org.opencontainers.image.title"] == "verl-rollout:vllm-0.12"
-    assert found["org.opencontainers.image.version"] == build.immutable_tag(
+    assert found["org.opencontainers.image.version"] == labels.immutable_tag(
         checkout.image(), locked(), SHA
     )
 
 
 def test_an_image_without_cuda_says_so(checkout: Checkout) -> None:
     versions = {"torch": "2.9.0+cpu", "vllm": "0.12.0"}
-    found = build.labels(checkout.image(), locked(versions), SHA, "")
+    found = labels.of_image(checkout.image(), locked(versions), SHA, "")
     assert (found["rollout.cuda"], found["rollout.ray"]) == ("none", "none")
-    assert build.facts(checkout.image(), locked(versions))["cuda"] is None
+    assert payload.facts(checkout.image(), locked(versions))["cuda"] is None
 
 
 # the Dockerfile's end
@@ -248,91 +244,18 @@ def test_an_image_with_cuda_asks_every_container_engine_for_the_gpu(image: Image
 
 def test_a_catalog_file_may_ask_for_another_part_of_the_driver(checkout: Checkout) -> None:
     mine = checkout.image({"env": '{ NVIDIA_DRIVER_CAPABILITIES = "all" }'})
-    assert build.variables(mine, locked()) == {
+    assert labels.variables(mine, locked()) == {
         "NVIDIA_VISIBLE_DEVICES": "all",
         "NVIDIA_DRIVER_CAPABILITIES": "all",
     }
-
-
-def test_variables_and_labels_are_one_instruction_each_behind_the_dockerfile() -> None:
-    text = build.dockerfile("FROM x\n\n\n", {"B": "2", "A": "1"}, {"l": "3", "k": "4"})
-    assert text == 'FROM x\n\nENV A="1" \\\n    B="2"\n\nLABEL k="4" \\\n    l="3"\n'
-
-
-def test_nothing_to_set_is_no_instruction() -> None:
-    assert build.dockerfile("FROM x", {}, {}) == "FROM x\n"
-
-
-@pytest.mark.parametrize(
-    ("value", "quoted"),
-    [
-        ("a b", r'"a b"'),
-        ('{"a": 1}', r'"{\"a\": 1}"'),
-        ("back\\slash", r'"back\\slash"'),
-        ("it's # no comment", '"it\'s # no comment"'),
-        ("", '""'),
-        ("ZÜRICH", '"ZÜRICH"'),  # Docker knows no \u
-    ],
-)
-def test_a_value_reaches_the_image_as_the_catalog_has_it(value: str, quoted: str) -> None:
-    assert build.dockerfile("FROM x", {"A": value}, {}) == f"FROM x\n\nENV A={quoted}\n"
-
-
-# steps of a Dockerfile that an image does not have
-
-STEPS = """\
-# base ── torch ── sources ── engine
-ARG BASE
-FROM ${BASE}
-
-ARG TORCH
-RUN --mount=x \\
-    sh install torch
-# Why.
-ENV TORCH_HOME=/x
-
-# What is built.
-ARG SOURCES
-RUN sh install sources
-
-ARG ENGINE
-RUN sh install engine
-USER 1
-"""
-
-
-def test_a_layer_that_holds_nothing_takes_its_whole_paragraph_along() -> None:
-    assert build.without(STEPS, []) == STEPS
-    assert build.without(STEPS, ["sources", "toolchain"]) == STEPS.replace(
-        "# What is built.\nARG SOURCES\nRUN sh install sources\n\n", ""
-    )
-    rest = build.without(STEPS, ["sources", "torch"])
-    assert "TORCH_HOME" not in rest
-    assert rest.count("RUN") == 1
-    assert rest.endswith("ARG ENGINE\nRUN sh install engine\nUSER 1\n")
-
-
-def test_an_image_has_the_steps_of_its_own_layers_alone(
-    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
-    few = {"torch": "2.9.0+cpu", "vllm": "0.12.0"}
-    for changes, versions, steps in (
-        ({}, few, ["torch", "engine"]),
-        (SOURCES, few | {"flashinfer-python": "0.2.5"}, ["torch", "sources", "engine"]),
-    ):
-        image = checkout.image({**changes, "expect": "{}"}, versions=versions)
-        image.dockerfile.write_text(STEPS + "\nARG ENTRYPOINTS\nRUN true\n")
-        text = build.recipe_text(image, lock.read(image))
-        assert re.findall(r"(?m)install (\w+)$", text) == steps
 
 
 # what decides a layer
 
 
 def test_parts_are_told_apart_by_more_than_their_bytes_in_a_row() -> None:
-    assert build.digest("ab", "c") != build.digest("a", "bc") != build.digest("abc")
-    assert build.digest("a") == build.digest(b"a")
+    assert context.digest("ab", "c") != context.digest("a", "bc") != context.digest("abc")
+    assert context.digest("a") == context.digest(b"a")
 
 
 @pytest.fixture
@@ -341,21 +264,21 @@ def own(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Path:
     (checkout.root / "entrypoints/backends").mkdir(parents=True)
     for name in ("cli.py", "backends/vllm.py", "backends/notes.txt"):
         (checkout.root / "entrypoints" / name).write_text(f"# {name}\n")
-    scripts = [checkout.root / script.name for script in build.SCRIPTS]
+    scripts = [checkout.root / script.name for script in context.SCRIPTS]
     for script in scripts:
         script.write_text("#!/bin/sh\n")
-    monkeypatch.setattr(build, "ENTRYPOINTS", checkout.root / "entrypoints")
-    monkeypatch.setattr(build, "SCRIPTS", scripts)
+    monkeypatch.setattr(payload, "ENTRYPOINTS", checkout.root / "entrypoints")
+    monkeypatch.setattr(context, "SCRIPTS", scripts)
     last = checkout.root / "entrypoints.sh"
     last.write_text("#!/bin/sh\n")
-    monkeypatch.setattr(build, "LAST", last)
+    monkeypatch.setattr(context, "LAST", last)
     return checkout.root
 
 
 def arguments(image: Image) -> dict[str, str]:
     entries = lock.read(image)
-    texts = build.layers(entries, image.engine, image.sources)
-    return build.arguments(texts, "base:1", build.payload(image, entries))
+    texts = layering.layers(entries, image.engine, image.sources)
+    return context.arguments(texts, "base:1", payload.files(image, entries))
 
 
 def changed(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
@@ -365,11 +288,11 @@ def changed(before: Mapping[str, str], after: Mapping[str, str]) -> set[str]:
 
 def test_there_is_an_argument_for_each_layer_and_the_base(checkout: Checkout) -> None:
     values = arguments(checkout.image(SOURCES, versions=WHOLE, above=ABOVE))
-    assert list(values) == ["BASE", *(layer.upper() for layer in build.LAYERS), "ENTRYPOINTS"]
+    assert list(values) == ["BASE", *(layer.upper() for layer in layering.LAYERS), "ENTRYPOINTS"]
     assert values["BASE"] == "base:1"
 
 
-@pytest.mark.parametrize("name", [script.name for script in build.SCRIPTS])
+@pytest.mark.parametrize("name", [script.name for script in context.SCRIPTS])
 def test_a_byte_of_what_a_step_runs_changes_every_layer(
     checkout: Checkout, own: Path, name: str
 ) -> None:
@@ -408,7 +331,7 @@ def test_how_another_engine_is_driven_is_no_part_of_an_image(checkout: Checkout,
 def test_an_image_has_the_modules_of_its_backend_and_of_all(image: Image) -> None:
     found = {
         Path(name).stem
-        for name in build.payload(image, lock.read(image))
+        for name in payload.files(image, lock.read(image))
         if name.startswith("rollout/backends/")
     }
     assert {"__init__", image.backend.replace("-", "_")} <= found
@@ -470,17 +393,15 @@ def test_neither_labels_nor_our_own_package_are_inputs_of_the_layers_below(
 ) -> None:
     """Or every reworded sentence would ask for two builds of every image from nothing."""
     image = checkout.image()
-    text = (
-        "ARG BASE\nFROM ${BASE}\n\n# our own files\nARG ENTRYPOINTS\nRUN sh entrypoints\n\n"
-        "USER 1000:0\n"
-    )
-    image.dockerfile.write_text(text)
+    text = image.dockerfile.read_text()
     monkeypatch.setattr(build, "base_name", lambda: "base:1")
     before = build.inputs(image)
-    monkeypatch.setattr(build, "labels", lambda *_: {"rollout.torch": "another"})
-    monkeypatch.setattr(build, "payload", lambda *_: {"rollout/checks.py": b"other"})
-    monkeypatch.setattr(build, "LAST", Path(__file__))
-    image.dockerfile.write_text(text.replace("sh entrypoints", "sh other").replace("our", "new"))
+    monkeypatch.setattr(labels, "of_image", lambda *_: {"rollout.torch": "another"})
+    monkeypatch.setattr(payload, "files", lambda *_: {"rollout/checks.py": b"other"})
+    monkeypatch.setattr(context, "LAST", Path(__file__))
+    image.dockerfile.write_text(
+        text.replace("context/entrypoints", "context/other").replace("# our", "# new")
+    )
     assert build.inputs(image) == before
     image.dockerfile.write_text(text.replace("1000:0", "1001:0"))
     assert build.inputs(image) != before
@@ -500,11 +421,11 @@ def test_the_dockerfile_that_is_built_has_the_variables_and_labels(
     monkeypatch.setattr(build, "base_name", lambda: "base:1")
     image = checkout.image()
     text = build.recipe_text(image, lock.read(image))
-    stamped = build.labels(image, lock.read(image), host.sha256(image.lock), "base:1")
-    set_to = build.variables(image, lock.read(image))
-    own = set(build.LAYERS) - set(build.layer_names(image, lock.read(image)))
-    own_steps = build.without(image.dockerfile.read_text(), own)
-    assert text == build.dockerfile(own_steps, set_to, stamped)
+    stamped = labels.of_image(image, lock.read(image), host.sha256(image.lock), "base:1")
+    set_to = labels.variables(image, lock.read(image))
+    names = layering.layer_names(image, lock.read(image))[1:-1]
+    steps = dockerfile.steps(image.dockerfile.read_text(), names)
+    assert text == dockerfile.stamped(steps, set_to, stamped)
     assert '    VLLM_WORKER_MULTIPROC_METHOD="spawn"' in text
     assert 'rollout.base="base:1"' in text
 
@@ -513,7 +434,7 @@ def test_the_last_layer_holds_our_package_the_lock_and_what_the_image_is(
     checkout: Checkout, own: Path
 ) -> None:
     image = checkout.image()
-    files = build.payload(image, lock.read(image))
+    files = payload.files(image, lock.read(image))
     assert sorted(files) == [
         *("image.json", "launcher", "python", "requirements.lock"),
         *("rollout/backends/vllm.py", "rollout/cli.py"),
@@ -521,12 +442,12 @@ def test_the_last_layer_holds_our_package_the_lock_and_what_the_image_is(
     assert files["rollout/cli.py"] == (own / "entrypoints/cli.py").read_bytes()
     assert files["requirements.lock"] == image.lock.read_bytes()
     assert files["python"] == b"3.11"
-    assert json.loads(files["image.json"]) == build.facts(image, lock.read(image))
+    assert json.loads(files["image.json"]) == payload.facts(image, lock.read(image))
 
 
 def test_the_image_knows_what_it_has_to_prove(checkout: Checkout) -> None:
     image = replace(checkout.image(), backend="tensorrt-llm")
-    found = build.facts(image, locked())
+    found = payload.facts(image, locked())
     assert found["reference"] == "verl-rollout:vllm-0.12"
     assert found["engine"] == {"name": "tensorrt-llm", "distribution": "tensorrt-llm"}
     assert found["imports"] == ["torch", "tensorrt_llm"]
@@ -547,7 +468,7 @@ def test_what_a_file_says_of_fp8_and_libraries_is_in_the_image(checkout: Checkou
         "smoke": "{ sleep-levels = [1], refit = ['nccl'], server = true, tensor-parallel = 2 }",
         "optional-libraries": '{ "libucp.so.0" = "UCX", "libmpi.so.40" = "MPI" }',
     }
-    found = build.facts(checkout.image(changes), locked())
+    found = payload.facts(checkout.image(changes), locked())
     assert found["smoke"] == {
         "sleep_levels": [1],
         "refit": ["nccl"],
@@ -563,7 +484,7 @@ def test_what_a_file_says_of_fp8_and_libraries_is_in_the_image(checkout: Checkou
 
 def exported(settings: Mapping[str, str], *, wheels: bool = False) -> dict[str, str]:
     """The settings as the shell in the build container reads them."""
-    words = shlex.split(build.indexes(settings, wheels))
+    words = shlex.split(context.indexes(settings, wheels))
     assert words[::2] == ["export"] * (len(words) // 2)
     return dict(word.split("=", 1) for word in words[1::2])
 
@@ -626,14 +547,14 @@ def test_wheels_of_the_host_are_found_in_the_context() -> None:
 def test_a_wheel_of_the_host_is_taken_at_the_locked_version_alone(tmp_path: Path) -> None:
     for name in ("torch-2.9.0", "torch-2.9.1", "vllm-0.12.0", "Other-1"):
         (tmp_path / f"{name}-py3-none-any.whl").touch()
-    found = build.own_wheels(locked({"torch": "2.9.0", "ray": "1", "other": "2"}), str(tmp_path))
+    found = context.own_wheels(locked({"torch": "2.9.0", "ray": "1", "other": "2"}), str(tmp_path))
     assert [wheel.name for wheel in found] == ["torch-2.9.0-py3-none-any.whl"]
 
 
 def test_the_clock_of_a_build_is_the_hosts_unless_a_test_asks_for_another() -> None:
-    assert build.clock({}) == {}
-    assert build.clock({"FAKETIME": "+1h", "TZ": "UTC", "LD_PRELOAD": "/x.so"}) == {}
-    found = build.clock({build.CLOCK: "+25h"})
+    assert context.clock({}) == {}
+    assert context.clock({"FAKETIME": "+1h", "TZ": "UTC", "LD_PRELOAD": "/x.so"}) == {}
+    found = context.clock({context.CLOCK: "+25h"})
     assert found["FAKETIME"] == "+25h"
     assert found["LD_PRELOAD"].startswith("/mnt/context/tools/libfaketime")
 
@@ -737,7 +658,7 @@ def image(
     monkeypatch.setenv("SSL_CERT_FILE", str(checkout.root / "ca.pem"))
     monkeypatch.setenv("UV_DEFAULT_INDEX", "https://me:xyzzy-password@mirror.example/simple")
     monkeypatch.setenv("UV_FIND_LINKS", "")
-    monkeypatch.delenv(build.CLOCK, raising=False)
+    monkeypatch.delenv(context.CLOCK, raising=False)
     return checkout.image()
 
 
@@ -750,7 +671,7 @@ def test_a_build_gets_the_files_and_neither_credentials_nor_certificates(image: 
         assert b"xyzzy-password" not in data, path
         assert b"the company's root" not in data, path
     assert "layers/nvidia.wheels.txt" in seen["files"]
-    assert {script.name for script in (*build.SCRIPTS, build.LAST)} <= {
+    assert {script.name for script in (*context.SCRIPTS, context.LAST)} <= {
         path.name for path in seen["context"]
     }
     assert seen["recipe"].name == "localhost/verl-rollout:vllm-0.12"
@@ -801,8 +722,8 @@ def test_what_lies_over_other_files_is_in_a_list_of_its_own(
     """Installed at once with the others, its files would be there or not as it happens."""
     versions = WHOLE | {"nvidia-cutlass-dsl-libs-cu13": "4"}
     image = checkout.image(versions=versions)
-    texts = build.layers(lock.read(image), image.engine, image.sources)
-    build.prepare(tmp_path / "context", "FROM x\n", texts, {}, [])
+    texts = layering.layers(lock.read(image), image.engine, image.sources)
+    context.prepare(tmp_path / "context", "FROM x\n", texts, {}, [])
     lists = tmp_path / "context/layers"
     names = {path.name: path.read_text() for path in lists.iterdir()}
     assert "nvidia-cutlass-dsl-libs-cu13" in names["dependencies.last.txt"]
@@ -864,9 +785,9 @@ def test_a_build_with_a_turned_clock_has_what_turns_it(
     library = tmp_path / "libfaketime.so.1"
     library.write_bytes(b"turns clocks")
     required: list[str] = []
-    monkeypatch.setattr(build, "_FAKETIME", library)
+    monkeypatch.setattr(context, "FAKETIME", library)
     monkeypatch.setattr(host, "require", required.append)
-    monkeypatch.setenv(build.CLOCK, "+25h")
+    monkeypatch.setenv(context.CLOCK, "+25h")
     tool = Fake()
     build.build(image, tool)
     assert "export FAKETIME=+25h\n" in tool.seen["settings"]
@@ -880,7 +801,7 @@ def test_a_build_with_a_turned_clock_has_what_turns_it(
 
 
 def test_what_turns_clocks_can_be_installed() -> None:
-    assert str(build._FAKETIME) in host.PACKAGES
+    assert str(context.FAKETIME) in host.PACKAGES
 
 
 # what is recorded

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def test_a_file_is_read_into_an_image(checkout: Checkout) -> None:
     assert image.optional_libraries == {}
     assert image.source_distributions == {}
     assert image.lock == checkout.root / "lockfiles/verl-rollout/vllm-0.12.lock"
-    assert image.dockerfile == checkout.root / "images/vllm/Dockerfile"
+    assert image.dockerfile == checkout.root / "images/recipes/Dockerfile"
 
 
 @pytest.mark.parametrize(
@@ -432,7 +433,7 @@ def test_no_toml_file_lies_where_the_catalog_does_not_look() -> None:
 def unexplained(text: str) -> list[str]:
     """Requirements and variables of a catalog file without a comment beside or above them."""
     table = tomllib.loads(text)
-    wanted = {f'"{line}"' for line in table["requirements"]}
+    wanted = {f'"{line}"' for line in table.get("requirements", [])}
     wanted |= {f"{key} =" for key in table.get("env", {})}
     explained, above = set(), False
     for line in text.splitlines():
@@ -454,6 +455,100 @@ def test_a_missing_reason_is_found() -> None:
     text = 'requirements = [\n "a",  # because\n "b", "c",  # both\n "d #",\n]\n[env]\nE = "#"\n'
     assert unexplained(text) == ['"b"', '"c"', '"d #"', "E ="]
     assert unexplained('requirements = [\n # why\n "a",\n]\n[env]\nE = "1"  # why\n') == []
+
+
+# what several images say alike
+
+
+def fragment(checkout: Checkout, name: str, text: str) -> None:
+    path = checkout.root / "images/catalog/fragments" / f"{name}.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def test_an_image_has_what_its_fragments_say(checkout: Checkout) -> None:
+    fragment(checkout, "nccl", '[env]\nNCCL_DEBUG = "WARN"\n')
+    fragment(checkout, "ray", 'use = ["nccl"]\nrequirements = ["ray>=2.41"]\n')
+    image = checkout.image({"use": '["ray", "nccl"]', "requirements": '["vllm==0.12.0"]'})
+    assert image.requirements == ("ray>=2.41", "vllm==0.12.0")
+    assert image.env == {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "NCCL_DEBUG": "WARN"}
+    assert [path.stem for path in image.fragments] == ["ray", "nccl"]
+    assert set(image.fragments) < set(image.files)
+
+
+def test_a_part_of_a_table_may_stand_in_a_fragment(checkout: Checkout) -> None:
+    fragment(checkout, "verl", '[framework]\nname = "verl"\n[framework.undeclared]\na = "b"\n')
+    text = '{ version = "0.7.1", resolved-as-of = 2026-03-20, undeclared = { c = "d" } }'
+    image = checkout.image({"use": '["verl"]', "framework": text})
+    assert image.framework
+    assert image.framework.undeclared == {"a": "b", "c": "d"}
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "sentence"),
+    [
+        ("", {"use": '["ncl"]'}, "key 'use' names the fragment 'ncl'; did you mean 'nccl'?"),
+        ("", {"use": '["zzz"]'}, "key 'use' names the fragment 'zzz'; known are nccl"),
+        ("", {"use": '["../x"]'}, "key 'use' names the fragment '../x'; known are nccl"),
+        ("", {"use": '"nccl"'}, "key 'use' must be a list of fragments' names"),
+        ("", {"use": "[1]"}, "key 'use' must be a list of fragments' names"),
+        (
+            'backend = "vllm"\n',
+            {"use": '["nccl"]'},
+            "key 'backend' stands in images/catalog/fragments/nccl.toml too; say it once",
+        ),
+        (
+            '[env]\nVLLM_WORKER_MULTIPROC_METHOD = "fork"\n',
+            {"use": '["nccl"]'},
+            "key 'env.VLLM_WORKER_MULTIPROC_METHOD' stands in images/catalog/fragments/nccl.toml "
+            "too; say it once",
+        ),
+        ("pyton = 1\n", {"use": '["nccl"]'}, "unknown key 'pyton'; did you mean 'python'?"),
+        (
+            "[smoke]\nfp = true\n",
+            {"use": '["nccl"]'},
+            "unknown key 'smoke.fp'; did you mean 'smoke.fp8'?",
+        ),
+        ("env = 1\n", {"use": '["nccl"]'}, "key 'env' must be a table"),
+    ],
+)
+def test_a_fragment_that_does_not_fit_is_one_sentence(
+    checkout: Checkout, text: str, changes: dict[str, str | None], sentence: str
+) -> None:
+    fragment(checkout, "nccl", text)
+    with pytest.raises(Problem) as caught:
+        catalog.parse(checkout.file(changes))
+    assert caught.value.code == 2
+    assert caught.value.sentence.endswith(sentence)
+    named = "nccl.toml: " if "unknown" in sentence or "'env'" in sentence else "vllm-0.12.toml: "
+    assert named in caught.value.sentence
+
+
+def test_fragments_that_use_each_other_come_to_an_end(checkout: Checkout) -> None:
+    fragment(checkout, "one", 'use = ["two"]\n[env]\nONE = "1"\n')
+    fragment(checkout, "two", 'use = ["one"]\n[env]\nTWO = "2"\n')
+    assert {"ONE", "TWO"} < set(checkout.image({"use": '["one"]'}).env)
+
+
+def test_fragments_are_no_images(checkout: Checkout) -> None:
+    fragment(checkout, "nccl", "")
+    checkout.file({})
+    assert [image.tag for image in catalog.load()] == ["vllm-0.12"]
+
+
+def test_every_fragment_is_used_and_no_line_of_an_image_stands_twice() -> None:
+    images = catalog.load()
+    used = {path for image in images for path in image.fragments}
+    assert used == set((catalog.CATALOG / catalog.FRAGMENTS).glob("*.toml"))
+    lines = Counter(
+        line.strip()
+        for path in {*used, *(image.path for image in images)}
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.match(r'\s*("?[\w.>=*-]+"? = |"[\w\[])', line) and not line.endswith(" = [")
+    )
+    # Two claims of one release are claims of two images, and so are limits and promises.
+    claims = re.compile(r"(torch|cuda|compressed|largest-layer|sleep-levels) = ")
+    assert [line for line, count in lines.items() if count > 1 and not claims.match(line)] == []
 
 
 # the framework

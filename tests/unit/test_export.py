@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from images import catalog
-from images.building import build, builder, export, layers
+from images.building import builder, export, labels, layers
 from images.building.build import TIMESTAMP
 from rollout.problem import Problem
 
@@ -147,7 +147,7 @@ def test_enroot_finds_its_settings_where_it_looks() -> None:
 
 
 def test_an_image_asks_enroot_for_the_driver_as_it_asks_every_other_engine() -> None:
-    asking = [f"{name}={value}" for name, value in build.GPU.items()]
+    asking = [f"{name}={value}" for name, value in labels.GPU.items()]
     files = export.enroot_files({**CONFIG, "Env": [*CONFIG["Env"], *asking]}, LAYERS)
     assert set(asking) < set(files["etc/environment"].splitlines())
     assert "NVIDIA" not in export.enroot_files(CONFIG, LAYERS)["etc/environment"]
@@ -355,7 +355,7 @@ def test_what_asks_a_container_engine_for_the_gpu_is_not_what_the_launcher_does(
 ) -> None:
     """The job's own list of GPUs stands, and nobody is told "all" where there is none."""
     with (unpacked / "environment").open("a") as file:
-        file.writelines(f"{name}={value}\n" for name, value in build.GPU.items())
+        file.writelines(f"{name}={value}\n" for name, value in labels.GPU.items())
     found = words(run("--print", "--gpus", gpus))
     assert not [word for word in found if word.startswith("NVIDIA_")]
     found = words(run("--print", "--gpus", gpus, NVIDIA_VISIBLE_DEVICES="2,3"))

@@ -243,7 +243,8 @@ def test_a_kept_report_is_of_today_until_the_inputs_change(image: Image) -> None
     assert found is not None
     assert found.standing.word == standing.PROVED
     assert found.where == "images/proofs/verl-rollout/sglang-x.json"
-    image.dockerfile.write_text("FROM scratch\n")
+    text = image.dockerfile.read_text()
+    image.dockerfile.write_text(text.replace("1000:0", "1001:0"))
     aged = docs.kept(image)
     assert aged is not None
     assert aged.standing.word == standing.STALE

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from images import host
-from images.building import build, fetching
+from images.building import context, fetching
 from images.locking.lock import Locked
 from rollout.problem import Problem
 
@@ -162,7 +162,7 @@ def test_what_was_fetched_is_installed_with_no_index_and_no_password(
     index.close()
     listed = tmp_path / "toy.txt"
     listed.write_text(TOY.text)
-    exported = build.indexes(settings, wheels=False)
+    exported = context.indexes(settings, wheels=False)
     assert "s3cret" not in exported
     command = (
         f"{exported}{host.uv()} pip install --offline --python {sys.executable} --no-deps "

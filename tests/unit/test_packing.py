@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from images import host
-from images.building import build, builder, layers
+from images.building import builder, layering, layers
 from images.building.builder import Built
 from images.locking import lock
 from images.publishing import packing, publish
@@ -104,7 +104,7 @@ Stored = Callable[[bytes], Store]
 def stored(checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stored:
     """Storages whose configuration skopeo reads as ``config``."""
     image = checkout.image()
-    names = tuple(f"layer {n}" for n in build.layer_names(image, lock.read(image)))
+    names = tuple(f"layer {n}" for n in layering.layer_names(image, lock.read(image)))
 
     def make(config: bytes) -> Store:
         (tmp_path / "config").write_bytes(b'{"of": "buildah"}')

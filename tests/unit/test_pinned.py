@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from images import catalog
-from images.building import build, pinned
+from images.building import build, context, pinned
 from images.catalog import ROOT, Image
 from images.locking import base
 
 from ..conftest import Checkout, sha256
 
 IMAGES = catalog.load()
-INSTALL = build.SCRIPTS[0].read_text(encoding="utf-8")
+INSTALL = context.SCRIPTS[0].read_text(encoding="utf-8")
 MOUNTS = "--mount=type=bind,target=/mnt/context --mount=type=bind,from=fetched,target=/mnt/cache,rw"
 # In pieces, or tests/unit/test_static.py would find this file.
 MOVING = "lat" + "est"
@@ -38,7 +38,7 @@ def test_no_dockerfile_takes_what_no_lock_has(path: Path) -> None:
 
 
 def test_the_install_script_is_the_one_that_is_looked_at() -> None:
-    assert (build.SCRIPTS[0].name, "pip install" in INSTALL) == ("install", True)
+    assert (context.SCRIPTS[0].name, "pip install" in INSTALL) == ("install", True)
 
 
 # Dockerfiles
@@ -351,11 +351,11 @@ def test_a_problem_is_told_with_the_file_that_has_it(
     script.write_text("curl x\n", encoding="utf-8")
     debs.write_text("bash=5.2 pool/b/bash.deb\n", encoding="utf-8")
     monkeypatch.setattr(build, "BASE_DOCKERFILE", bottom)
-    monkeypatch.setattr(build, "SCRIPTS", [script])
+    monkeypatch.setattr(context, "SCRIPTS", [script])
     monkeypatch.setattr(base.read, "__defaults__", (debs,))
     found = pinned.problems(image)
     assert found[:4] == [
-        "images/vllm/Dockerfile: FROM debian: an image that was not made from our locks",
+        "images/recipes/Dockerfile: FROM debian: an image that was not made from our locks",
         "bottom: COPY . /: a file that no lock has",
         "script: curl x: fetches past the lock",
         "lockfiles/verl-rollout/vllm-0.12.lock: 'a' has no sha256; remake it with 'nox -s lock'",

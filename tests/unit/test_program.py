@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from images import catalog
-from images.building import build
+from images.building import payload
 from images.catalog import ROOT
 from images.locking import lock
 from images.proving import standing
@@ -298,7 +298,7 @@ def test_what_an_image_promises_of_how_its_checks_run_is_part_of_their_identity(
 @pytest.mark.parametrize("image", IMAGES, ids=lambda image: image.reference)
 def test_an_image_says_the_same_of_itself_as_the_host(image: catalog.Image, tmp_path: Path) -> None:
     """It has its own copy of the modules, without those of other backends."""
-    files = build.payload(image, lock.read(image))
+    files = payload.files(image, lock.read(image))
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)

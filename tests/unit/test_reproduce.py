@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from images import catalog, host
-from images.building import build, builder, contents, layers
+from images.building import build, builder, contents, context, layering, layers
 from images.building.builder import Built
 from images.building.contents import Entry, Part, Summary
 from images.building.layers import Layer, Record
@@ -134,7 +134,7 @@ def test_the_two_builds_differ_in_all_that_must_not_show() -> None:
     assert len(FIRST.checkout) != len(SECOND.checkout), "a path of another length moves bytes"
     assert FIRST.umask != SECOND.umask
     assert FIRST.env["TZ"] != SECOND.env["TZ"]
-    assert FIRST.env.get(build.CLOCK) != SECOND.env[build.CLOCK]
+    assert FIRST.env.get(context.CLOCK) != SECOND.env[context.CLOCK]
     assert SECOND.reversed_cache
     assert not FIRST.reversed_cache, "there is no cache before the first"
 
@@ -289,7 +289,7 @@ def machine(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     def stream(argv: Sequence[str], env: Mapping[str, str], cwd: Path, umask: int) -> None:
         made.streams.append({"argv": argv, "env": env, "cwd": cwd, "umask": umask})
-        put(Path(env["TMPDIR"]), "buildah-cache-0/wheels/a.whl")
+        put(Path(env["UV_CACHE_DIR"]), "wheels/a.whl")
 
     def inspect(_: builder.Buildah, name: str) -> Built | None:
         assert name == "localhost/verl-rollout:vllm-0.12"
@@ -335,7 +335,7 @@ def test_the_second_build_finds_the_packages_of_the_first(checkout: Checkout, wo
     image = checkout.image()
     for circumstances in BUILDS:
         reproduce.build_once(image, work, circumstances)
-    wheel = "tmp/buildah-cache-0/wheels/a.whl"
+    wheel = "uv/wheels/a.whl"
     # The fake overwrites it, in the one file that both have.
     assert (work / "first-own" / wheel).samefile(work / "second-own" / wheel)
 
@@ -413,7 +413,7 @@ def two(checkout: Checkout, work: Path, monkeypatch: pytest.MonkeyPatch) -> Two:
     monkeypatch.setattr(reproduce, "look", look)
     monkeypatch.setattr(build, "record", recorded)
     monkeypatch.setattr(builder.Buildah, "version", lambda _: BUILDAH)
-    assert build.layer_names(checkout.image(), lock.read(checkout.image())) == NAMES
+    assert layering.layer_names(checkout.image(), lock.read(checkout.image())) == NAMES
     return made
 
 
@@ -545,10 +545,11 @@ def test_an_input_that_is_not_pinned_is_no_level_whatever_the_builds_agree_in(
     checkout: Checkout, work: Path, two: Two, said: Said
 ) -> None:
     image = claim(checkout, "R1")
-    image.dockerfile.write_text("ARG BASE\nFROM debian:12\n")
+    text = image.dockerfile.read_text()
+    image.dockerfile.write_text(text.replace("${BASE}", "debian:12"))
     assert reproduce.reproduce(image, work, keep=True) == 1
     first, last = said()
-    assert first.startswith("not pinned: images/vllm/Dockerfile: FROM debian:12")
+    assert first.startswith("not pinned: images/recipes/Dockerfile: FROM debian:12")
     assert "R0 (not every input is pinned), claimed is R1" in last
     assert two.recorded == []
     assert nothing_is_kept(image)

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from images import catalog
-from images.building import build, layers, pinned
+from images.building import build, layering, layers, pinned
 from images.catalog import ROOT, Image
 from images.locking import lock
 from images.telling import docs
@@ -112,7 +112,7 @@ def test_every_backend_of_the_catalog_has_its_dockerfile() -> None:
 
 @pytest.mark.parametrize("image", IMAGES, ids=lambda image: image.reference)
 def test_a_dockerfile_installs_each_layer_of_a_lock_behind_its_argument(image: Image) -> None:
-    layers = build.layer_names(image, lock.read(image))[1:]
+    layers = layering.layer_names(image, lock.read(image))[1:]
     recipe = pinned.instructions(build.recipe_text(image, lock.read(image)))
     steps = [step for step in recipe if step[0] in ("ARG", "RUN")]
     assert steps.pop(0) == ("ARG", "BASE")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from images import host
-from images.building import build, builder, storage
+from images.building import build, builder, payload, storage
 from images.building.builder import Built
 from images.catalog import Image
 from images.host import owner
@@ -101,7 +101,7 @@ def test_a_change_of_an_entrypoint_or_a_variable_makes_an_image_stale(
     own = tmp_path / "own"
     (own / "backends").mkdir(parents=True)
     (own / "cli.py").write_text("1")
-    monkeypatch.setattr(build, "ENTRYPOINTS", own)
+    monkeypatch.setattr(payload, "ENTRYPOINTS", own)
     monkeypatch.setattr(build, "base_name", lambda: "base:1")
     image = checkout.image()
     store.images = {NEW.id: NEW}

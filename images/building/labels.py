@@ -1,0 +1,63 @@
+"""What an image says of itself to a builder: variables, labels, and the tag that never moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from images.catalog import Image
+from images.locking import base, lock
+from images.locking.lock import Locked
+
+# NVIDIA's hooks in container engines give a container the GPU, and of the driver what computes,
+# where its image asks for them. docker's --gpus asks by itself; pyxis, enroot and a runtime that is
+# the default of a cluster do not, and the image would see no GPU there (enroot 205).
+GPU = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
+
+
+def immutable_tag(image: Image, locked: Sequence[Locked], lock_sha256: str) -> str:
+    """The tag that never moves: engine version, CUDA, Python and the lock it was built from."""
+    versions = {entry.name: entry.version for entry in locked}
+    cuda = lock.cuda(versions)
+    platform = f"cu{cuda.replace('.', '')}" if cuda else "cpu"
+    python = "py" + image.python.replace(".", "")
+    # A tag may not hold the plus sign of a local version.
+    version = versions[image.engine].replace("+", "-")
+    return f"{image.backend}-{version}-{platform}-{python}-{lock_sha256[:8]}"
+
+
+def variables(image: Image, locked: Sequence[Locked]) -> dict[str, str]:
+    """Variables of an image: the catalog's, and with CUDA those that ask for the GPU."""
+    cuda = lock.cuda({entry.name: entry.version for entry in locked})
+    return {**(GPU if cuda else {}), **image.env}
+
+
+def of_image(
+    image: Image, locked: Sequence[Locked], lock_sha256: str, bottom: str
+) -> dict[str, str]:
+    """Labels of an image: the standard keys, and the catalog row under ``rollout.``.
+
+    Ray compares its own version and all three numbers of Python's, so both are there in full.
+    """
+    versions = {entry.name: entry.version for entry in locked}
+    engine = versions[image.engine]
+    trained = f"{image.framework.name} {image.framework.version}" if image.framework else "none"
+    purpose = f"for rollout and training with {trained}" if image.framework else "for rollout"
+    return {
+        "org.opencontainers.image.title": image.reference,
+        "org.opencontainers.image.description": (
+            f"{image.backend} {engine} {purpose}, with its own proof"
+        ),
+        "org.opencontainers.image.version": immutable_tag(image, locked, lock_sha256),
+        "org.opencontainers.image.licenses": "Apache-2.0 AND LicenseRef-contents",
+        "rollout.backend": image.backend,
+        "rollout.base": bottom,
+        "rollout.cuda": lock.cuda(versions) or "none",
+        "rollout.engine.version": engine,
+        "rollout.framework": image.framework.name if image.framework else "none",
+        "rollout.framework.version": image.framework.version if image.framework else "none",
+        "rollout.lock.sha256": lock_sha256,
+        "rollout.python": base.python(image.python),
+        "rollout.ray": versions.get("ray", "none"),
+        "rollout.resolved-as-of": image.resolved_as_of.isoformat(),
+        "rollout.torch": versions["torch"],
+    }

@@ -1,0 +1,78 @@
+"""The last layer of an image: our own package, the lock, and what the image is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from images.catalog import BACKENDS, FRAMEWORKS, ROOT, Image
+from images.locking import lock
+from images.locking.lock import Locked
+
+ENTRYPOINTS = ROOT / "entrypoints" / "rollout"
+LAUNCHER = """#!/opt/rollout/bin/python -I
+from rollout.cli import main
+
+# The guard matters: the engine's process is spawned, and imports this file once more.
+if __name__ == "__main__":
+    raise SystemExit(main())
+"""
+
+
+def framework(image: Image) -> dict[str, str] | None:
+    """The framework as image.json has it; None in an image that has none."""
+    if image.framework is None:
+        return None
+    found = image.framework
+    return {"name": found.name, "distribution": found.name, "version": found.version}
+
+
+def facts(image: Image, locked: Sequence[Locked]) -> dict[str, object]:
+    """What ``rollout`` inside the image has to know of it (share/rollout/image.json)."""
+    versions = {entry.name: entry.version for entry in locked}
+    return {
+        "reference": image.reference,
+        "backend": image.backend,
+        "framework": framework(image),
+        "python": image.python,
+        "resolved_as_of": image.resolved_as_of.isoformat(),
+        "engine": {"name": image.backend, "distribution": image.engine},
+        "cuda": lock.cuda(versions),
+        "expect": dict(image.expect),
+        "smoke": image.smoke.facts,
+        "optional_libraries": sorted(image.optional_libraries),
+        "imports": ["torch", image.engine.replace("-", "_")],
+    }
+
+
+def belongs(module: Path, image: Image) -> bool:
+    """Whether a module of the package is for this image: that of another engine alone is not.
+
+    Nor is that of another framework. So a change in how one of them is driven leaves the proofs of
+    the others as good as they are.
+    """
+    framework = image.framework.name if image.framework else ""
+    kinds = {"backends": (BACKENDS, image.backend), "frameworks": (FRAMEWORKS, framework)}
+    if module.parent.name not in kinds:
+        return True
+    names, own = kinds[module.parent.name]
+    owners = [
+        known
+        for known in (name.replace("-", "_") for name in names)
+        if module.stem == known or module.stem.startswith(f"{known}_")
+    ]
+    return owners in ([], [own.replace("-", "_")])
+
+
+def files(image: Image, locked: Sequence[Locked]) -> dict[str, bytes]:
+    """The files of the last layer: our own package, the lock, and what the image is."""
+    modules = [path for path in sorted(ENTRYPOINTS.rglob("*.py")) if belongs(path, image)]
+    data = json.dumps(facts(image, locked), indent=1, sort_keys=True) + "\n"
+    return {
+        **{f"rollout/{path.relative_to(ENTRYPOINTS)}": path.read_bytes() for path in modules},
+        "requirements.lock": image.lock.read_bytes(),
+        "image.json": data.encode(),
+        "launcher": LAUNCHER.encode(),
+        "python": image.python.encode(),
+    }
