@@ -32,8 +32,14 @@ def lock(session: nox.Session) -> None:
 
 
 @nox.session
+def new(session: nox.Session) -> None:
+    """Write a catalog file from its nearest sibling: REPOSITORY/TAG."""
+    station(session, "locking.new")
+
+
+@nox.session
 def build(session: nox.Session) -> None:
-    """Build images: [REF …] [--builder docker] [--no-cache] [--tag NAME]."""
+    """Build images: [REF …] [--record] [--show] [--builder docker] [--no-cache] [--tag NAME]."""
     station(session, "building.build")
 
 
@@ -69,13 +75,13 @@ def verify_published(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Renew the generated parts of the README and lockfiles/SIZES.md: [--check]."""
+    """Renew the generated pages and parts of pages: [--check]."""
     station(session, "telling.docs")
 
 
 @nox.session
 def measure(session: nox.Session) -> None:
-    """Measure the numbers of the README on this machine: [REF]."""
+    """Measure the numbers of docs/reproducing.md on this machine: [REF]."""
     station(session, "proving.measure")
 
 

@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -150,48 +150,58 @@ class Image:
         return ROOT / "images" / "recipes" / "Dockerfile"
 
 
-# Key -> (type in TOML, required). Tables are checked by the functions below.
-_KEYS: dict[str, tuple[type, bool]] = {
-    "backend": (str, True),
-    "framework": (dict, False),
-    "python": (str, True),
-    "resolved-as-of": (datetime.date, True),
-    "requirements": (list, True),
-    "expect": (dict, True),
-    "env": (dict, False),
-    "smoke": (dict, True),
-    "size": (dict, True),
-    "reproducible": (str, True),
-    "optional-libraries": (dict, False),
-    "source-distributions": (dict, False),
-    "not-shown": (dict, False),
+class Key(NamedTuple):
+    """A key of a catalog file."""
+
+    kind: type  # in TOML
+    required: bool
+    what: str  # for docs/new-image.md
+
+
+KEYS: dict[str, Key] = {
+    "use": Key(list, False, "fragments to take, by name"),
+    "backend": Key(str, True, "the engine, and the module that drives it"),
+    "python": Key(str, True, "major and minor version; Debian 12 has one"),
+    "resolved-as-of": Key(datetime.date, True, "the day whose index the engine's lock sees"),
+    "requirements": Key(list, True, "what the engine's lock is resolved from, each with a reason"),
+    "framework": Key(dict, False, "whose training runs in this image"),
+    "expect": Key(dict, True, "versions that the lock has to have, and that the image is held to"),
+    "env": Key(dict, False, "variables of the image, each with a reason"),
+    "smoke": Key(dict, True, "what the proof has to show"),
+    "not-shown": Key(dict, False, "a promised check or transport: why nobody can show it"),
+    "size": Key(dict, True, "what it may weigh in a registry"),
+    "reproducible": Key(str, True, "the level that two builds reach: R1 to R4"),
+    "source-distributions": Key(
+        dict, False, "distributions without a wheel: the image builds them"
+    ),
+    "optional-libraries": Key(dict, False, "libraries that a file asks for and nothing loads here"),
 }
-_SMOKE_KEYS: dict[str, tuple[type, bool]] = {
-    "sleep-levels": (list, True),
-    "refit": (list, True),
-    "fp8": (bool, False),
-    "server": (bool, False),
-    "training": (bool, False),
-    "tensor-parallel": (int, False),
-    "reuse": (str, False),
+SMOKE_KEYS: dict[str, Key] = {
+    "sleep-levels": Key(list, True, "1 (weights kept in main memory), 2 (dropped), or both"),
+    "refit": Key(list, True, "transports of weights: " + ", ".join(TRANSPORTS)),
+    "fp8": Key(bool, False, "a second start with weights in 8 bits"),
+    "server": Key(bool, False, "the engine's own server, over HTTP"),
+    "training": Key(bool, False, "the framework's own trainer makes steps; needs [framework]"),
+    "tensor-parallel": Key(int, False, "GPUs to divide a model among: 2"),
+    "reuse": Key(str, False, "what the prefix cache keeps of a request: turns, or prompts alone"),
 }
-_FRAMEWORK_KEYS: dict[str, tuple[type, bool]] = {
-    "name": (str, True),
-    "version": (str, True),
-    "resolved-as-of": (datetime.date, True),
-    "requirements": (list, False),
-    "fits": (list, False),
-    "extra": (str, False),
-    "undeclared": (dict, False),
-    "overrides": (dict, False),
-    "left-out": (dict, False),
-    "source-distributions": (dict, False),
+FRAMEWORK_KEYS: dict[str, Key] = {
+    "name": Key(str, True, "a framework that has an adapter: " + ", ".join(FRAMEWORKS)),
+    "version": Key(str, True, "the release that the proof runs"),
+    "resolved-as-of": Key(datetime.date, True, "the day whose index its lock sees"),
+    "requirements": Key(list, False, "what it is resolved from; by default the release itself"),
+    "fits": Key(list, False, "other releases whose metadata takes this engine"),
+    "extra": Key(str, False, "its extra that bounds the engine"),
+    "undeclared": Key(dict, False, "what it imports and does not ask for"),
+    "overrides": Key(dict, False, "what it asks for and this image holds otherwise"),
+    "left-out": Key(dict, False, "what it asks for and this image does not have"),
+    "source-distributions": Key(dict, False, "distributions of its own without a wheel"),
 }
-_SIZE_KEYS: dict[str, tuple[type, bool]] = {
-    "compressed": (str, True),
-    "largest-layer": (str, True),
+SIZE_KEYS: dict[str, Key] = {
+    "compressed": Key(str, True, "of all layers, like '3.6 GB'"),
+    "largest-layer": Key(str, True, "of the largest one"),
 }
-_TABLE_KEYS = {"framework": _FRAMEWORK_KEYS, "smoke": _SMOKE_KEYS, "size": _SIZE_KEYS}
+TABLE_KEYS = {"framework": FRAMEWORK_KEYS, "smoke": SMOKE_KEYS, "size": SIZE_KEYS}
 _UNITS = {"MB": 10**6, "GB": 10**9}
 _TYPE_NAMES = {
     str: "a string",
@@ -275,8 +285,8 @@ def _take(
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
             raise Problem(f"{shown(path)}: key 'use' names the fragment {name!r}; {hint}", 2)
         _take(place, fragments, found, said, taken)
-    _check_keys(table, _KEYS, path, partly=True)
-    for key, keys in _TABLE_KEYS.items():
+    _check_keys(table, KEYS, path, partly=True)
+    for key, keys in TABLE_KEYS.items():
         _check_keys(table.get(key, {}), keys, path, f"{key}.", partly=True)
     _join(found, table, path, said)
 
@@ -306,7 +316,7 @@ def _join(
 
 def _check_keys(
     table: Mapping[str, Any],
-    keys: Mapping[str, tuple[type, bool]],
+    keys: Mapping[str, Key],
     path: Path,
     prefix: str = "",
     *,
@@ -317,12 +327,12 @@ def _check_keys(
             near = difflib.get_close_matches(key, keys, 1)
             hint = f"did you mean {prefix + near[0]!r}?" if near else "remove it"
             raise Problem(f"{shown(path)}: unknown key {prefix + key!r}; {hint}", 2)
-        kind = keys[key][0]
+        kind = keys[key].kind
         # A TOML datetime is a date too, but uv wants the day alone.
         if not isinstance(value, kind) or isinstance(value, datetime.datetime):
             raise Problem(f"{shown(path)}: key {prefix + key!r} must be {_TYPE_NAMES[kind]}", 2)
-    for key, (_, required) in keys.items():
-        if required and not partly and key not in table:
+    for key, known in keys.items():
+        if known.required and not partly and key not in table:
             raise Problem(f"{shown(path)}: key {prefix + key!r} is missing; add it", 2)
 
 
@@ -360,9 +370,9 @@ def parse(path: Path) -> Image:
         Problem: exit code 2, naming the file and the key.
     """
     table, fragments = whole(path)
-    _check_keys(table, _KEYS, path)
-    _check_keys(table["smoke"], _SMOKE_KEYS, path, "smoke.")
-    _check_keys(table["size"], _SIZE_KEYS, path, "size.")
+    _check_keys(table, KEYS, path)
+    _check_keys(table["smoke"], SMOKE_KEYS, path, "smoke.")
+    _check_keys(table["size"], SIZE_KEYS, path, "size.")
     backend = _chosen([table["backend"]], BACKENDS, path, "backend")[0]
     names = {r.name for r in _requirements(table["requirements"], path, "requirements")}
     image = Image(
@@ -529,7 +539,7 @@ def _framework(table: Mapping[str, Any], path: Path) -> Framework:
     Raises:
         Problem: exit code 2, naming the file and the key.
     """
-    _check_keys(table, _FRAMEWORK_KEYS, path, "framework.")
+    _check_keys(table, FRAMEWORK_KEYS, path, "framework.")
     name = _chosen([table["name"]], FRAMEWORKS, path, "framework.name")[0]
     # Where the index has no wheel of the framework, the file names what it depends on instead.
     lines = table.get("requirements", [f"{name}=={table['version']}"])

@@ -112,14 +112,12 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
     from images import catalog
     from images.building import build
     from images.proving import prove
-    from images.telling import docs
+    from images.telling import docs, pages, tables
 
-    for module in (catalog, docs, prove):
+    for module in (catalog, docs, pages, prove, tables):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(catalog, "CATALOG", tmp_path / "images" / "catalog")
     monkeypatch.setattr(catalog.load, "__defaults__", (catalog.CATALOG,))
     monkeypatch.setattr(build, "BUILD", tmp_path / "build")
     monkeypatch.setattr(prove, "REPORTS", tmp_path / "build" / "reports")
-    monkeypatch.setattr(docs, "README", tmp_path / "README.md")
-    monkeypatch.setattr(docs, "FRAMEWORKS", tmp_path / "frameworks.md")
     return Checkout(tmp_path)

@@ -74,6 +74,19 @@ def layer_table(images: Sequence[Image]) -> str:
     return "\n".join(lines)
 
 
+def layers_of(image: Image) -> str:
+    """The layers of an image below our own package, as recorded, from the lowest up."""
+    own = recorded([image]).get(image.reference)
+    if not own:
+        return "No layers are recorded yet."
+    lines = ["| layer | diff_id | as a tar | compressed |", "| --- | --- | --- | --- |"]
+    for layer in own:
+        digest = layer.diff_id.removeprefix("sha256:")[:12]
+        size, packed = megabytes(layer.bytes), megabytes(layer.compressed)
+        lines.append(f"| {layer.name} | `{digest}` | {size} | {packed} |")
+    return "\n".join(lines)
+
+
 def needed_by(text: str) -> dict[str, list[str]]:
     """What asked for each distribution of a lock, from the comments that uv writes."""
     found: dict[str, list[str]] = {}

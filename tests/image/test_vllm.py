@@ -11,7 +11,7 @@ from images import catalog, host
 from images.building import build, builder, layers
 from images.locking import lock
 from images.proving import prove
-from images.telling import docs
+from images.telling import tables
 from rollout import preflight, verify
 from rollout.problem import Problem
 
@@ -50,7 +50,7 @@ def test_the_layers_are_the_recorded_ones_and_a_proof_of_others_is_not_called_on
     proof = json.loads(prove.kept(image).read_text(encoding="utf-8"))
     below_ours = tuple(proof["layers"][:-1])
     engine = recorded.diff_ids[:-1]  # the framework's layer comes last
-    found = docs.standing(image).lower()
+    found = tables.standing(image).lower()
     assert ("stale" in found) == (below_ours[: len(engine)] != engine)
     if below_ours != recorded.diff_ids:
         assert not found.startswith("[proved]")

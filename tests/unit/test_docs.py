@@ -1,4 +1,4 @@
-"""What the README's table promises: it is of today, and an old proof is not shown as one."""
+"""What tables and pages promise: they are of today, and an old proof is not shown as one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from images.building.contents import Summary
 from images.catalog import Image
 from images.locking import base
 from images.proving import prove, reproduce
-from images.telling import docs
+from images.telling import docs, numbers, pages, tables
 from rollout.faults import FAULTS
 from rollout.problem import Problem
 
@@ -44,7 +44,7 @@ def keep(image: Image, **changes: Any) -> None:
 
 
 def test_a_fresh_proof_is_shown_with_device_and_day(image: Image) -> None:
-    assert docs.standing(image) == PROVED
+    assert tables.standing(image) == PROVED
 
 
 def reproduced(image: Image, *levels: str, inputs: str = "") -> None:
@@ -57,21 +57,21 @@ REPRODUCED = "images/proofs/verl-rollout/vllm-0.12.reproduced.json"
 
 
 def test_the_level_shown_is_the_lowest_of_all_machines(image: Image) -> None:
-    assert docs.reproduced(image) == "not shown yet"
+    assert tables.reproduced(image) == "not shown yet"
     reproduced(image, "R4")
-    assert docs.reproduced(image) == f"[R4]({REPRODUCED})"
+    assert tables.reproduced(image) == f"[R4]({REPRODUCED})"
     reproduced(image, "R4", "R3")
-    assert docs.reproduced(image) == f"[R3]({REPRODUCED}) on 2 machines"
+    assert tables.reproduced(image) == f"[R3]({REPRODUCED}) on 2 machines"
 
 
 def test_a_level_of_other_inputs_is_stale(image: Image) -> None:
     reproduced(image, "R4", inputs="others")
-    assert docs.reproduced(image) == f"stale: [R4]({REPRODUCED}), of other inputs"
+    assert tables.reproduced(image) == f"stale: [R4]({REPRODUCED}), of other inputs"
 
 
 def test_an_image_without_a_report_is_not_proved_yet(image: Image) -> None:
     prove.kept(image).unlink()
-    assert docs.standing(image) == "not proved yet"
+    assert tables.standing(image) == "not proved yet"
 
 
 def stale_by_lock(image: Image) -> None:
@@ -105,7 +105,7 @@ def stale_by_nothing_to_compare_with(image: Image) -> None:
 )
 def test_a_proof_of_another_lock_or_other_layers_is_stale(image: Image, age: Any, why: str) -> None:
     age(image)
-    assert docs.standing(image) == f"{PROVED.replace('proved]', 'stale]')}: {why}"
+    assert tables.standing(image) == f"{PROVED.replace('proved]', 'stale]')}: {why}"
 
 
 def test_what_a_proof_does_not_show_is_in_the_table(image: Image) -> None:
@@ -115,18 +115,18 @@ def test_what_a_proof_does_not_show_is_in_the_table(image: Image) -> None:
         prove.kept(image),
         json.dumps(data | {"skipped": {"sleep-2": "no room"}, "verdict": "in-part"}),
     )
-    assert docs.standing(image) == PROVED.replace("proved]", "in part]") + "; not shown: sleep-2"
+    assert tables.standing(image) == PROVED.replace("proved]", "in part]") + "; not shown: sleep-2"
 
 
 def test_a_proof_by_earlier_checks_is_called_that(image: Image) -> None:
     keep(image, program=None)
-    assert docs.standing(image) == PROVED.replace("proved]", "by earlier checks]")
+    assert tables.standing(image) == PROVED.replace("proved]", "by earlier checks]")
 
 
 def test_a_kept_report_that_nobody_could_have_written_is_one_sentence(image: Image) -> None:
     host.write(prove.kept(image), '{"device": "\\ud800"}')
     with pytest.raises(Problem) as caught:
-        docs.standing(image)
+        tables.standing(image)
     assert caught.value.code == 2
     assert caught.value.sentence == (
         "images/proofs/verl-rollout/vllm-0.12.json holds half a character (a lone surrogate)"
@@ -134,13 +134,13 @@ def test_a_kept_report_that_nobody_could_have_written_is_one_sentence(image: Ima
 
 
 def test_a_row_says_what_the_lock_says(image: Image) -> None:
-    assert docs.row(image, VERSIONS | {"torch": "2.9.0+cu128"}) == (
-        "| `verl-rollout:vllm-0.12` | verl 0.7.1 | vllm 0.12.0 | 2.9.0 | 12.8 | "
-        f"{base.python('3.11')} | {VERSIONS['ray']} | 2025-12-20 | "
-        f"{docs.pull(image)} | not shown yet | {PROVED} |"
+    assert tables.row(image, VERSIONS | {"torch": "2.9.0+cu128"}) == (
+        "| [`verl-rollout:vllm-0.12`](docs/images/verl-rollout/vllm-0.12.md) | verl 0.7.1 | "
+        f"vllm 0.12.0 | 12.8, driver ≥ 525.60.13 | {base.python('3.11')}, Ray {VERSIONS['ray']} | "
+        f"{tables.pull(image)} | {PROVED} | `nox -s build -- vllm-0.12` |"
     )
-    without = docs.row(image, {"vllm": "0.12.0", "torch": "2.9.0+cpu"})
-    assert "| none (CPU) |" in without and "| none |" in without
+    without = tables.row(image, {"vllm": "0.12.0", "torch": "2.9.0+cpu"})
+    assert f"| none (CPU) | {base.python('3.11')} |" in without
 
 
 def test_to_pull_is_the_sum_of_the_layers_recorded_for_todays_inputs(image: Image) -> None:
@@ -148,18 +148,18 @@ def test_to_pull_is_the_sum_of_the_layers_recorded_for_todays_inputs(image: Imag
     assert found is not None
     sized = [replace(layer, compressed=750_000_000) for layer in found.layers]
     layers.write(image, replace(found, layers=tuple(sized)))
-    assert docs.pull(image) == "1.50 GB"
+    assert tables.pull(image) == "1.50 GB"
     layers.write(image, replace(found, inputs="others"))
-    assert docs.pull(image) == "not recorded yet"
+    assert tables.pull(image) == "not recorded yet"
     layers.path(image).unlink()
-    assert docs.pull(image) == "not recorded yet"
+    assert tables.pull(image) == "not recorded yet"
 
 
 def test_the_table_has_a_row_for_each_image(checkout: Checkout, image: Image) -> None:
-    lines = docs.table([image, checkout.image(tag="other")]).splitlines()
+    lines = tables.table([image, checkout.image(tag="other")]).splitlines()
     assert len(lines) == 4
     assert "`verl-rollout:other`" in lines[3]
-    assert {line.count("|") for line in lines} == {12}
+    assert {line.count("|") for line in lines} == {9}
 
 
 # the README around it
@@ -173,9 +173,9 @@ README = f"before\n{marked('images', 'old')}between\n{marked('faults', 'old')}af
 
 
 def test_only_what_stands_between_its_markers_is_renewed() -> None:
-    found = docs.renewed(README, "images", "new")
+    found = docs.renewed(README, "images", "new", "README.md")
     assert found == README.replace(marked("images", "old"), marked("images", "new"))
-    assert docs.renewed(found, "images", "new") == found
+    assert docs.renewed(found, "images", "new", "README.md") == found
 
 
 @pytest.mark.parametrize(
@@ -189,14 +189,14 @@ def test_only_what_stands_between_its_markers_is_renewed() -> None:
 )
 def test_lost_markers_are_said_with_what_to_do(text: str) -> None:
     with pytest.raises(Problem) as caught:
-        docs.renewed(text, "images", "new")
+        docs.renewed(text, "images", "new", "README.md")
     assert caught.value.code == 2
     markers = "<!-- images: generated by 'nox -s docs' --> and <!-- /images -->"
     assert caught.value.sentence == f"README.md has lost its markers; put {markers} back"
 
 
 def test_the_faults_are_those_that_can_be_injected() -> None:
-    lines = docs.fault_table([]).splitlines()[2:]
+    lines = tables.fault_table([]).splitlines()[2:]
     assert len(lines) == len(FAULTS)
     for line, (name, fault) in zip(lines, FAULTS.items(), strict=True):
         found = f"`{fault.check}`" + (f" or `{fault.otherwise}`" if fault.otherwise else "")
@@ -205,14 +205,14 @@ def test_the_faults_are_those_that_can_be_injected() -> None:
 
 def test_a_fault_found_on_a_gpu_links_to_the_report_of_that_run(image: Image) -> None:
     host.write(prove.kept_fault(image, "lost-buffer"), json.dumps(reports.of(image, DIFF_IDS)))
-    lines = docs.fault_table([image]).splitlines()
+    lines = tables.fault_table([image]).splitlines()
     link = "[vllm-0.12](images/proofs/verl-rollout/vllm-0.12.faults/lost-buffer.json)"
     assert [line.endswith(f"| CPU (tests), {link} |") for line in lines].count(True) == 1
     assert [link in line for line in lines].count(True) == 1
     aimed = "flipped-byte@cuda-ipc"
     host.write(prove.kept_fault(image, aimed), json.dumps(reports.of(image, DIFF_IDS)))
     link = f"[vllm-0.12 by cuda-ipc](images/proofs/verl-rollout/vllm-0.12.faults/{aimed}.json)"
-    (line,) = [line for line in docs.fault_table([image]).splitlines() if link in line]
+    (line,) = [line for line in tables.fault_table([image]).splitlines() if link in line]
     assert line.startswith("| `flipped-byte` |")
 
 
@@ -246,7 +246,7 @@ def gpu_report(*names: str) -> dict[str, Any]:
 
 
 def test_the_numbers_of_a_gpu_are_those_of_its_report() -> None:
-    rows = {what: (value, beside) for what, value, beside in docs.gpu_rows(gpu_report(*CHECKS))}
+    rows = {what: (value, beside) for what, value, beside in numbers.gpu_rows(gpu_report(*CHECKS))}
     # 100 s, less 10 of verify's one check and the two starts.
     whole = rows["the whole smoke test: engine starts, and the rest"]
     assert whole[0] == "56.0 s + 34.0 s"
@@ -266,13 +266,13 @@ def test_a_second_start_stands_beside_the_first() -> None:
         return {"checks": [start, *gpu_report("refit", "generation", "cycle")["checks"]]}
 
     first, second = started(50.0, 300) | {"seconds": 100.0}, started(20.0, 2)
-    rows = docs.gpu_rows(first, second)
+    rows = numbers.gpu_rows(first, second)
     assert rows[2] == (
         *("start again, with the cache that the first one filled", "20.0 s"),
         "files added to the cache: 2",
     )
     assert rows[3] == ("… and the first answer", "30.0 s", "compiled only once: 30.0 s")
-    assert [*rows[:2], *rows[4:]] == docs.gpu_rows(first)
+    assert [*rows[:2], *rows[4:]] == numbers.gpu_rows(first)
 
 
 def test_a_second_start_of_other_layers_is_not_shown(image: Image) -> None:
@@ -280,58 +280,113 @@ def test_a_second_start_of_other_layers_is_not_shown(image: Image) -> None:
     metrics = {"start": {"cache_files_added": 2}}
     second = reports.of(image, DIFF_IDS, ["start"], metrics=metrics, started="2026-01-03T00:00:00Z")
     host.write(prove.beside(image, "warm"), json.dumps(second))
-    assert docs.warm_report(image, first) == second
-    assert docs.warm_report(image, first | {"layers": ["sha256:b"]}) is None
+    assert pages.warm_report(image, first) == second
+    assert pages.warm_report(image, first | {"layers": ["sha256:b"]}) is None
     prove.beside(image, "warm").unlink()
-    assert docs.warm_report(image, first) is None
+    assert pages.warm_report(image, first) is None
 
 
 def test_an_image_without_fp8_has_no_row_of_it() -> None:
-    rows = docs.gpu_rows(gpu_report(*[name for name in CHECKS if name != "fp8"]))
+    rows = numbers.gpu_rows(gpu_report(*[name for name in CHECKS if name != "fp8"]))
     assert not [what for what, _, _ in rows if "fp8" in what]
 
 
 def test_without_a_proof_on_a_gpu_there_are_no_numbers(image: Image) -> None:
     prove.kept(image).unlink()
-    assert docs.gpu_numbers([image]) == "No image is proved on a GPU yet."
+    assert "No proof of it on a GPU is kept." in pages.page(image)
+
+
+def test_the_page_of_an_image_gathers_what_is_known_of_it(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "measured", lambda *_: "gpu last")
+    host.write(prove.kept_fault(image, "lost-buffer"), json.dumps(reports.of(image, DIFF_IDS)))
+    text = pages.page(image)
+    assert text.startswith("<!-- GENERATED by 'nox -s docs'; do not edit. -->\n\n# verl-rollout:")
+    assert f"| proof | {PROVED}" in text
+    assert "| CUDA | 12.8, driver ≥ 525.60.13 |" in text
+    link = "[found](images/proofs/verl-rollout/vllm-0.12.faults/lost-buffer.json)"
+    assert f"| `lost-buffer` | {link}" in text
+    assert "| base | `" in text
+    assert "[docs/engines/vllm.md](docs/engines/vllm.md)" in text
+
+
+PARTS = {
+    "README.md": ("printed", "images"),
+    "docs/frameworks.md": ("frameworks",),
+    "docs/proof.md": ("features", "faults"),
+    "docs/reproducing.md": ("layers", "measured"),
+    "docs/new-image.md": ("keys", "fragments"),
+}
 
 
 @pytest.fixture
-def readme(image: Image, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A README in need of renewal, and a catalog whose default is the image."""
+def written(checkout: Checkout, image: Image, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Pages in need of renewal, and a catalog whose default is the image."""
     monkeypatch.setattr(catalog, "DEFAULT", image.reference)
-    monkeypatch.setattr(sizes, "PAGE", docs.README.with_name("SIZES.md"))
+    monkeypatch.setattr(sizes, "PAGE", checkout.root / "lockfiles/SIZES.md")
     monkeypatch.setattr(docs, "printed", lambda _: "printed last")
     monkeypatch.setattr(docs, "measured", lambda _: "measured last")
-    monkeypatch.setattr(docs, "gpu_numbers", lambda _: "gpu last")
-    names = ("printed", "images", "features", "faults", "measured", "gpu", "layers")
-    text = "".join(marked(name, "old") for name in names)
-    docs.README.write_text(text)
-    docs.FRAMEWORKS.write_text(marked("frameworks", "old"))
-    return text
+    monkeypatch.setattr(pages, "measured", lambda *_: "gpu last")
+    texts = {page: "".join(marked(name, "old") for name in names) for page, names in PARTS.items()}
+    for page, text in texts.items():
+        host.write(checkout.root / page, text)
+    return texts
 
 
-def test_a_stale_readme_fails_the_check_and_stays(
-    readme: str, capsys: pytest.CaptureFixture[str]
+def test_stale_pages_fail_the_check_and_stay(
+    checkout: Checkout, written: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Problem, match=r"^not fresh .*README.md.* run 'nox -s docs'") as caught:
         docs.main(["--check"])
     assert caught.value.code == 1
     out = capsys.readouterr().out
     assert "\n-old\n" in out
-    assert "\n+| `verl-rollout:vllm-0.12` |" in out
-    assert docs.README.read_text() == readme
+    assert "\n+| [`verl-rollout:vllm-0.12`](docs/images/verl-rollout/vllm-0.12.md) |" in out
+    assert {page: (checkout.root / page).read_text() for page in written} == written
+    assert not (checkout.root / "docs/images").exists()
 
 
-@pytest.mark.usefixtures("readme")
-def test_a_renewed_readme_passes_the_check(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("written")
+def test_renewed_pages_pass_the_check(
+    checkout: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(page: str) -> str:
+        return (checkout.root / page).read_text(encoding="utf-8")
+
+    own = "docs/images/verl-rollout/vllm-0.12.md"
     assert docs.main([]) == 0
     said = capsys.readouterr().out
-    assert said == "README.md renewed\nframeworks.md renewed\nSIZES.md renewed\n"
-    assert "| verl 0.7.1 | `verl-rollout:vllm-0.12` |" in docs.FRAMEWORKS.read_text()
+    assert {line.split()[0] for line in said.splitlines()} == {*PARTS, own, "lockfiles/SIZES.md"}
+    assert "| verl 0.7.1 | `verl-rollout:vllm-0.12` |" in read("docs/frameworks.md")
     assert docs.main(["--check"]) == 0
     assert docs.main([]) == 0
     assert capsys.readouterr().out == ""
-    text = docs.README.read_text()
-    for part in ("printed last", PROVED, "`flipped-byte`", "measured last", "gpu last"):
-        assert part in text
+    assert "printed last" in read("README.md")
+    assert PROVED in read("README.md")
+    assert "`flipped-byte`" in read("docs/proof.md")
+    assert "measured last" in read("docs/reproducing.md")
+    assert "gpu last" in read(own)
+    assert "| `smoke.fp8` | true or false | no |" in read("docs/new-image.md")
+
+
+@pytest.mark.usefixtures("written")
+def test_links_lead_from_the_page_that_they_stand_on(checkout: Checkout) -> None:
+    docs.main([])
+    own = checkout.root / "docs/images/verl-rollout/vllm-0.12.md"
+    assert "](../../../images/proofs/verl-rollout/vllm-0.12.json)" in own.read_text()
+    assert "](../../../docs/proof.md)" in own.read_text()
+    assert "](images/proofs/" in (checkout.root / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("written")
+def test_the_page_of_an_image_that_is_gone_is_no_page(
+    checkout: Checkout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    docs.main([])
+    host.write(checkout.root / "docs/images/verl-rollout/gone.md", "old")
+    with pytest.raises(Problem, match=r"not fresh .*docs/images/verl-rollout/gone.md"):
+        docs.main(["--check"])
+    assert docs.main([]) == 0
+    assert "gone.md removed: its image is gone" in capsys.readouterr().out
+    assert docs.main(["--check"]) == 0

@@ -1,0 +1,125 @@
+"""Tables of all images: what each is for and what its proof is worth, and the faults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from images import catalog
+from images.building import build, layers, sizes
+from images.catalog import ROOT, Image
+from images.locking import base, lock
+from images.proving import prove, reproduce
+from images.proving import standing as rule
+from images.telling import features, releases
+from rollout import preflight, smoke
+from rollout.faults import FAULTS, aimed
+
+
+def kept(image: Image) -> features.Kept | None:
+    """The kept report of an image, None where none is kept."""
+    data = prove.kept_report(image)
+    if data is None:
+        return None
+    where = str(prove.kept(image).relative_to(ROOT))
+    return features.Kept(where, data, prove.standing_of(image))
+
+
+def standing(image: Image) -> str:
+    """What the kept report of an image is worth today."""
+    found = kept(image)
+    if found is None:
+        return rule.UNPROVED
+    data, worth = found.report, found.standing
+    where = f"[{worth.word}]({found.where}) on {data['device']}, {data['started'][:10]}"
+    if not worth.good:
+        return f"{where}: {worth.sentence}"
+    missing = ", ".join(worth.missing)
+    return where + (f"; not shown: {missing}" if missing else "")
+
+
+def reproduced(image: Image) -> str:
+    """The level that builds of these inputs reached, and on how many machines."""
+    path = reproduce.path(image)
+    if not path.exists():
+        return "not shown yet"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if data["inputs"] != build.inputs(image):
+        return f"stale: [{data['runs'][-1]['level']}]({path.relative_to(ROOT)}), of other inputs"
+    lowest = min(run["level"] for run in data["runs"])
+    count = len(data["runs"])
+    return f"[{lowest}]({path.relative_to(ROOT)})" + (f" on {count} machines" if count > 1 else "")
+
+
+def pull(image: Image) -> str:
+    """What a node without any of its layers fetches, as recorded for today's inputs."""
+    record = layers.read(image)
+    if record is None or record.inputs != build.inputs(image):
+        return "not recorded yet"
+    return sizes.megabytes(sum(layer.compressed for layer in record.layers))
+
+
+def cuda(versions: Mapping[str, str]) -> str:
+    """CUDA of an image and the oldest driver that runs it, for a cell."""
+    found = lock.cuda(versions)
+    if not found:
+        return "none (CPU)"
+    floor = ".".join(f"{part:02}" for part in preflight.DRIVER_FLOOR[int(found.split(".")[0])])
+    return f"{found}, driver ≥ {floor}"
+
+
+def row(image: Image, versions: Mapping[str, str]) -> str:
+    """The table row of an image."""
+    ray = f", Ray {versions['ray']}" if "ray" in versions else ""
+    cells = [
+        f"[`{image.reference}`](docs/images/{image.repository}/{image.tag}.md)",
+        releases.of(image.framework),
+        f"{image.backend} {versions[image.engine]}",
+        cuda(versions),
+        f"{base.python(image.python)}{ray}",
+        pull(image),
+        standing(image),
+        f"`nox -s build -- {image.tag}`",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(images: Sequence[Image]) -> str:
+    """The table of all images."""
+    head = ("image", "for", "engine", "CUDA", "Python", "to pull", "proof", "how to get it")
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for image in images:
+        lines.append(row(image, {e.name: e.version for e in lock.read(image)}))
+    return "\n".join(lines)
+
+
+def kept_faults(image: Image, fault: str, called: str) -> list[str]:
+    """Links to the reports of runs of an image that found a fault, with what each is worth."""
+    found = []
+    for path in prove.kept_faults(image, fault):
+        transport = aimed(path.stem)[1]
+        worth = prove.standing_of_fault(image, path.stem)
+        by = f" by {transport}" if transport else ""
+        link = f"[{called}{by}]({path.relative_to(ROOT)})"
+        found.append(f"{link} ({worth})" if worth else link)
+    return found
+
+
+def fault_table(images: Sequence[Image]) -> str:
+    """The faults that can be injected, the check that finds each, and where that was shown.
+
+    On the CPU every run of the tests shows it, where the default image has the check; of a GPU
+    image the report of the run is kept.
+    """
+    default = next((image for image in images if image.reference == catalog.DEFAULT), None)
+    on_cpu = smoke.available(default.smoke.facts) if default else smoke.CHECKS
+    lines = ["| fault | what happens | found by | shown on |", "| --- | --- | --- | --- |"]
+    for name, fault in FAULTS.items():
+        shown_on = ["CPU (tests)"] if fault.found_by(on_cpu) else []
+        shown_on += [where for image in images for where in kept_faults(image, name, image.tag)]
+        checks = [check for check in (fault.check, fault.otherwise) if check]
+        lines.append(
+            f"| `{name}` | {fault.what} | {' or '.join(f'`{check}`' for check in checks)} | "
+            f"{', '.join(shown_on) or 'not shown yet'} |"
+        )
+    return "\n".join(lines)
