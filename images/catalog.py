@@ -248,9 +248,12 @@ def toml(path: Path) -> dict[str, Any]:
         raise Problem(f"{shown(path)} {error}", 2) from None
 
 
-def quoted(line: str) -> str:
-    """A line of a file as an error quotes it: a file may have lines of any length."""
-    return repr(line if len(line) <= QUOTED else f"{line[:QUOTED]}…")
+def quoted(value: Any) -> str:
+    """A value of a file as an error quotes it: it may be of any length."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= QUOTED else f"{value[:QUOTED]}…")
+    text = repr(value)
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}…"
 
 
 def whole(path: Path) -> tuple[dict[str, Any], list[Path]]:
@@ -283,7 +286,7 @@ def _take(
             known = sorted(fragment.stem for fragment in fragments.glob("*.toml"))
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise Problem(f"{shown(path)}: key 'use' names the fragment {name!r}; {hint}", 2)
+            raise Problem(f"{shown(path)}: key 'use' names the fragment {quoted(name)}; {hint}", 2)
         _take(place, fragments, found, said, taken)
     _check_keys(table, KEYS, path, partly=True)
     for key, keys in TABLE_KEYS.items():
@@ -308,7 +311,9 @@ def _join(
         elif name in said or key in table:
             # What is a table there has no place of its own.
             other = said.get(name, "a fragment")
-            raise Problem(f"{shown(path)}: key {name!r} stands in {other} too; say it once", 2)
+            raise Problem(
+                f"{shown(path)}: key {quoted(name)} stands in {other} too; say it once", 2
+            )
         else:
             table[key] = value
             said[name] = shown(path)
@@ -326,11 +331,13 @@ def _check_keys(
         if key not in keys:
             near = difflib.get_close_matches(key, keys, 1)
             hint = f"did you mean {prefix + near[0]!r}?" if near else "remove it"
-            raise Problem(f"{shown(path)}: unknown key {prefix + key!r}; {hint}", 2)
+            raise Problem(f"{shown(path)}: unknown key {quoted(prefix + key)}; {hint}", 2)
         kind = keys[key].kind
         # A TOML datetime is a date too, but uv wants the day alone.
         if not isinstance(value, kind) or isinstance(value, datetime.datetime):
-            raise Problem(f"{shown(path)}: key {prefix + key!r} must be {_TYPE_NAMES[kind]}", 2)
+            raise Problem(
+                f"{shown(path)}: key {quoted(prefix + key)} must be {_TYPE_NAMES[kind]}", 2
+            )
     for key, known in keys.items():
         if known.required and not partly and key not in table:
             raise Problem(f"{shown(path)}: key {prefix + key!r} is missing; add it", 2)
@@ -339,7 +346,7 @@ def _check_keys(
 def _strings(table: Mapping[str, Any], path: Path, prefix: str) -> dict[str, str]:
     for key, value in table.items():
         if not isinstance(value, str):
-            raise Problem(f"{shown(path)}: key '{prefix}.{key}' must be a string", 2)
+            raise Problem(f"{shown(path)}: key {quoted(f'{prefix}.{key}')} must be a string", 2)
     return dict(table)
 
 
@@ -350,7 +357,7 @@ def _chosen(values: Sequence[Any], known: Sequence[Any], path: Path, key: str) -
         # True equals 1, and is no level.
         if value not in known or isinstance(value, bool):
             choices = ", ".join(str(k) for k in known)
-            raise Problem(f"{shown(path)}: key {key!r} has {value!r}; known are {choices}", 2)
+            raise Problem(f"{shown(path)}: key {key!r} has {quoted(value)}; known are {choices}", 2)
     return tuple(values)
 
 
@@ -358,7 +365,9 @@ def _bytes(table: Mapping[str, str], path: Path, key: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) (MB|GB)", table[key])
     if not match:
         given = table[key]
-        message = f"{shown(path)}: key 'size.{key}' has {given!r}; say it like '3.6 GB' or '450 MB'"
+        message = (
+            f"{shown(path)}: key 'size.{key}' has {quoted(given)}; say it like '3.6 GB' or '450 MB'"
+        )
         raise Problem(message, 2)
     return round(float(match[1]) * _UNITS[match[2]])
 
@@ -413,7 +422,7 @@ def parse(path: Path) -> Image:
     _check_promises(image)
     for name in image.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise Problem(f"{shown(path)}: key 'env.{name}' is no name of a variable", 2)
+            raise Problem(f"{shown(path)}: key {quoted(f'env.{name}')} is no name of a variable", 2)
     if image.smoke.training and not image.framework:
         message = f"{shown(path)}: key 'smoke.training' needs the table [framework]; add one"
         raise Problem(message, 2)
@@ -435,7 +444,7 @@ _RESERVED = {
 
 
 def _wrong(image: Image, key: str, what: str) -> Problem:
-    return Problem(f"{shown(image.path)}: key {key!r} {what}", 2)
+    return Problem(f"{shown(image.path)}: key {quoted(key)} {what}", 2)
 
 
 def _check_names(image: Image) -> None:
@@ -520,7 +529,7 @@ def _requirements(lines: Sequence[Any], path: Path, key: str) -> list[Requiremen
         try:
             requirement = Requirement(line)
         except (InvalidRequirement, TypeError):
-            message = f"{shown(path)}: key {key!r} has {line!r}, not a requirement (PEP 508)"
+            message = f"{shown(path)}: key {key!r} has {quoted(line)}, not a requirement (PEP 508)"
             raise Problem(message, 2) from None
         requirement.name = canonicalize_name(requirement.name)
         found.append(requirement)
@@ -595,11 +604,11 @@ def find(reference: str, images: Sequence[Image]) -> Image:
         return found[0]
     if found:
         names = " or ".join(i.reference for i in found)
-        raise Problem(f"REF {reference!r} is ambiguous; say {names}", 2)
+        raise Problem(f"REF {quoted(reference)} is ambiguous; say {names}", 2)
     known = [i.reference for i in images] + [i.tag for i in images]
     near = difflib.get_close_matches(reference, known, 1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(known[: len(images)])
-    raise Problem(f"no image {reference!r} in {shown(CATALOG)}; {hint}", 2)
+    raise Problem(f"no image {quoted(reference)} in {shown(CATALOG)}; {hint}", 2)
 
 
 def select(arguments: Sequence[str], images: Sequence[Image]) -> tuple[list[Image], list[str]]:
