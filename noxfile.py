@@ -1,6 +1,7 @@
 """Sessions: what a person or CI can ask for. The work is in images/, a module for each station."""
 
 import sys
+from pathlib import Path
 
 import nox
 
@@ -23,6 +24,12 @@ def tools(session: nox.Session) -> None:
     """The development environment, exactly as locked."""
     session.env["PYTHONPATH"] = None  # the README's command puts nox itself on it
     session.install("--require-hashes", "-r", "lockfiles/dev.lock")
+
+
+def shell_scripts() -> list[str]:
+    """Those of a build, the launcher, and what CI runs."""
+    recipes = sorted(Path("images/recipes").iterdir())
+    return [".ci/run", *(str(p) for p in recipes if p.read_bytes().startswith(b"#!/bin/sh"))]
 
 
 @nox.session
@@ -105,6 +112,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("mypy")
     session.run("python", "-m", "images.telling.docs", "--check")
+    session.run("shellcheck", "--severity=warning", *shell_scripts())
     zizmor = ("zizmor", "--offline", "--quiet", "--strict-collection", "--persona", "pedantic")
     session.run(*zizmor, ".github/workflows")
 
