@@ -213,8 +213,7 @@ class Buildah(Builder):
         return self.storage() / "verl-rollout"
 
     def build(self, recipe: Recipe) -> str:
-        # buildah keeps cache mounts below TMPDIR, by default in one folder for all users of the
-        # machine, where the second one may not write.
+        # What buildah works on lies below TMPDIR: what a killed one leaves there is found.
         own = leftovers.buildah()
         own.mkdir(parents=True, exist_ok=True)
         with leftovers.temporary("id", host.scratch()) as folder:
@@ -230,6 +229,8 @@ class Buildah(Builder):
             # chroot: the isolation that needs no OCI runtime and works inside a container too. Its
             # network is that of buildah itself, which has none here.
             *("--isolation", "chroot", "--format", "oci", "--network", "host"),
+            # A proxy's address may hold a password, and without a network nobody needs it.
+            "--http-proxy=false",
             # The identity label would put the version of buildah into every image.
             *("--layers", "--timestamp", str(recipe.timestamp), "--identity-label=false"),
             *("--iidfile", str(file), *_common(recipe)),

@@ -272,11 +272,16 @@ def adopt(image: Image, tool: builder.Builder, folder: Path, *, keep: bool) -> i
     """
     lock.read(image)
     report_path(image).unlink(missing_ok=True)  # as in prove: an earlier run's is not this one's
-    built = build.build(image, tool)
-    now = today(image, built.diff_ids)
     proof = [folder / f"{name}.json" for name in ("verify", "smoke")]
     if not any(path.exists() for path in proof) and any(folder.glob("fault-*.json")):
+        recorded = layers.read(image)
+        if recorded and recorded.inputs == build.inputs(image):
+            now = today(image)  # the record says which layers are today's: nothing is built for it
+        else:
+            now = today(image, build.build(image, tool).diff_ids)
         return _add_faults(image, found_faults(folder, image, now), keep=keep)
+    built = build.build(image, tool)
+    now = today(image, built.diff_ids)
     parts = [read_report(path, now) for path in proof]
     faults = found_faults(folder, image, now)
     calibrated = calibration(folder / "calibration.json", image, now)

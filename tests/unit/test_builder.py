@@ -60,6 +60,7 @@ def test_buildah_builds_with_one_timestamp_no_network_and_no_trace_of_itself(
         *isolated,
         *("buildah", "--default-mounts-file", mark, "bud"),
         *("--isolation", "chroot", "--format", "oci", "--network", "host"),
+        "--http-proxy=false",
         *("--layers", "--timestamp", "1686355200", "--identity-label=false"),
         *("--iidfile", "/id", *COMMON),
     ]

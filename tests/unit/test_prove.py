@@ -399,10 +399,14 @@ def nothing_is_kept(image: Image) -> bool:
     return not prove.kept(image).parent.exists() and layers.read(image) is None
 
 
-def test_faults_alone_are_added_to_what_is_kept(
-    image: Image, folder: Path, capsys: pytest.CaptureFixture[str]
+def test_faults_alone_are_added_to_what_is_kept_and_need_no_build(
+    image: Image,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert prove.adopt(image, Fake(), folder, keep=True) == 0
+    monkeypatch.setattr(build, "build", lambda *_: pytest.fail("the layers are recorded"))
     whole, warm_start = prove.kept(image).read_bytes(), prove.beside(image, "warm").read_bytes()
     for name in ("verify", "smoke", "warm", "calibration", "fault-lost-buffer"):
         (folder / f"{name}.json").unlink()
