@@ -480,6 +480,13 @@ def _check_days(image: Image) -> None:
     for key, day in days.items():
         if day > datetime.datetime.now(datetime.UTC).date():
             raise _wrong(image, key, f"is {day}, which is still to come; name a day that is over")
+    if image.framework and image.resolved_as_of > image.framework.resolved_as_of:
+        what = (
+            f"is {image.resolved_as_of}, later than 'framework.resolved-as-of' "
+            f"({image.framework.resolved_as_of}), whose index would lack what the engine's lock has; "
+            "name an earlier day, or a later one there"
+        )
+        raise _wrong(image, "resolved-as-of", what)
 
 
 def _check_promises(image: Image) -> None:

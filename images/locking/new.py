@@ -80,9 +80,11 @@ def main(arguments: Sequence[str]) -> int:
     if path.exists():
         raise Problem(f"{shown(path)} is there already; edit it, or remove it first", 2)
     old = sibling(match["engine"], match["release"], catalog.load())
+    # The framework is resolved beside the engine's lock, so its index has to have all of that.
     yesterday = datetime.datetime.now(datetime.UTC).date() - datetime.timedelta(days=1)
+    day = old.framework.resolved_as_of if old.framework else yesterday
     source = old.path.read_text(encoding="utf-8")
-    written = text(source, old, match["repository"], match["tag"], match["release"], str(yesterday))
+    written = text(source, old, match["repository"], match["tag"], match["release"], str(day))
     host.write(path, written)
     host.say(f"{shown(path)}, from {shown(old.path)}")
     host.say(f"read each line, then: nox -s lock -- {match['repository']}:{match['tag']}")

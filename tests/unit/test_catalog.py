@@ -755,6 +755,16 @@ def test_nothing_is_resolved_as_of_a_day_that_is_still_to_come(
     assert refused(checkout.file(changes)) == said
 
 
+def test_a_framework_is_resolved_on_a_day_that_has_what_the_engine_has(checkout: Checkout) -> None:
+    """Else the resolver ends with a riddle about a distribution that nobody named."""
+    said = refused(checkout.file({"resolved-as-of": "2026-03-21"}))
+    assert said.startswith(
+        "key 'resolved-as-of' is 2026-03-21, later than 'framework.resolved-as-of' (2026-03-20)"
+    )
+    assert said.endswith("name an earlier day, or a later one there")
+    assert catalog.parse(checkout.file({"resolved-as-of": "2026-03-20"})).framework
+
+
 @pytest.mark.parametrize("name", ["PATH", "HOME", "PYTHONPATH", "LD_PRELOAD", "ROLLOUT_PREFIX"])
 def test_a_variable_that_is_no_engines_is_refused(checkout: Checkout, name: str) -> None:
     said = f"key 'env.{name}' is not an engine's to set; remove it"

@@ -47,6 +47,8 @@ def test_a_new_file_is_an_image_of_its_release(
     image = catalog.parse(path)
     assert image.reference == "other-rollout:vllm-0.13"
     assert image.requirements == ("vllm==0.13.0", "ray[default]>=2.41")
+    assert image.framework
+    assert image.resolved_as_of == image.framework.resolved_as_of
     first, *rest = path.read_text().splitlines()
     assert first.startswith(
         "# other-rollout:vllm-0.13: from verl-rollout:vllm-0.12. Read each line"
