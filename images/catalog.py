@@ -483,8 +483,8 @@ def _check_days(image: Image) -> None:
     if image.framework and image.resolved_as_of > image.framework.resolved_as_of:
         what = (
             f"is {image.resolved_as_of}, later than 'framework.resolved-as-of' "
-            f"({image.framework.resolved_as_of}), whose index would lack what the engine's lock has; "
-            "name an earlier day, or a later one there"
+            f"({image.framework.resolved_as_of}), whose index would lack what the engine's lock "
+            "has; name an earlier day, or a later one there"
         )
         raise _wrong(image, "resolved-as-of", what)
 
