@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from images import host
+from images.building import isolation
 from images.host import leash, leftovers, owner
 from rollout.problem import Problem
 
@@ -185,12 +186,6 @@ CONTAINER = "ROLLOUT_CONTAINER"
 _MARK = "/nonexistent/rollout-build-"
 
 
-def _without_network(uid: int) -> list[str]:
-    """What a command without a network is run by: code of wheels runs as they are built."""
-    # Another user may make namespaces in one of his own alone, which buildah makes for him.
-    return [*(["buildah", "unshare"] if uid else []), "unshare", "--net", "--"]
-
-
 class Buildah(Builder):
     """buildah: no daemon, no registry, and a timestamp of our choice on every file."""
 
@@ -217,17 +212,20 @@ class Buildah(Builder):
         own = leftovers.buildah()
         own.mkdir(parents=True, exist_ok=True)
         with leftovers.temporary("id", host.scratch()) as folder:
-            file = folder / "id"
-            stream(self.build_argv(recipe, file), {"TMPDIR": str(own), **os.environ})
+            file, place = folder / "id", folder / "fetched"
+            place.mkdir()
+            seen = replace(recipe, fetched=recipe.fetched and isolation.view(place))
+            argv = self.build_argv(seen, file)
+            env = isolation.environment({"TMPDIR": str(own), **os.environ})
+            stream(isolation.command(argv, os.geteuid(), recipe.fetched, place), env)
             return file.read_text(encoding="utf-8").strip().removeprefix("sha256:")
 
     def build_argv(self, recipe: Recipe, file: Path) -> list[str]:
         """The command that builds a recipe, tags the result, and writes its id into a file."""
         return [
-            *_without_network(os.geteuid()),
             *("buildah", "--default-mounts-file", f"{_MARK}{owner.this()}", "bud"),
             # chroot: the isolation that needs no OCI runtime and works inside a container too. Its
-            # network is that of buildah itself, which has none here.
+            # network and processes are those of buildah itself, which is kept apart (isolation.py).
             *("--isolation", "chroot", "--format", "oci", "--network", "host"),
             # A proxy's address may hold a password, and without a network nobody needs it.
             "--http-proxy=false",

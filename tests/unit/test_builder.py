@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from images import host
-from images.building import builder
+from images.building import builder, isolation
 from images.building.builder import Buildah, Command, Docker, Recipe
 from images.host import leash, owner
 from rollout.problem import Problem
@@ -42,28 +42,38 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("uid", "isolated"),
-    [
-        (0, ["unshare", "--net", "--"]),
-        (1000, ["buildah", "unshare", "unshare", "--net", "--"]),
-    ],
-    ids=["root", "another user"],
-)
-def test_buildah_builds_with_one_timestamp_no_network_and_no_trace_of_itself(
-    monkeypatch: pytest.MonkeyPatch, uid: int, isolated: list[str]
-) -> None:
-    monkeypatch.setattr(builder.os, "geteuid", lambda: uid)
+def test_buildah_builds_with_one_timestamp_and_no_trace_of_itself() -> None:
     argv = Buildah().build_argv(RECIPE, Path("/id"))
     mark = f"/nonexistent/rollout-build-{owner.this()}"
     assert argv == [
-        *isolated,
         *("buildah", "--default-mounts-file", mark, "bud"),
         *("--isolation", "chroot", "--format", "oci", "--network", "host"),
         "--http-proxy=false",
         *("--layers", "--timestamp", "1686355200", "--identity-label=false"),
         *("--iidfile", "/id", *COMMON),
     ]
+
+
+@pytest.mark.parametrize(("uid", "own"), [(0, []), (1000, ["buildah", "unshare"])])
+def test_a_build_is_kept_apart_from_this_host(uid: int, own: list[str]) -> None:
+    argv = isolation.command(["buildah", "bud"], uid, Path("/cache"), Path("/place"))
+    script = argv[argv.index("-c") + 1]
+    assert argv == [
+        *own,
+        *("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"),
+        *("sh", "-c", script, "sh", "/cache", "/place", "buildah", "bud"),
+    ]
+    assert isolation.command(["x"], uid, None, Path("/place"))[-2:] == ["--", "x"]
+    assert isolation.view(Path("/place")) == Path("/place/merged")
+
+
+def test_a_builder_is_told_no_credentials() -> None:
+    kept = {"PATH": "/bin", "HOME": "/root", "LC_ALL": "C", "TMPDIR": "/t", "XDG_RUNTIME_DIR": "/r"}
+    kept |= {"CONTAINERS_STORAGE_CONF": "/s", "STORAGE_DRIVER": "vfs"}
+    gone = ("UV_DEFAULT_INDEX", "PIP_INDEX_URL", "https_proxy", "NETRC", "ROLLOUT_KEY_PASSWORD")
+    assert (
+        isolation.environment(kept | dict.fromkeys((*gone, "GITHUB_TOKEN", "PATHS"), "x")) == kept
+    )
 
 
 def test_docker_builds_the_same_dockerfile_with_the_same_timestamp() -> None:
