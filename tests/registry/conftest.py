@@ -176,15 +176,20 @@ def published(copy: Copy, there: Registry, names: Tags = NAMES) -> bool:
     return publish.publish(copy, there, REPOSITORY, names, attestations_of(copy))
 
 
-def whole(there: Registry, repository: str = REPOSITORY) -> set[str]:
+def whole(there: Registry, repository: str = REPOSITORY, *, killed: bool = False) -> set[str]:
     """The tags of a repository; every blob that they lead to is there, or this fails.
 
-    It asks the registry as a stranger would: each manifest, and each blob for its size.
+    It asks the registry as a stranger would: each manifest, and each blob for its size. A registry
+    that was ``killed`` may have made the folder of a tag and not yet what is in it: then the tag
+    leads to nothing, which is no half image, and it is none of the tags.
     """
-    tags = there.tags(repository)
-    for tag in tags:
+    tags = set()
+    for tag in there.tags(repository):
         found = there.manifest(repository, tag)
+        if not found and killed:
+            continue
         assert found, f"tag {tag} leads to nothing"
+        tags.add(tag)
         manifests = [found]
         if found[1].media_type == oci.INDEX:
             listed = [there.manifest(repository, e.digest) for e in oci.parse_index(found[0])]
@@ -196,7 +201,7 @@ def whole(there: Registry, repository: str = REPOSITORY) -> set[str]:
             for blob in oci.parse(data).blobs:
                 size = there.blob_size(repository, blob.digest)
                 assert size == blob.size, f"tag {tag} leads to {blob.digest} of {size} bytes"
-    return set(tags)
+    return tags
 
 
 def damage(server: Server, digest: str, word: bytes = b"sha256") -> None:

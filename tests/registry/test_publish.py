@@ -312,9 +312,9 @@ def test_two_publishers_of_one_image_do_not_disturb_each_other(toy: Make, here: 
 # Interruptions
 
 
-def sound(copy: Copy, there: Registry, names: Tags) -> None:
+def sound(copy: Copy, there: Registry, names: Tags, *, killed: bool = False) -> None:
     """No tag leads to anything unfinished: to half an image, or to one without attestations."""
-    if names.immutable in whole(there):
+    if names.immutable in whole(there, killed=killed):
         assert there.resolve(REPOSITORY, names.immutable) == copy.descriptor.digest
         found = attach.attached(there, REPOSITORY, copy.descriptor.digest)
         assert [attestation.data for attestation in found] == [
@@ -354,7 +354,7 @@ def test_a_registry_that_is_killed_at_any_moment_of_a_push_never_shows_half_an_i
         time.sleep(chance.uniform(0, length))
         server.kill()
         server.start()
-        sound(copy, here, names)
+        sound(copy, here, names, killed=True)
         pushing.join()
         assert not failed, failed
         assert {names.immutable, "toy"} <= whole(here)
