@@ -187,7 +187,7 @@ SMOKE_KEYS: dict[str, Key] = {
 }
 FRAMEWORK_KEYS: dict[str, Key] = {
     "name": Key(str, True, "a framework that has an adapter: " + ", ".join(FRAMEWORKS)),
-    "version": Key(str, True, "the release that the proof runs"),
+    "version": Key(str, True, "the release that is in the image"),
     "resolved-as-of": Key(datetime.date, True, "the day whose index its lock sees"),
     "requirements": Key(list, False, "what it is resolved from; by default the release itself"),
     "fits": Key(list, False, "other releases whose metadata takes this engine"),

@@ -130,14 +130,15 @@ def _timed(argv: Sequence[str], env: Mapping[str, str]) -> list[tuple[float, str
 def running(lines: Sequence[tuple[float, str]]) -> float:
     """Seconds that a build's RUN steps took, without what buildah did to make layers of them.
 
-    A step begins with its ``STEP n/m: RUN`` and ends with its last line before buildah's ``-->``.
+    A step begins with its ``STEP n/m: RUN`` and ends with its last line before buildah's next: the
+    layer (``-->``, which it does not always tell), another step, or ``COMMIT``.
     """
-    whole, begun, last = 0.0, 0.0, 0.0
+    whole, begun, last = 0.0, None, 0.0
     for second, line in lines:
+        if begun is not None and line.startswith(("--> ", "STEP ", "COMMIT ")):
+            whole, begun = whole + last - begun, None
         if re.match(r"STEP \d+/\d+: RUN ", line):
             begun = second
-        elif line.startswith("--> ") and begun:
-            whole, begun = whole + last - begun, 0.0
         last = second
     return whole
 

@@ -90,7 +90,7 @@ def whole(images: Sequence[Image]) -> dict[str, str]:
 def linked(text: str, page: str) -> str:
     """A text of a page with its links, which are written from the root of the checkout."""
     up = "../" * page.count("/")
-    return re.sub(r"\]\((?=(images|lockfiles|docs)/)", f"]({up}", text)
+    return re.sub(r"\]\((?=(images|lockfiles|docs)/|README\.md)", f"]({up}", text)
 
 
 def fresh(images: Sequence[Image]) -> dict[Path, str]:

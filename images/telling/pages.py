@@ -38,7 +38,7 @@ def page(image: Image) -> str:
         f"# {image.reference}",
         "| | |\n| --- | --- |\n" + "\n".join(f"| {what} | {said} |" for what, said in facts),
         "## What its proof measured",
-        measured(image, versions) or "No proof of it on a GPU is kept.",
+        measured(image, versions) or (NO_PROOF if lock.cuda(versions) else NO_GPU),
         "## Faults",
         "Each is put into the engine or its refit on purpose; [docs/proof.md](docs/proof.md) tells "
         "which check has to find it.",
@@ -59,6 +59,8 @@ def faults(image: Image) -> str:
     return "\n".join(["| fault | report |", "| --- | --- |", *rows]) if rows else "None is kept."
 
 
+NO_PROOF = "No proof of it on a GPU is kept."
+NO_GPU = "It needs no GPU; the [README](README.md#two-commands) shows what its proof prints."
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}  # that have a page of their own
 
 

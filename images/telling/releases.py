@@ -24,10 +24,11 @@ def of(framework: Framework | None) -> str:
     return f"{framework.name} {framework.version}{others}"
 
 
-def reason(framework: Framework, release: str) -> str:
+def reason(image: Image, framework: Framework, release: str) -> str:
     """Why a release is for an image."""
     if release == framework.version:
-        return "it is in the image, and the proof runs it"
+        proof = ", and the proof runs it" if image.smoke.training else "; the proof does not run it"
+        return f"it is in the image{proof}"
     bound = f", with its extra `{framework.extra}`" if framework.extra else ""
     return f"its own metadata takes the engine{bound}; install it on top"
 
@@ -41,7 +42,7 @@ def row(image: Image, framework: Framework, release: str) -> tuple[str, ...]:
         f"{image.backend} {versions[image.engine]}",
         versions["torch"],
         lock.cuda(versions) or "none",
-        reason(framework, release),
+        reason(image, framework, release),
     )
 
 

@@ -111,3 +111,5 @@ def test_the_time_of_a_builds_steps_leaves_out_what_the_builder_does_after_them(
         (20.0, "--> 789"),
     ]
     assert measure.running(lines) == pytest.approx(5.5)
+    silent = [line for line in lines if not line[1].startswith("-->")]
+    assert measure.running([*silent, (20.0, "COMMIT x")]) == pytest.approx(5.5)
