@@ -26,13 +26,17 @@ def test_every_release_of_the_catalog_stands_beside_its_image_the_newest_first(
         ["verl 0.7.1", "`verl-rollout:vllm-0.12`"],
         ["verl 0.7.0", "`verl-rollout:vllm-0.12`"],
     ]
-    assert cells[2][2:] == [
-        "vllm 0.12.0",
-        "2.9.0",
-        "12.8",
-        releases.reason(images[0].framework, "0.7.1"),
-    ]  # type: ignore[arg-type]
+    assert cells[2][2:5] == ["vllm 0.12.0", "2.9.0", "12.8"]
+    assert cells[2][5] == "it is in the image; the proof does not run it"
     assert "with its extra `vllm`" in cells[0][-1]
+
+
+def test_a_release_is_said_to_be_run_where_the_proof_trains(checkout: Checkout) -> None:
+    smoke = '{ sleep-levels = [1], refit = ["cuda-ipc"], training = true }'
+    image = checkout.image({"smoke": smoke})
+    assert image.framework
+    said = releases.reason(image, image.framework, image.framework.version)
+    assert said == "it is in the image, and the proof runs it"
 
 
 def test_a_cell_says_which_release_is_in_an_image_and_which_fit(checkout: Checkout) -> None:
