@@ -25,6 +25,7 @@ from rollout.problem import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 CATALOG = ROOT / "images" / "catalog"
+RECIPES = ROOT / "images" / "recipes"  # what builds read: the Dockerfile, scripts, their rules
 FRAGMENTS = "fragments"  # the folder of the catalog that holds no images
 DEFAULT = "verl-rollout:transformers-cpu"
 BACKENDS = ("vllm", "sglang", "tensorrt-llm", "transformers")
@@ -147,7 +148,7 @@ class Image:
 
     @property
     def dockerfile(self) -> Path:
-        return ROOT / "images" / "recipes" / "Dockerfile"
+        return RECIPES / "Dockerfile"
 
 
 class Key(NamedTuple):

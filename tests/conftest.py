@@ -116,6 +116,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
 
     for module in (catalog, docs, pages, prove, tables):
         monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(catalog, "RECIPES", tmp_path / "images" / "recipes")
     monkeypatch.setattr(catalog, "CATALOG", tmp_path / "images" / "catalog")
     monkeypatch.setattr(catalog.load, "__defaults__", (catalog.CATALOG,))
     monkeypatch.setattr(build, "BUILD", tmp_path / "build")

@@ -31,14 +31,14 @@ from images.building import (
 )
 from images.building import layers as layers_of
 from images.building.layers import Record, measure
-from images.catalog import ROOT, Image, shown
+from images.catalog import RECIPES, ROOT, Image, shown
 from images.host import leftovers
 from images.locking import base, lock
 from images.locking.lock import Locked
 from rollout.problem import Problem
 
 BUILD = ROOT / "build"
-BASE_DOCKERFILE = ROOT / "images" / "recipes" / "base.Dockerfile"
+BASE_DOCKERFILE = RECIPES / "base.Dockerfile"
 BASE = "verl-rollout-base"
 # One moment for every file of every image. A moment of its own for each would give two images with
 # the same torch two different torch layers.

@@ -14,19 +14,16 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 from images import host
-from images.catalog import ROOT
+from images.catalog import RECIPES
 from images.locking import lock
 from images.locking.lock import Locked
 
 # The script of every step that installs and what it reads, in the context under these names; and
 # the script of the last step, which decides no other layer.
-ORDER = ROOT / "images" / "recipes" / "order.toml"
-SCRIPTS = [
-    *(ROOT / "images" / "recipes" / name for name in ("install", "prune", "prune.toml", "owners")),
-    ORDER,
-]
-OWN_RULES = ROOT / "images" / "recipes" / "prune-framework.toml"  # for the layer of that name alone
-LAST = ROOT / "images" / "recipes" / "entrypoints"
+ORDER = RECIPES / "order.toml"
+SCRIPTS = [*(RECIPES / name for name in ("install", "prune", "prune.toml", "owners")), ORDER]
+OWN_RULES = RECIPES / "prune-framework.toml"  # for the layer of that name alone
+LAST = RECIPES / "entrypoints"
 # Settings of uv that say where packages come from. The others speak of the host's own projects,
 # folders and files, which do not exist in the build container.
 _TRAVELS = re.compile(
@@ -148,7 +145,7 @@ def prepare(
 
 def own_wheels(locked: Sequence[Locked], find_links: str) -> list[Path]:
     """The wheels of a lock that lie in folders of this host; uv checks their sha256."""
-    versions = {entry.name: entry.version for entry in locked}
+    versions = lock.versions(locked)
     found = []
     for wheel in lock.local_wheels(find_links, versions):
         name, version, *_ = wheel.name.split("-")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 
 EACH = "# Rendered for each layer."
-BEHIND = "# Rendered behind the layer "
+BEHIND = re.compile(r"# Rendered behind the layer (\w+)")
 LAST = "ARG ENTRYPOINTS"
 
 
@@ -23,11 +24,7 @@ def steps(text: str, layers: Sequence[str]) -> str:
     each = [p for p in paragraphs if p.startswith(EACH)]
     if len(each) != 1:
         raise ValueError(f"it needs one paragraph that begins with '{EACH}', and has {len(each)}")
-    behind = {
-        p.removeprefix(BEHIND).split(",")[0].split()[0]: p
-        for p in paragraphs
-        if p.startswith(BEHIND)
-    }
+    behind = {match[1]: p for p in paragraphs if (match := BEHIND.match(p))}
     found: list[str] = []
     for paragraph in paragraphs:
         if paragraph == each[0]:

@@ -30,12 +30,12 @@ from images.building import build, builder
 from images.building.build import TIMESTAMP
 from images.building.builder import Buildah, Built
 from images.building.layers import LEVEL, zstd_argv
-from images.catalog import ROOT, Image, shown
+from images.catalog import RECIPES, ROOT, Image, shown
 from images.host import leftovers
 from rollout.problem import Problem
 
 EXPORTS = ROOT / "build" / "exports"
-LAUNCHER = ROOT / "images" / "recipes" / "launcher"
+LAUNCHER = RECIPES / "launcher"
 # Format -> ending of the file, and the command that makes it.
 FORMATS = {
     "oci": ("oci.tar", "buildah"),

@@ -16,7 +16,7 @@ GPU = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,u
 
 def immutable_tag(image: Image, locked: Sequence[Locked], lock_sha256: str) -> str:
     """The tag that never moves: engine version, CUDA, Python and the lock it was built from."""
-    versions = {entry.name: entry.version for entry in locked}
+    versions = lock.versions(locked)
     cuda = lock.cuda(versions)
     platform = f"cu{cuda.replace('.', '')}" if cuda else "cpu"
     python = "py" + image.python.replace(".", "")
@@ -27,7 +27,7 @@ def immutable_tag(image: Image, locked: Sequence[Locked], lock_sha256: str) -> s
 
 def variables(image: Image, locked: Sequence[Locked]) -> dict[str, str]:
     """Variables of an image: the catalog's, and with CUDA those that ask for the GPU."""
-    cuda = lock.cuda({entry.name: entry.version for entry in locked})
+    cuda = lock.cuda(lock.versions(locked))
     return {**(GPU if cuda else {}), **image.env}
 
 
@@ -38,7 +38,7 @@ def of_image(
 
     Ray compares its own version and all three numbers of Python's, so both are there in full.
     """
-    versions = {entry.name: entry.version for entry in locked}
+    versions = lock.versions(locked)
     engine = versions[image.engine]
     trained = f"{image.framework.name} {image.framework.version}" if image.framework else "none"
     purpose = f"for rollout and training with {trained}" if image.framework else "for rollout"

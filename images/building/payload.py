@@ -30,7 +30,7 @@ def framework(image: Image) -> dict[str, str] | None:
 
 def facts(image: Image, locked: Sequence[Locked]) -> dict[str, object]:
     """What ``rollout`` inside the image has to know of it (share/rollout/image.json)."""
-    versions = {entry.name: entry.version for entry in locked}
+    versions = lock.versions(locked)
     return {
         "reference": image.reference,
         "backend": image.backend,

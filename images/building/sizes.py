@@ -59,12 +59,7 @@ def layer_table(images: Sequence[Image]) -> str:
             users.setdefault(layer.diff_id, []).append(reference.rpartition(":")[2])
     lines = ["| layer | diff_id | as a tar | compressed | in |", "| --- | --- | --- | --- | --- |"]
     for diff_id, layer in distinct.items():
-        digest = diff_id.removeprefix("sha256:")[:12]
-        who = ", ".join(users[diff_id])
-        lines.append(
-            f"| {layer.name} | `{digest}` | {megabytes(layer.bytes)} | "
-            f"{megabytes(layer.compressed)} | {who} |"
-        )
+        lines.append(f"{_cells(layer)} {', '.join(users[diff_id])} |")
     whole = shared(found)
     lines += [
         "",
@@ -74,17 +69,20 @@ def layer_table(images: Sequence[Image]) -> str:
     return "\n".join(lines)
 
 
+def _cells(layer: Layer) -> str:
+    """A layer in a row of a table: its name, digest and sizes."""
+    digest = layer.diff_id.removeprefix("sha256:")[:12]
+    size, packed = megabytes(layer.bytes), megabytes(layer.compressed)
+    return f"| {layer.name} | `{digest}` | {size} | {packed} |"
+
+
 def layers_of(image: Image) -> str:
     """The layers of an image below our own package, as recorded, from the lowest up."""
     own = recorded([image]).get(image.reference)
     if not own:
         return "No layers are recorded yet."
     lines = ["| layer | diff_id | as a tar | compressed |", "| --- | --- | --- | --- |"]
-    for layer in own:
-        digest = layer.diff_id.removeprefix("sha256:")[:12]
-        size, packed = megabytes(layer.bytes), megabytes(layer.compressed)
-        lines.append(f"| {layer.name} | `{digest}` | {size} | {packed} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(_cells, own)])
 
 
 def needed_by(text: str) -> dict[str, list[str]]:

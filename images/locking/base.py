@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from images import catalog, host
-from images.catalog import ROOT, quoted, shown
+from images.catalog import RECIPES, ROOT, quoted, shown
 from images.host import leftovers
 from images.locking import debian, rootfs
 from images.locking.apt_sources import ARCHITECTURE, SNAPSHOT, SUITE
@@ -25,7 +25,7 @@ from images.locking.debian import RELOCK, Deb
 from rollout.problem import Problem
 
 LOCK = ROOT / "lockfiles" / "base.lock"
-PACKAGES = ROOT / "images" / "recipes" / "packages.toml"
+PACKAGES = RECIPES / "packages.toml"
 EPOCH = rootfs.EPOCH
 
 

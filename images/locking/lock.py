@@ -66,6 +66,11 @@ class Locked:
         return f"{self.name}=={self.version} \\\n    --hash=sha256:{self.sha256}\n"
 
 
+def versions(locked: Iterable[Locked]) -> dict[str, str]:
+    """The version of each distribution, by its name."""
+    return {entry.name: entry.version for entry in locked}
+
+
 def parse(text: str, path: Path) -> list[Locked]:
     """The distributions of a lock, in file order.
 
@@ -108,7 +113,7 @@ def read(image: Image) -> list[Locked]:
         command = f"nox -s lock -- {image.reference}"
         raise Problem(f"{shown(image.lock)} does not exist; make it with '{command}'", 2)
     locked = parse(catalog.text(image.lock, "restore it from git"), image.lock)
-    contradictions = claims_broken(image, {entry.name: entry.version for entry in locked})
+    contradictions = claims_broken(image, versions(locked))
     if contradictions:
         raise Problem(f"{shown(image.path)}: " + "; ".join(contradictions), 2)
     return locked
@@ -494,12 +499,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     for image in chosen:
         text = resolve(image)
-        versions = {entry.name: entry.version for entry in parse(text, image.lock)}
-        broken = claims_broken(image, versions)
+        found = versions(parse(text, image.lock))
+        broken = claims_broken(image, found)
         if broken:
             raise Problem(f"{shown(image.path)}: " + "; ".join(broken), 2)
         host.write(image.lock, text)
-        host.say(f"{shown(image.lock)}: {len(versions)} distributions")
+        host.say(f"{shown(image.lock)}: {len(found)} distributions")
     if dev:
         host.write(DEV_LOCK, resolve_dev())
         host.say(shown(DEV_LOCK))

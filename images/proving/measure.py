@@ -1,4 +1,4 @@
-"""The numbers of the README: measured on this machine, never typed.
+"""The numbers of docs/reproducing.md: measured on this machine, never typed.
 
 ``nox -s measure`` writes images/proofs/<repository>/<tag>.measured.json; ``nox -s docs`` makes the
 table of it. Times are wall-clock seconds.
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str]) -> int:
             data[key] = round(value, 3)
             host.say(f"  {key} = {data[key]}")
     host.write(path(image), json.dumps(data, indent=1) + "\n")
-    host.say(f"{shown(path(image))}; 'nox -s docs' puts it into the README")
+    host.say(f"{shown(path(image))}; 'nox -s docs' puts it into docs/reproducing.md")
     return 0
 
 

@@ -66,7 +66,7 @@ def report_path(image: Image) -> Path:
 
 def today(image: Image, diff_ids: Sequence[str] | None = None) -> Today:
     """An image as it is now, with the layers that were just built or else the recorded ones."""
-    versions = {entry.name: entry.version for entry in lock.read(image)}
+    versions = lock.versions(lock.read(image))
     recorded = layers.read(image)
     below: tuple[str, ...] | None = None
     if diff_ids is not None:
@@ -231,7 +231,7 @@ def calibration(path: Path, image: Image, now: Today) -> str | None:
     """
     if not path.exists() and not path.is_symlink():
         return None
-    versions = {entry.name: entry.version for entry in lock.read(image)}
+    versions = lock.versions(lock.read(image))
     try:
         text = report.content(path)
         data: Any = report.parse_json(text)

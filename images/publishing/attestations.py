@@ -51,7 +51,7 @@ ENVELOPE = "application/vnd.dsse.envelope.v1+json"
 SIGNATURE = "dev.cosignproject.cosign/signature"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
-# What the parameters and dependencies of a provenance mean; described in the README.
+# What the parameters and dependencies of a provenance mean; described in docs/verifying.md.
 BUILD_TYPE = "urn:verl-rollout:image:1"
 # A person's checkout: no platform vouches for what happened in it, only the key.
 LOCAL_BUILDER = "urn:verl-rollout:checkout"

@@ -1,7 +1,7 @@
 """Which engine has what: one column for each image, every number from its kept report.
 
 Nothing is claimed here. The catalog file says what an image promises, the report what a run showed;
-a cell is what both say together. ``nox -s docs`` puts the table into the README.
+a cell is what both say together. ``nox -s docs`` puts the table into docs/proof.md.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from rollout.faults import FAULTS
 
 def page(image: Image) -> str:
     """docs/images/REPOSITORY/TAG.md, its links from the root of the checkout."""
-    versions = {entry.name: entry.version for entry in lock.read(image)}
+    versions = lock.versions(lock.read(image))
     facts = [
         ("for", releases.of(image.framework)),
         ("engine", f"{image.backend} {versions[image.engine]}"),

@@ -35,7 +35,7 @@ def reason(image: Image, framework: Framework, release: str) -> str:
 
 def row(image: Image, framework: Framework, release: str) -> tuple[str, ...]:
     """One release and one image."""
-    versions: Mapping[str, str] = {entry.name: entry.version for entry in lock.read(image)}
+    versions: Mapping[str, str] = lock.versions(lock.read(image))
     return (
         f"{framework.name} {release}",
         f"`{image.reference}`",

@@ -89,7 +89,7 @@ def table(images: Sequence[Image]) -> str:
     head = ("image", "for", "engine", "CUDA", "Python", "to pull", "proof", "how to get it")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for image in images:
-        lines.append(row(image, {e.name: e.version for e in lock.read(image)}))
+        lines.append(row(image, lock.versions(lock.read(image))))
     return "\n".join(lines)
 
 

@@ -101,7 +101,7 @@ def test_the_image_holds_no_trace_of_the_host_that_built_it(
 ) -> None:
     settings = host.uv_environment(os.environ)
     values = {v for k, v in settings.items() if len(v) > 8 and k != "SSL_CERT_FILE"}
-    signs = {"host.env", "UV_FIND_LINKS", *values}
+    signs = {"indexes.env", "UV_FIND_LINKS", *values}
     config = json.dumps({"config": built.config}, default=str)
     assert not [sign for sign in signs if sign in config]
     root = container().root

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from images import catalog, host
-from images.catalog import ROOT, Image
+from images.catalog import ROOT
 from images.proving import prove
 from images.publishing import matrix
 from rollout.problem import Problem
@@ -70,10 +70,6 @@ def append(path: Path, text: str) -> None:
 
 
 # what has changed since a revision
-
-
-def of_backend(image: Image) -> list[str]:
-    return [other.reference for other in IMAGES if other.backend == image.backend]
 
 
 def other_hash(path: Path) -> None:
