@@ -33,7 +33,7 @@ from images.building import layers as layers_of
 from images.building.layers import Record, measure
 from images.catalog import RECIPES, ROOT, Image, shown
 from images.host import leftovers
-from images.locking import base, lock
+from images.locking import base, lock, resolution
 from images.locking.lock import Locked
 from rollout.problem import Problem
 
@@ -180,7 +180,7 @@ def build(
     files = payload.files(image, locked)
     settings = host.uv_environment(os.environ)
     wheels = context.own_wheels(locked, settings.get("UV_FIND_LINKS", ""))
-    backend = lock.torch_backend([f"{e.name}=={e.version}" for e in locked], settings)
+    backend = resolution.torch_backend([f"{e.name}=={e.version}" for e in locked], settings)
     if backend:
         settings["UV_TORCH_BACKEND"] = backend
     leftovers.sweep(BUILD)

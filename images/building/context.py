@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 from images import host
 from images.catalog import RECIPES
-from images.locking import lock
+from images.locking import lock, resolution
 from images.locking.lock import Locked
 
 # The script of every step that installs and what it reads, in the context under these names; and
@@ -147,7 +147,7 @@ def own_wheels(locked: Sequence[Locked], find_links: str) -> list[Path]:
     """The wheels of a lock that lie in folders of this host; uv checks their sha256."""
     versions = lock.versions(locked)
     found = []
-    for wheel in lock.local_wheels(find_links, versions):
+    for wheel in resolution.local_wheels(find_links, versions):
         name, version, *_ = wheel.name.split("-")
         if versions[canonicalize_name(name)] == version:
             found.append(wheel)

@@ -15,18 +15,20 @@ import os
 import re
 import ssl
 import sys
-import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
+
+from packaging.pylock import PackageSdist
 
 from images import host
 from images.building import builder
 from images.host import leftovers
-from images.locking.lock import PLATFORM, Locked
+from images.locking import pylock
+from images.locking.lock import Locked
+from images.locking.pylock import PLATFORM
 from rollout.problem import Problem
 
 TIMEOUT = 180.0  # seconds without a byte
@@ -102,24 +104,22 @@ def _sources(
     done = host.run(argv, quiet=True, env=dict(environ), check=False)
     if done.returncode:
         raise Problem(builder.meaning(done.stderr.splitlines(), done.returncode))
-    packages = {p["name"]: p for p in tomllib.loads(output.read_text("utf-8"))["packages"]}
+    found = {str(p.name): p.sdist for p in pylock.read(output.read_text("utf-8")).packages}
     asked.unlink()
     output.unlink()
-    return [_source(entry, packages.get(entry.name, {}), settings, folder) for entry in entries]
+    return [_source(entry, found.get(entry.name), settings, folder) for entry in entries]
 
 
 def _source(
-    entry: Locked, package: Mapping[str, Any], settings: Mapping[str, str], folder: Path
+    entry: Locked, sdist: PackageSdist | None, settings: Mapping[str, str], folder: Path
 ) -> Path:
-    sdist = package.get("sdist", {})
-    if sdist.get("hashes", {}).get("sha256") != entry.sha256:
+    if not sdist or sdist.hashes.get("sha256") != entry.sha256:
         raise Problem(
             f"the index has another source distribution of {entry.name} {entry.version} than the "
             "lock; restore the lock, or remake it if you trust the new file"
         )
-    place = str(sdist.get("url") or sdist.get("path"))
-    target = folder / unquote(urlsplit(place).path).rpartition("/")[2]
-    data = download(place, settings) if "url" in sdist else Path(place).read_bytes()
+    target = folder / sdist.filename
+    data = download(sdist.url, settings) if sdist.url else Path(sdist.path or "").read_bytes()
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         what = f"the file of {entry.name} has another sha256 than the lock"
         raise Problem(f"{what}; restore the lock, or remake it if you trust the new file")

@@ -23,7 +23,7 @@ from images import catalog, host
 from images.building import build, builder, layering, layers
 from images.catalog import ROOT, Image, shown
 from images.host import leftovers
-from images.locking import lock
+from images.locking import lock, locks, resolution
 from images.proving import standing
 from images.proving.standing import Standing, Today
 from rollout import calibrate, cli, report, smoke
@@ -142,8 +142,8 @@ def _drift(image: Image) -> None:
         Problem: it is not, or its inputs do not resolve at all.
     """
     try:
-        difference = lock.drift(image.lock, lock.resolve(image))
-    except lock.Unanswered as problem:
+        difference = locks.drift(image.lock, resolution.resolve(image))
+    except resolution.Unanswered as problem:
         host.say(f"not checked: {problem.sentence}; the committed lock is built as it is")
         return
     if difference:

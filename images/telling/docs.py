@@ -13,7 +13,7 @@ from typing import Any
 from images import catalog, host
 from images.building import sizes
 from images.catalog import ROOT, Image, shown
-from images.locking import lock
+from images.locking import locks
 from images.proving import measure
 from images.proving import standing as rule
 from images.telling import features, keys, numbers, pages, releases, tables
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str]) -> int:
     stale = [path for path, text in texts.items() if _read(path) != text]
     if given.check:
         for path in stale:
-            sys.stdout.write(lock.drift(path, texts[path]))
+            sys.stdout.write(locks.drift(path, texts[path]))
         if stale or gone:
             names = ", ".join(shown(path) for path in (*stale, *gone))
             raise Problem(f"not fresh (diff above): {names}; run 'nox -s docs'")

@@ -1,7 +1,7 @@
 """Which image is for which release of a framework: what users ask first.
 
 The catalog says it, and `nox -s lock` has asked a resolver about each release
-(images/locking/lock.py).
+(images/locking/resolution.py).
 """
 
 from __future__ import annotations

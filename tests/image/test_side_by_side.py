@@ -38,7 +38,7 @@ import os, sys
 from pathlib import Path
 from images import host
 from images.building import budget, build, export
-from images.locking import base, lock
+from images.locking import base, resolution
 from images.proving import prove
 
 build.BUILD = Path(os.environ["CHECKOUT"]) / "build"
@@ -46,7 +46,7 @@ base.tarball = lambda: Path(os.environ["TOY"])
 build.recipe_text = lambda *_: os.environ["STEPS"]
 build.base_needs = lambda _: []
 budget.check = lambda *_: None
-lock.resolve = lambda image: image.lock.read_text()
+resolution.resolve = lambda image: image.lock.read_text()
 prove._read = lambda *_: {}  # the toy's verify has no report that says anything
 station = {"build": build, "export": export, "prove": prove}[sys.argv[1]]
 raise SystemExit(host.guarded(station.main, sys.argv[2:]))

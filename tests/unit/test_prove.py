@@ -16,7 +16,7 @@ from images.building import build, builder, layers
 from images.building.builder import Built, Command
 from images.building.contents import Summary
 from images.catalog import Image
-from images.locking import lock
+from images.locking import resolution
 from images.proving import prove, standing
 from rollout import report
 from rollout.faults import FAULTS
@@ -156,7 +156,7 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     """An image that is built already, from a lock that has not drifted."""
     found = checkout.image(versions={**VERSIONS, "transformers": "4.57.3"})
     text = found.lock.read_text()
-    monkeypatch.setattr(lock, "resolve", lambda _: text)
+    monkeypatch.setattr(resolution, "resolve", lambda _: text)
     monkeypatch.setattr(build, "inputs", lambda _: "inputs")
     monkeypatch.setattr(build, "build", lambda *_: BUILT)
     monkeypatch.setattr(build, "record", lambda *_: RECORD)
@@ -324,9 +324,11 @@ def test_an_index_that_cannot_answer_is_said_and_the_committed_lock_is_proved(
     image: Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def resolve(_: Image) -> str:
-        raise lock.Unanswered("it cannot be resolved: the package index gives no upload time of x")
+        raise resolution.Unanswered(
+            "it cannot be resolved: the package index gives no upload time of x"
+        )
 
-    monkeypatch.setattr(lock, "resolve", resolve)
+    monkeypatch.setattr(resolution, "resolve", resolve)
     assert prove.prove(image, Fake(**sound(image)), [], keep=False) == 0
     assert capsys.readouterr().out.splitlines()[1] == (
         "not checked: it cannot be resolved: the package index gives no upload time of x; "
@@ -337,7 +339,7 @@ def test_an_index_that_cannot_answer_is_said_and_the_committed_lock_is_proved(
 def test_a_drifted_lock_is_found_before_anything_is_built(
     image: Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lock, "resolve", lambda _: "ray==2.53.0\n")
+    monkeypatch.setattr(resolution, "resolve", lambda _: "ray==2.53.0\n")
     monkeypatch.delattr(build, "build")
     with pytest.raises(Problem) as caught:
         prove.prove(image, Fake(), [], keep=False)
