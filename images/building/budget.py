@@ -13,6 +13,7 @@ from pathlib import Path
 
 from images import catalog, host
 from images.building import builder, contents, layers
+from images.building.buildah import Buildah
 from images.building.layers import Layer
 from images.building.sizes import megabytes
 from images.catalog import Image, shown
@@ -56,7 +57,7 @@ def remembered() -> dict[str, Layer]:
 
 def check(
     image: Image,
-    tool: builder.Buildah,
+    tool: Buildah,
     built: builder.Built,
     labels: Sequence[str],
 ) -> None:

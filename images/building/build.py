@@ -21,6 +21,7 @@ from images import catalog, host
 from images.building import (
     budget,
     builder,
+    builders,
     context,
     dockerfile,
     fetching,
@@ -30,6 +31,7 @@ from images.building import (
     storage,
 )
 from images.building import layers as layers_of
+from images.building.buildah import Buildah
 from images.building.layers import Record, measure
 from images.catalog import RECIPES, ROOT, Image, shown
 from images.host import leftovers
@@ -205,7 +207,7 @@ def build(
             raise Problem(f"{tool.name} finished, but {name} is not in its storage")
         storage.remember(tool, everything(image), built.id)
     host.say(f"{name} is {built.id}")
-    if check and isinstance(tool, builder.Buildah):  # docker's storage gives no layer away
+    if check and isinstance(tool, Buildah):  # docker's storage gives no layer away
         budget.check(image, tool, built, layering.layer_names(image, locked))
     return built
 
@@ -215,7 +217,7 @@ def command(image: Image, *options: str) -> list[str]:
     return [sys.executable, "-m", "images.building.build", image.reference, "--no-cache", *options]
 
 
-def record(image: Image, tool: builder.Buildah, built: builder.Built) -> Record:
+def record(image: Image, tool: Buildah, built: builder.Built) -> Record:
     """What is recorded of an image that was just built: its layers below our own package.
 
     Every layer is read once more.
@@ -231,7 +233,7 @@ def record(image: Image, tool: builder.Buildah, built: builder.Built) -> Record:
     return Record(inputs(image), tool.version(), measured.layers[:-1])
 
 
-def keep(image: Image, tool: builder.Buildah, built: builder.Built) -> None:
+def keep(image: Image, tool: Buildah, built: builder.Built) -> None:
     """Record the layers of an image that was just built, where none of these inputs are recorded.
 
     Raises:
@@ -265,13 +267,13 @@ def main(arguments: Sequence[str]) -> int:
         for image in chosen:
             sys.stdout.write(recipe_text(image, lock.read(image)))
         return 0
-    tool = builder.detect(given.builder)
-    if given.record and (given.tag or not isinstance(tool, builder.Buildah)):
+    tool = builders.detect(given.builder)
+    if given.record and (given.tag or not isinstance(tool, Buildah)):
         raise Problem("--record needs buildah and the image's own name: leave out --tag", 2)
     for image in chosen:
         cache, check = not given.no_cache, not given.no_check
         built = build(image, tool, tag=given.tag, cache=cache, check=check)
-        if given.record and isinstance(tool, builder.Buildah):
+        if given.record and isinstance(tool, Buildah):
             keep(image, tool, built)
     return 0
 

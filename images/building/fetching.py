@@ -24,7 +24,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from packaging.pylock import PackageSdist
 
 from images import host
-from images.building import builder
+from images.building import streaming
 from images.host import leftovers
 from images.locking import pylock
 from images.locking.lock import Locked
@@ -84,7 +84,7 @@ def fetch(
         listed = place / "wheels.txt"
         listed.write_text("".join(entry.text for entry in wanted), encoding="utf-8")
         if wanted:
-            builder.stream(wheels_argv(host.uv(), python, listed, place / "target"), environ)
+            streaming.run(wheels_argv(host.uv(), python, listed, place / "target"), environ)
     return _sources([e for e in locked if e.name in sources], python, settings, environ, folder)
 
 
@@ -103,7 +103,7 @@ def _sources(
     argv = sources_argv(host.uv(), python, asked, output)
     done = host.run(argv, quiet=True, env=dict(environ), check=False)
     if done.returncode:
-        raise Problem(builder.meaning(done.stderr.splitlines(), done.returncode))
+        raise Problem(streaming.meaning(done.stderr.splitlines(), done.returncode))
     found = {str(p.name): p.sdist for p in pylock.read(output.read_text("utf-8")).packages}
     asked.unlink()
     output.unlink()

@@ -20,6 +20,7 @@ from typing import Any
 
 from images import host
 from images.building import builder, contents
+from images.building.buildah import Buildah
 from images.building.contents import Difference, Part, Summary
 from images.catalog import Image, shown
 from images.host import leftovers
@@ -122,7 +123,7 @@ class Measured:
 
 
 def measure(
-    tool: builder.Buildah, name: str, labels: Sequence[str], known: Mapping[str, Layer]
+    tool: Buildah, name: str, labels: Sequence[str], known: Mapping[str, Layer]
 ) -> Measured:
     """Read every layer of an image, and compress those that are not known; labels name them."""
     found, everything = [], []

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from images import catalog, host
-from images.building import build, builder, layering, layers
+from images.building import build, builder, builders, layering, layers
+from images.building.buildah import Buildah
 from images.catalog import ROOT, Image, shown
 from images.host import leftovers
 from images.locking import lock, locks, resolution
@@ -162,7 +163,7 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
     _drift(image)
     host.say(f"{image.reference}: build")
     built = build.build(image, tool)
-    if isinstance(tool, builder.Buildah):
+    if isinstance(tool, Buildah):
         inputs, version = build.inputs(image), tool.version()
         verdict = layers.compare(layers.read(image), inputs, built, version)
         host.say(f"{image.reference}: {verdict.sentence}")
@@ -363,7 +364,7 @@ def _leave(path: Path, data: dict[str, Any]) -> None:
 
 def _keep(image: Image, tool: builder.Builder, built: builder.Built) -> None:
     """Keep the report that a run left, and the layers that it holds for."""
-    if not isinstance(tool, builder.Buildah):
+    if not isinstance(tool, Buildah):
         raise Problem("--keep needs buildah: only its layers are recorded", 2)
     build.keep(image, tool, built)
     host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
@@ -421,13 +422,13 @@ def main(arguments: Sequence[str]) -> int:
     if "--from" in options:
         if len(options) != 2 or options[0] != "--from" or len(chosen) != 1:
             raise Problem("--from FOLDER takes one REF before it, and --keep alone beside it", 2)
-        return adopt(chosen[0], builder.detect(), Path(options[1]), keep=keeping)
+        return adopt(chosen[0], builders.detect(), Path(options[1]), keep=keeping)
     if keeping and options:
         raise Problem("--keep takes no other option: what is kept is the whole proof", 2)
     chosen = chosen or [catalog.find(catalog.DEFAULT, images)]
     for image in chosen:
         smoke_options(options, image)
-    tool = builder.detect()
+    tool = builders.detect()
     code = 0
     for image in chosen:
         found = prove(image, tool, options, keep=keeping)

@@ -31,7 +31,18 @@ from pathlib import Path
 from typing import Any
 
 from images import catalog, host
-from images.building import build, builder, contents, context, layering, layers, pinned
+from images.building import (
+    build,
+    builder,
+    builders,
+    contents,
+    context,
+    layering,
+    layers,
+    pinned,
+    streaming,
+)
+from images.building.buildah import Buildah
 from images.building.contents import Entry
 from images.catalog import ROOT, Image, shown
 from images.host import leftovers
@@ -235,9 +246,9 @@ def build_once(image: Image, work: Path, circumstances: Circumstances) -> Outcom
     env = environment(work, circumstances)
     host.say(f"\n{image.reference}: the {circumstances.name} build, from nothing, in {checkout}")
     start = time.perf_counter()
-    builder.stream(build.command(image, "--no-check"), env, checkout, circumstances.umask)
+    streaming.run(build.command(image, "--no-check"), env, checkout, circumstances.umask)
     seconds = time.perf_counter() - start
-    tool = builder.Buildah()
+    tool = Buildah()
     with storage_of(own):
         built = tool.inspect(tool.local + image.reference)
     if not built:
@@ -247,7 +258,7 @@ def build_once(image: Image, work: Path, circumstances: Circumstances) -> Outcom
 
 def look(image: Image, outcome: Outcome, folder: Path) -> list[list[Entry]]:
     """What is in each layer of a build."""
-    tool = builder.Buildah()
+    tool = Buildah()
     with (
         storage_of(outcome.storage),
         tempfile.TemporaryDirectory(dir=folder) as blobs,
@@ -297,7 +308,7 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
     one, two = (build_once(image, work, circumstances) for circumstances in BUILDS)
     reached, lines = compared(image, one, two, work)
     reached = "R0" if unpinned else reached
-    tool, recorded = builder.Buildah(), layers.read(image)
+    tool, recorded = Buildah(), layers.read(image)
     inputs = build.inputs(image)
     verdict = layers.compare(recorded, inputs, one.built, tool.version())
     good = reached >= image.reproducible and not verdict.differs
@@ -362,7 +373,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--work", type=Path, help="a folder with room for two builds")
     given = parser.parse_args(list(arguments))
     image = catalog.find(given.ref, catalog.load())
-    if not isinstance(builder.detect("buildah"), builder.Buildah) or os.geteuid() != 0:
+    if not isinstance(builders.detect("buildah"), Buildah) or os.geteuid() != 0:
         raise Problem("reproduce needs root: only its builds write files in one order", 3)
     place = (given.work or host.scratch()).resolve()  # the builds run in other folders
     if not place.is_dir():

@@ -23,7 +23,8 @@ from images.proving import prove, standing
 from rollout.problem import Problem
 
 # What no digest of inputs holds: how a build is run. The other modules stand in it by what they do.
-MAKERS = tuple(f"images/building/{name}.py" for name in ("build", "builder", "context"))
+_MODULES = ("build", "builder", "buildah", "docker", "context")
+MAKERS = tuple(f"images/building/{name}.py" for name in _MODULES)
 TOOLS = "lockfiles/dev.lock"
 INSTALLER = "uv=="  # of all tools the one that writes into images
 # Run by the code of another revision, which need not know this module.

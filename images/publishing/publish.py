@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from images import catalog, host
-from images.building import build, builder, labels, layers
+from images.building import build, builders, labels, layers
+from images.building.buildah import Buildah
 from images.catalog import Image, shown
 from images.host import leftovers
 from images.locking import lock
@@ -352,7 +353,7 @@ def prepared(source: Source, annotations: Mapping[str, str], siblings: Sequence[
 
 def publish_image(
     image: Image,
-    tool: builder.Buildah,
+    tool: Buildah,
     registry: Registry,
     *,
     key: attestations.Key | None = None,
@@ -606,8 +607,8 @@ def main(arguments: Sequence[str]) -> int:
         promote(image, origin, repository, reference, registry, trusted=trusted, key=key)
         return 0
     host.require("skopeo", "zstd")
-    tool = builder.detect()
-    if not isinstance(tool, builder.Buildah):
+    tool = builders.detect()
+    if not isinstance(tool, Buildah):
         raise Problem("only images of buildah are published", 2)
     publish_image(image, tool, registry, key=key, unproved=given.unproved)
     return 0

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from images import catalog, host
-from images.building import builder
+from images.building.buildah import Buildah
 from images.proving import prove
 
 from ..launched import proof
@@ -28,7 +28,7 @@ def open_folder() -> Iterator[Path]:
 @pytest.mark.usefixtures("built")
 def test_reports_of_the_launcher_prove_the_image(
     image: catalog.Image,
-    tool: builder.Buildah,
+    tool: Buildah,
     open_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from images import catalog
-from images.building import builder
+from images.building.buildah import Buildah
 from images.catalog import ROOT
 from images.host import leftovers
 from images.proving import reproduce
@@ -119,7 +119,7 @@ class Machine:
     def inspect(self, name: str) -> str:
         """The id of an image; empty where there is none of that name."""
         with reproduce.variables(self.env):
-            found = builder.Buildah().inspect(name)
+            found = Buildah().inspect(name)
         return found.id if found else ""
 
     def buildah(self, *arguments: str) -> str:
@@ -146,7 +146,7 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tool: builder.Buildah, tmp_path: Path) -> Iterator[Machine]:  # noqa: ARG001
+def machine(tool: Buildah, tmp_path: Path) -> Iterator[Machine]:  # noqa: ARG001
     """As root and with buildah, or these tests are skipped with the reason."""
     yield Machine(tmp_path)
     leftovers.discard(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 
 from images import catalog, host
 from images.building import build, builder, layers
+from images.building.buildah import Buildah
 from images.locking import lock
 from images.proving import prove
 from images.telling import tables
@@ -31,7 +32,7 @@ def image() -> catalog.Image:
 
 
 @pytest.fixture(scope="session")
-def built(image: catalog.Image, tool: builder.Buildah) -> builder.Built:
+def built(image: catalog.Image, tool: Buildah) -> builder.Built:
     """It, built where there is room for it."""
     try:
         build.check_disk(tool.storage(), NEEDED)

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from images import host
-from images.building import build, builder, labels, layers
+from images.building import build, builder, builders, labels, layers
+from images.building.buildah import Buildah
 from images.building.contents import Summary
 from images.locking import lock
 from images.proving import prove
@@ -404,7 +405,7 @@ def test_a_compression_that_is_killed_leaves_nothing_that_is_believed(toy: Make)
 # The session: from buildah's storage to a registry, and from one registry to another
 
 
-class Store(builder.Buildah):
+class Store(Buildah):
     """A storage that holds one image."""
 
     def __init__(self, toy: Toy) -> None:
@@ -429,7 +430,7 @@ def built(toy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     below = tuple(layers.Layer("base", diff_id, 2, 1, nothing) for diff_id in diff_ids[:-1])
     record = layers.Record(build.inputs(IMAGE), "buildah", below)
     monkeypatch.setattr(layers, "read", lambda _: record)
-    monkeypatch.setattr(builder, "detect", lambda *_: Store(image))
+    monkeypatch.setattr(builders, "detect", lambda *_: Store(image))
     monkeypatch.setattr(build, "current", lambda _, tool: tool.built)
     monkeypatch.setattr(packing, "source", lambda *_: image.source)
     monkeypatch.setattr(attestations, "checkout_commit", lambda: "0" * 40)

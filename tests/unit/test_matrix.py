@@ -119,6 +119,7 @@ def test_a_variable_of_a_fragment_changes_the_images_that_use_it(clone: Path, ba
         "images/recipes/Dockerfile",
         "images/recipes/install",
         "images/building/builder.py",
+        "images/building/buildah.py",
     ],
 )
 def test_what_every_image_is_made_of_changes_them_all(clone: Path, path: str) -> None:

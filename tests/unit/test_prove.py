@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from images import catalog, host
-from images.building import build, builder, layers
+from images.building import build, builder, builders, layers
+from images.building.buildah import Buildah
 from images.building.builder import Built, Command
 from images.building.contents import Summary
+from images.building.docker import Docker
 from images.catalog import Image
 from images.locking import resolution
 from images.proving import prove, standing
@@ -122,14 +124,14 @@ class Runs:
         return code
 
 
-class Fake(Runs, builder.Buildah):
+class Fake(Runs, Buildah):
     """The builder whose layers are recorded."""
 
     def version(self) -> str:
         return BUILDAH
 
 
-class FakeDocker(Runs, builder.Docker):
+class FakeDocker(Runs, Docker):
     """The other builder."""
 
 
@@ -769,7 +771,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], list[Cal
             made.append((image.tag, options, keep))
             return rest.pop(0)
 
-        monkeypatch.setattr(builder, "detect", lambda: None)
+        monkeypatch.setattr(builders, "detect", lambda: None)
         monkeypatch.setattr(prove, "prove", proved)
         return made
 
@@ -853,7 +855,7 @@ def test_from_takes_the_reports_of_a_folder_and_runs_nothing(
     image: Image, folder: Path, monkeypatch: pytest.MonkeyPatch, keep: list[str]
 ) -> None:
     tool = Fake()
-    monkeypatch.setattr(builder, "detect", lambda: tool)
+    monkeypatch.setattr(builders, "detect", lambda: tool)
     assert prove.main(["vllm-0.12", "--from", str(folder), *keep]) == 0
     assert left(image)["verdict"] == "proved"
     assert prove.kept(image).exists() == bool(keep)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from images import catalog, host
-from images.building import build, builder, layers
+from images.building import build, builders, layers
 from images.building.contents import Summary
+from images.building.docker import Docker
 from images.catalog import Image
 from images.proving import prove
 from images.publishing import failures, oci, publish, registry
@@ -404,7 +405,7 @@ def test_wrong_usage_is_told_before_anything_runs(
     arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "require", lambda *_: None)
-    monkeypatch.setattr(builder, "detect", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(builders, "detect", lambda *_: pytest.fail("it went on"))
     with pytest.raises(Problem, match=words) as caught:
         publish.main(arguments)
     assert caught.value.code == 2
@@ -412,7 +413,7 @@ def test_wrong_usage_is_told_before_anything_runs(
 
 def test_images_of_docker_are_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "require", lambda *_: None)
-    monkeypatch.setattr(builder, "detect", lambda *_: builder.Docker())
+    monkeypatch.setattr(builders, "detect", lambda *_: Docker())
     with pytest.raises(Problem, match="only images of buildah") as caught:
         publish.main([catalog.DEFAULT, "--to", "localhost"])
     assert caught.value.code == 2
