@@ -883,7 +883,7 @@ def test_from_takes_one_image_one_folder_and_nothing_else(
 ) -> None:
     for tag in ("a", "b"):
         checkout.image(tag=tag)
-    monkeypatch.delattr(builder, "detect")  # nothing is built
+    monkeypatch.delattr(builders, "detect")  # nothing is built
     with pytest.raises(Problem, match="--from FOLDER takes one REF before it") as caught:
         prove.main([argument.format(folder=tmp_path) for argument in arguments])
     assert caught.value.code == 2
