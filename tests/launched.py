@@ -11,7 +11,7 @@ from pathlib import Path
 from images.building import build, export
 from images.building.buildah import Buildah
 from images.catalog import Image
-from images.proving import prove
+from images.proving import adoption
 
 
 def proof(image: Image, tool: Buildah, folder: Path) -> int:
@@ -38,4 +38,4 @@ def proof(image: Image, tool: Buildah, folder: Path) -> int:
             check=False,
         )
         assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    return prove.adopt(image, tool, reports, keep=False)
+    return adoption.adopt(image, tool, reports, keep=False)

@@ -82,6 +82,12 @@ def inputs(image: Image) -> str:
     return context.digest(values, dockerfile.stamped(code, labels.variables(image, locked), {}))
 
 
+def recorded(image: Image) -> Record | None:
+    """The record of an image, where it holds for today's inputs; None where none does."""
+    found = layers_of.read(image)
+    return found if found and found.inputs == inputs(image) else None
+
+
 def check_disk(folder: Path, needed: int = DISK_NEEDED) -> None:
     """See that a build has room.
 
@@ -239,12 +245,12 @@ def keep(image: Image, tool: Buildah, built: builder.Built) -> None:
     Raises:
         Problem: others are recorded of the same inputs, by the same builder.
     """
-    recorded, today = layers_of.read(image), inputs(image)
-    verdict = layers_of.compare(recorded, today, built, tool.version())
+    expected, today = layers_of.read(image), inputs(image)
+    verdict = layers_of.compare(expected, today, built, tool.version())
     if verdict.differs:
         command = f"nox -s reproduce -- {image.reference}"
         raise Problem(f"not kept: {verdict.sentence} ('{command}' says what differs)")
-    if not recorded or recorded.inputs != today:
+    if not expected or expected.inputs != today:
         layers_of.write(image, record(image, tool, built))
 
 

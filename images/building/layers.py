@@ -108,7 +108,7 @@ def write(image: Image, record: Record) -> None:
         "builder": record.builder,
         "layers": [plain(layer) for layer in record.layers],
     }
-    host.write(path(image), json.dumps(data, indent=1) + "\n")
+    host.write_json(path(image), data)
 
 
 # From an image in a builder's storage to what is in its layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -85,6 +86,11 @@ def write(path: Path, text: str) -> None:
     """Replace a file in one step, so that an interrupted run leaves the old one."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: object) -> None:
+    """Replace a file with JSON for people and programs, in one step."""
+    write(path, json.dumps(data, indent=1) + "\n")
 
 
 def sha256(path: Path) -> str:

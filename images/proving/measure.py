@@ -7,7 +7,6 @@ table of it. Times are wall-clock seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -25,7 +24,7 @@ from images.building import build, builder, builders, export, layers
 from images.building.buildah import Buildah
 from images.catalog import ROOT, Image, shown
 from images.host import leftovers
-from images.proving import prove, reproduce
+from images.proving import proofs, reproduce
 from rollout.problem import Problem
 
 SITE = "/opt/rollout"
@@ -33,7 +32,7 @@ SITE = "/opt/rollout"
 
 def path(image: Image) -> Path:
     """Where the numbers of an image are kept."""
-    return prove.beside(image, "measured")
+    return proofs.beside(image, "measured")
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -194,7 +193,7 @@ def main(arguments: Sequence[str]) -> int:
         for key, value in step().items():
             data[key] = round(value, 3)
             host.say(f"  {key} = {data[key]}")
-    host.write(path(image), json.dumps(data, indent=1) + "\n")
+    host.write_json(path(image), data)
     host.say(f"{shown(path(image))}; 'nox -s docs' puts it into docs/reproducing.md")
     return 0
 

@@ -47,7 +47,7 @@ from images.building.contents import Entry
 from images.catalog import ROOT, Image, shown
 from images.host import leftovers
 from images.locking import lock
-from images.proving import prove
+from images.proving import proofs
 from rollout.problem import Problem
 
 MEANING = {
@@ -344,7 +344,7 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
 
 def path(image: Image) -> Path:
     """Where the runs that reproduced an image are kept."""
-    return prove.beside(image, "reproduced")
+    return proofs.beside(image, "reproduced")
 
 
 def remember(image: Image, record: layers.Record, run: dict[str, Any]) -> None:
@@ -360,7 +360,7 @@ def remember(image: Image, record: layers.Record, run: dict[str, Any]) -> None:
         "inputs": record.inputs,
         "runs": [*runs, run],
     }
-    host.write(path(image), json.dumps(data, indent=1) + "\n")
+    host.write_json(path(image), data)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from images.building import build, context, payload
 from images.catalog import ROOT, Image
 from images.host import revisions
 from images.locking import lock
-from images.proving import prove, standing
+from images.proving import proofs, standing
 from rollout.problem import Problem
 
 # What no digest of inputs holds: how a build is run. The other modules stand in it by what they do.
@@ -112,7 +112,7 @@ def proved(images: Sequence[Image]) -> list[str]:
     """The references of images that their kept report allows to be published as they are today."""
     found = []
     for image in images:
-        why = standing.publishable(prove.standing_of(image), prove.today(image))
+        why = standing.publishable(proofs.standing_of(image), proofs.today(image))
         if why:
             say(f"{image.reference} is left out: {why}")
         else:

@@ -9,7 +9,7 @@ from typing import Any
 from images.building import layers, sizes
 from images.catalog import ROOT, Image, shown
 from images.locking import base, lock
-from images.proving import measure, prove
+from images.proving import measure, proofs
 from images.proving import standing as rule
 from images.telling import numbers, releases, tables
 from rollout.faults import FAULTS
@@ -80,11 +80,11 @@ def measured(image: Image, versions: Mapping[str, str]) -> str:
         built = json.loads(size.read_text(encoding="utf-8"))
     rows += size_rows(image, built)
     if second:
-        sources.append(f"[a second start]({prove.beside(image, 'warm').relative_to(ROOT)})")
-    calibrated = prove.beside(image, "calibration")
+        sources.append(f"[a second start]({proofs.beside(image, 'warm').relative_to(ROOT)})")
+    calibrated = proofs.beside(image, "calibration")
     if calibrated.exists():
         calibration = json.loads(calibrated.read_text(encoding="utf-8"))
-        if not rule.no_calibration(calibration, prove.today(image), versions):
+        if not rule.no_calibration(calibration, proofs.today(image), versions):
             sources.append(f"[the probe's calibration]({calibrated.relative_to(ROOT)})")
             rows += numbers.calibration_rows(calibration)
     worth = found.standing
@@ -102,7 +102,7 @@ def measured(image: Image, versions: Mapping[str, str]) -> str:
 
 def warm_report(image: Image, data: Mapping[str, Any]) -> dict[str, Any] | None:
     """The kept report of a second start of what the kept proof is of; None where there is none."""
-    path = prove.beside(image, "warm")
+    path = proofs.beside(image, "warm")
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 
 from images import catalog
-from images.building import build, layers, sizes
+from images.building import build, sizes
 from images.catalog import ROOT, Image
 from images.locking import base, lock
-from images.proving import prove, reproduce
+from images.proving import proofs, reproduce
 from images.proving import standing as rule
 from images.telling import features, releases
 from rollout import preflight, smoke
@@ -18,11 +18,11 @@ from rollout.faults import FAULTS, aimed
 
 def kept(image: Image) -> features.Kept | None:
     """The kept report of an image, None where none is kept."""
-    data = prove.kept_report(image)
+    data = proofs.kept_report(image)
     if data is None:
         return None
-    where = str(prove.kept(image).relative_to(ROOT))
-    return features.Kept(where, data, prove.standing_of(image))
+    where = str(proofs.kept(image).relative_to(ROOT))
+    return features.Kept(where, data, proofs.standing_of(image))
 
 
 def standing(image: Image) -> str:
@@ -53,8 +53,8 @@ def reproduced(image: Image) -> str:
 
 def pull(image: Image) -> str:
     """What a node without any of its layers fetches, as recorded for today's inputs."""
-    record = layers.read(image)
-    if record is None or record.inputs != build.inputs(image):
+    record = build.recorded(image)
+    if record is None:
         return "not recorded yet"
     return sizes.megabytes(sum(layer.compressed for layer in record.layers))
 
@@ -96,9 +96,9 @@ def table(images: Sequence[Image]) -> str:
 def kept_faults(image: Image, fault: str, called: str) -> list[str]:
     """Links to the reports of runs of an image that found a fault, with what each is worth."""
     found = []
-    for path in prove.kept_faults(image, fault):
+    for path in proofs.kept_faults(image, fault):
         transport = aimed(path.stem)[1]
-        worth = prove.standing_of_fault(image, path.stem)
+        worth = proofs.standing_of_fault(image, path.stem)
         by = f" by {transport}" if transport else ""
         link = f"[{called}{by}]({path.relative_to(ROOT)})"
         found.append(f"{link} ({worth})" if worth else link)

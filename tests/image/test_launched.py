@@ -10,7 +10,7 @@ import pytest
 
 from images import catalog, host
 from images.building.buildah import Buildah
-from images.proving import prove
+from images.proving import proofs
 
 from ..launched import proof
 
@@ -34,6 +34,6 @@ def test_reports_of_the_launcher_prove_the_image(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     host.require("zstd")
-    monkeypatch.setattr(prove, "REPORTS", tmp_path)  # the last report of this checkout stays
+    monkeypatch.setattr(proofs, "REPORTS", tmp_path)  # the last report of this checkout stays
     assert proof(image, tool, open_folder) == 0
-    assert prove.report_path(image).exists()
+    assert proofs.report_path(image).exists()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from images.catalog import Image
-from images.proving import prove, standing
+from images.proving import proofs, standing
 from images.proving.standing import EARLIER, IN_PART, PROVED, STALE, UNPROVED, Standing, Today
 from rollout import report
 from rollout.checks import rate
@@ -32,7 +32,7 @@ def image(checkout: Checkout) -> Image:
 
 @pytest.fixture
 def today(image: Image) -> Today:
-    return prove.today(image, LAYERS)
+    return proofs.today(image, LAYERS)
 
 
 @pytest.fixture
