@@ -14,8 +14,7 @@ from pathlib import Path
 from images import catalog, host
 from images.building import builder, contents, layers
 from images.building.buildah import Buildah
-from images.building.layers import Layer
-from images.building.sizes import megabytes
+from images.building.layers import Layer, megabytes
 from images.catalog import Image, shown
 from rollout.problem import Problem
 

@@ -31,6 +31,11 @@ from rollout.problem import Problem
 LEVEL = 10
 
 
+def megabytes(size: int) -> str:
+    """Bytes for people, as registries count them."""
+    return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer: its digest, its bytes as a tar and compressed, and what is in it."""

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from images import catalog, host
-from images.building import sizes
 from images.catalog import ROOT, Image, shown
 from images.locking import locks
 from images.proving import measure
 from images.proving import standing as rule
-from images.telling import features, keys, numbers, pages, releases, tables
+from images.telling import features, keys, numbers, pages, releases, sizes, tables
 from rollout import report, verify
 from rollout.problem import Problem
 

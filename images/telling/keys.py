@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from images import catalog
 from images.catalog import Image, Key, shown
+from images.telling import markdown
 
 TYPES = {
     str: "string",
@@ -18,27 +19,26 @@ TYPES = {
 }
 
 
-def _rows(keys: Mapping[str, Key], prefix: str = "") -> list[str]:
-    found = []
+def _rows(keys: Mapping[str, Key], prefix: str = "") -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
     for name, key in keys.items():
         needed = "yes" if key.required else "no"
-        found.append(f"| `{prefix}{name}` | {TYPES[key.kind]} | {needed} | {key.what} |")
+        found.append((f"`{prefix}{name}`", TYPES[key.kind], needed, key.what))
         found += _rows(catalog.TABLE_KEYS.get(name, {}) if not prefix else {}, f"{name}.")
     return found
 
 
 def table() -> str:
     """Every key with its type, whether a file must have it, and what it says."""
-    head = ["| key | type | needed | what it says |", "| --- | --- | --- | --- |"]
-    return "\n".join([*head, *_rows(catalog.KEYS)])
+    return markdown.table(("key", "type", "needed", "what it says"), _rows(catalog.KEYS))
 
 
 def fragments(images: Sequence[Image]) -> str:
     """The fragments, what each is for, and which images take it."""
-    lines = ["| fragment | what it is for | taken by |", "| --- | --- | --- |"]
+    rows = []
     for path in sorted((catalog.CATALOG / catalog.FRAGMENTS).glob("*.toml")):
         first = path.read_text(encoding="utf-8").partition("\n\n")[0]
         sentence = " ".join(line.lstrip("# ") for line in first.splitlines()).partition(". ")[0]
         who = ", ".join(image.tag for image in images if path in image.fragments)
-        lines.append(f"| [{path.stem}]({shown(path)}) | {sentence.rstrip('.')} | {who} |")
-    return "\n".join(lines)
+        rows.append((f"[{path.stem}]({shown(path)})", sentence.rstrip("."), who))
+    return markdown.table(("fragment", "what it is for", "taken by"), rows)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from images.catalog import TRANSPORTS
+from images.telling import markdown
 from rollout import verify
 from rollout.checks import FREED, GROWTH, rate
 from rollout.cuda_ipc import BUCKET_BYTES
@@ -244,15 +245,6 @@ def of_machine(data: Mapping[str, Any]) -> str:
         ("… its steps alone ÷ the same", "steps_ratio_compiled", "{:.2f}", "≤ 1.3"),
         ("… ÷ bare `uv pip install`", "build_ratio", "{:.2f}", "≤ 1.3"),
     ]
-    lines = [
-        f"On {data['machine']}, {data['measured']}, by `nox -s measure`:",
-        "",
-        "| what | measured | aim |",
-        "| --- | --- | --- |",
-    ]
-    lines += [
-        f"| {what} | {form.format(data[key])} | {aim} |"
-        for what, key, form, aim in rows
-        if key in data
-    ]
-    return "\n".join(lines)
+    found = [(what, form.format(data[key]), aim) for what, key, form, aim in rows if key in data]
+    told = f"On {data['machine']}, {data['measured']}, by `nox -s measure`:"
+    return f"{told}\n\n{markdown.table(('what', 'measured', 'aim'), found)}"

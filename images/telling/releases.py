@@ -6,12 +6,13 @@ The catalog says it, and `nox -s lock` has asked a resolver about each release
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from packaging.version import Version
 
 from images.catalog import Framework, Image
 from images.locking import lock
+from images.telling import markdown
 
 HEAD = ("release", "image", "engine", "torch", "CUDA", "why")
 
@@ -35,7 +36,7 @@ def reason(image: Image, framework: Framework, release: str) -> str:
 
 def row(image: Image, framework: Framework, release: str) -> tuple[str, ...]:
     """One release and one image."""
-    versions: Mapping[str, str] = lock.versions(lock.read(image))
+    versions = lock.versions(lock.read(image))
     return (
         f"{framework.name} {release}",
         f"`{image.reference}`",
@@ -55,8 +56,7 @@ def table(images: Sequence[Image]) -> str:
         for release in (image.framework.version, *image.framework.fits)
     ]
     found.sort(key=lambda each: (each[1].name, _newest_first(each[2]), each[0].reference))
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
-    return "\n".join([*lines, *("| " + " | ".join(row(*each)) + " |" for each in found)])
+    return markdown.table(HEAD, [row(*each) for each in found])
 
 
 def _newest_first(release: str) -> tuple[int, ...]:

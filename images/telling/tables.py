@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 
 from images import catalog
-from images.building import build, sizes
+from images.building import build
+from images.building.layers import megabytes
 from images.catalog import ROOT, Image
 from images.locking import base, lock
 from images.proving import proofs, reproduce
 from images.proving import standing as rule
-from images.telling import features, releases
+from images.telling import features, markdown, releases
 from rollout import preflight, smoke
 from rollout.faults import FAULTS, aimed
 
@@ -56,7 +57,7 @@ def pull(image: Image) -> str:
     record = build.recorded(image)
     if record is None:
         return "not recorded yet"
-    return sizes.megabytes(sum(layer.compressed for layer in record.layers))
+    return megabytes(sum(layer.compressed for layer in record.layers))
 
 
 def cuda(versions: Mapping[str, str]) -> str:
@@ -68,10 +69,10 @@ def cuda(versions: Mapping[str, str]) -> str:
     return f"{found}, driver ≥ {floor}"
 
 
-def row(image: Image, versions: Mapping[str, str]) -> str:
+def row(image: Image, versions: Mapping[str, str]) -> list[str]:
     """The table row of an image."""
     ray = f", Ray {versions['ray']}" if "ray" in versions else ""
-    cells = [
+    return [
         f"[`{image.reference}`](docs/images/{image.repository}/{image.tag}.md)",
         releases.of(image.framework),
         f"{image.backend} {versions[image.engine]}",
@@ -81,16 +82,12 @@ def row(image: Image, versions: Mapping[str, str]) -> str:
         standing(image),
         f"`nox -s build -- {image.tag}`",
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def table(images: Sequence[Image]) -> str:
     """The table of all images."""
     head = ("image", "for", "engine", "CUDA", "Python", "to pull", "proof", "how to get it")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for image in images:
-        lines.append(row(image, lock.versions(lock.read(image))))
-    return "\n".join(lines)
+    return markdown.table(head, [row(i, lock.versions(lock.read(i))) for i in images])
 
 
 def kept_faults(image: Image, fault: str, called: str) -> list[str]:
@@ -113,13 +110,11 @@ def fault_table(images: Sequence[Image]) -> str:
     """
     default = next((image for image in images if image.reference == catalog.DEFAULT), None)
     on_cpu = smoke.available(default.smoke.facts) if default else smoke.CHECKS
-    lines = ["| fault | what happens | found by | shown on |", "| --- | --- | --- | --- |"]
+    rows = []
     for name, fault in FAULTS.items():
         shown_on = ["CPU (tests)"] if fault.found_by(on_cpu) else []
         shown_on += [where for image in images for where in kept_faults(image, name, image.tag)]
-        checks = [check for check in (fault.check, fault.otherwise) if check]
-        lines.append(
-            f"| `{name}` | {fault.what} | {' or '.join(f'`{check}`' for check in checks)} | "
-            f"{', '.join(shown_on) or 'not shown yet'} |"
-        )
-    return "\n".join(lines)
+        checks = " or ".join(f"`{check}`" for check in (fault.check, fault.otherwise) if check)
+        where = ", ".join(shown_on) or "not shown yet"
+        rows.append((f"`{name}`", fault.what, checks, where))
+    return markdown.table(("fault", "what happens", "found by", "shown on"), rows)

@@ -6,11 +6,12 @@ import re
 
 import pytest
 
-from images.building import layers, sizes
+from images.building import layers
 from images.building.contents import Part, Summary
 from images.building.layers import Layer, Record
 from images.catalog import Image
 from images.proving import measure
+from images.telling import sizes
 
 from ..conftest import Checkout
 

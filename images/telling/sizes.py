@@ -12,11 +12,15 @@ from dataclasses import dataclass
 
 from images.building import layers
 from images.building.contents import Part
-from images.building.layers import Layer
+from images.building.layers import Layer, megabytes
 from images.catalog import ROOT, Image
+from images.locking import lock
+from images.telling import markdown
 
 PAGE = ROOT / "lockfiles" / "SIZES.md"
 LARGEST = 20
+# What asked for a distribution, as uv says it below: on one line, or on a line each.
+_VIA = re.compile(r"^ +#(?: via)? +(?!via$)(.+)$", re.MULTILINE)
 
 
 def recorded(images: Sequence[Image]) -> dict[str, tuple[Layer, ...]]:
@@ -57,23 +61,22 @@ def layer_table(images: Sequence[Image]) -> str:
         for layer in own:
             distinct[layer.diff_id] = layer
             users.setdefault(layer.diff_id, []).append(reference.rpartition(":")[2])
-    lines = ["| layer | diff_id | as a tar | compressed | in |", "| --- | --- | --- | --- | --- |"]
-    for diff_id, layer in distinct.items():
-        lines.append(f"{_cells(layer)} {', '.join(users[diff_id])} |")
+    rows = [(*_cells(layer), ", ".join(users[diff_id])) for diff_id, layer in distinct.items()]
     whole = shared(found)
-    lines += [
-        "",
+    sentence = (
         f"A registry holds {megabytes(whole.registry)} for {len(found)} images, whose sum is "
-        f"{megabytes(whole.whole)}: {whole.ratio:.2f}.",
-    ]
-    return "\n".join(lines)
+        f"{megabytes(whole.whole)}: {whole.ratio:.2f}."
+    )
+    return f"{markdown.table((*HEAD, 'in'), rows)}\n\n{sentence}"
 
 
-def _cells(layer: Layer) -> str:
-    """A layer in a row of a table: its name, digest and sizes."""
+HEAD = ("layer", "diff_id", "as a tar", "compressed")
+
+
+def _cells(layer: Layer) -> tuple[str, ...]:
+    """A layer in a row of a table."""
     digest = layer.diff_id.removeprefix("sha256:")[:12]
-    size, packed = megabytes(layer.bytes), megabytes(layer.compressed)
-    return f"| {layer.name} | `{digest}` | {size} | {packed} |"
+    return layer.name, f"`{digest}`", megabytes(layer.bytes), megabytes(layer.compressed)
 
 
 def layers_of(image: Image) -> str:
@@ -81,25 +84,13 @@ def layers_of(image: Image) -> str:
     own = recorded([image]).get(image.reference)
     if not own:
         return "No layers are recorded yet."
-    lines = ["| layer | diff_id | as a tar | compressed |", "| --- | --- | --- | --- |"]
-    return "\n".join([*lines, *map(_cells, own)])
+    return markdown.table(HEAD, map(_cells, own))
 
 
 def needed_by(text: str) -> dict[str, list[str]]:
     """What asked for each distribution of a lock, from the comments that uv writes."""
-    found: dict[str, list[str]] = {}
-    name, listing = "", False
-    for line in text.splitlines():
-        entry = re.match(r"([a-z0-9][a-z0-9._-]*)==", line)
-        if entry:
-            name, listing = entry[1], False
-        elif name and line.strip().startswith("# via"):
-            listing = True
-            rest = line.strip().removeprefix("# via").strip()
-            found.setdefault(name, []).extend([rest] if rest else [])
-        elif listing and line.strip().startswith("#"):
-            found[name].append(line.strip().lstrip("# "))
-    return found
+    found = {name: _VIA.findall(block) for name, block in lock.blocks(text).items()}
+    return {name: who for name, who in found.items() if name and who}
 
 
 def largest(image: Image, own: Sequence[Layer]) -> str:
@@ -110,19 +101,14 @@ def largest(image: Image, own: Sequence[Layer]) -> str:
     ]
     parts.sort(key=lambda item: -item[2].bytes)
     whole = sum(part.bytes for _, _, part in parts)
-    lines = [
-        "| folder | bytes | of all | layer | comes with | needed by |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, layer, part in parts[:LARGEST]:
         who = asked.get(part.owner, [])
         reason = ", ".join(who) if who else "the base" if layer == "base" else "the catalog file"
         owner = part.owner if part.owner != "-" else "Debian" if layer == "base" else "this project"
-        lines.append(
-            f"| `{name}` | {part.bytes:,} | {part.bytes / whole:.1%} | {layer} | {owner} | "
-            f"{reason} |"
-        )
-    return "\n".join(lines)
+        share = f"{part.bytes / whole:.1%}"
+        rows.append((f"`{name}`", f"{part.bytes:,}", share, layer, owner, reason))
+    return markdown.table(("folder", "bytes", "of all", "layer", "comes with", "needed by"), rows)
 
 
 def page(images: Sequence[Image]) -> str:
@@ -149,8 +135,3 @@ def page(images: Sequence[Image]) -> str:
                 largest(image, own),
             ]
     return "\n".join(parts) + "\n"
-
-
-def megabytes(size: int) -> str:
-    """Bytes for people, as registries count them."""
-    return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
