@@ -26,7 +26,7 @@ from packaging.pylock import PackageSdist
 from images import host
 from images.building import streaming
 from images.host import leftovers
-from images.locking import pylock
+from images.locking import lock, pylock
 from images.locking.lock import Locked
 from images.locking.pylock import PLATFORM
 from rollout.problem import Problem
@@ -114,15 +114,12 @@ def _source(
     entry: Locked, sdist: PackageSdist | None, settings: Mapping[str, str], folder: Path
 ) -> Path:
     if not sdist or sdist.hashes.get("sha256") != entry.sha256:
-        raise Problem(
-            f"the index has another source distribution of {entry.name} {entry.version} than the "
-            "lock; restore the lock, or remake it if you trust the new file"
-        )
+        what = f"the index has another source distribution of {entry.name} {entry.version}"
+        raise Problem(lock.other_file(what))
     target = folder / sdist.filename
     data = download(sdist.url, settings) if sdist.url else Path(sdist.path or "").read_bytes()
     if hashlib.sha256(data).hexdigest() != entry.sha256:
-        what = f"the file of {entry.name} has another sha256 than the lock"
-        raise Problem(f"{what}; restore the lock, or remake it if you trust the new file")
+        raise Problem(lock.other_file(f"the file of {entry.name} has another sha256"))
     target.write_bytes(data)
     return target
 

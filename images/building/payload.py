@@ -20,21 +20,19 @@ if __name__ == "__main__":
 """
 
 
-def framework(image: Image) -> dict[str, str] | None:
-    """The framework as image.json has it; None in an image that has none."""
-    if image.framework is None:
-        return None
-    found = image.framework
-    return {"name": found.name, "distribution": found.name, "version": found.version}
-
-
 def facts(image: Image, locked: Sequence[Locked]) -> dict[str, object]:
     """What ``rollout`` inside the image has to know of it (share/rollout/image.json)."""
     versions = lock.versions(locked)
+    framework = image.framework
     return {
         "reference": image.reference,
         "backend": image.backend,
-        "framework": framework(image),
+        "framework": framework
+        and {
+            "name": framework.name,
+            "distribution": framework.name,
+            "version": framework.version,
+        },
         "python": image.python,
         "resolved_as_of": image.resolved_as_of.isoformat(),
         "engine": {"name": image.backend, "distribution": image.engine},

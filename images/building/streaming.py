@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from images.host import leash
+from images.locking import lock
 from rollout.problem import Problem
 
 # What a failed build prints, and what it means for the person who reads it.
@@ -26,8 +27,7 @@ def meaning(output: Sequence[str], code: int) -> str:
     """One sentence for a failed build, from its last lines of output."""
     text = "\n".join(output)
     if mismatch := re.search(r"Hash mismatch for `([^`]+)`", text):
-        what = f"the file of {mismatch[1]} has another sha256 than the lock"
-        return f"{what}; restore the lock, or remake it if you trust the new file"
+        return lock.other_file(f"the file of {mismatch[1]} has another sha256")
     text = text.lower()
     for sign, sentence in _FAILURES.items():
         if sign in text:

@@ -82,6 +82,10 @@ def parse(text: str, name: str = "lockfiles/base.lock") -> Lock:
     Raises:
         Problem: a line that is not as ``render`` writes it, with its number.
     """
+
+    def wrong(what: str) -> Problem:
+        return Problem(f"{what}; remake it with '{RELOCK}'", 2)
+
     header: dict[str, str] = {}
     debs: list[Deb] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -90,29 +94,24 @@ def parse(text: str, name: str = "lockfiles/base.lock") -> Lock:
             if colon:
                 header[key] = value
             continue
+        where = f"{name}:{number}"
         match = _LINE.fullmatch(line)
         if not match:
-            raise Problem(
-                f"{name}:{number}: not 'name=version sha256:… pool/….deb': {quoted(line)}; "
-                f"remake it with '{RELOCK}'",
-                2,
-            )
+            raise wrong(f"{where}: not 'name=version sha256:… pool/….deb': {quoted(line)}")
         deb = Deb(**match.groupdict())
         if debs and debs[-1].name >= deb.name:
             order = f"{quoted(deb.name)} stands after {quoted(debs[-1].name)}"
-            what = f"{order}, so the file was edited by hand"
-            raise Problem(f"{name}:{number}: {what}; remake it with '{RELOCK}'", 2)
+            raise wrong(f"{where}: {order}, so the file was edited by hand")
         debs.append(deb)
     for key in ("as of", "requested", *_HEADER):
         if key not in header:
-            raise Problem(f"{name}: the header has no '# {key}: …'; remake it with '{RELOCK}'", 2)
+            raise wrong(f"{name}: the header has no '# {key}: …'")
     for key in ("suite", "architecture"):
         if header[key] != _HEADER[key]:
             what = f"{key} is {quoted(header[key])}, this code makes {_HEADER[key]!r}"
-            raise Problem(f"{name}: {what}; remake it with '{RELOCK}'", 2)
+            raise wrong(f"{name}: {what}")
     if not SNAPSHOT.fullmatch(header["as of"]):
-        what = f"'as of' is {quoted(header['as of'])}, not like 20261119T000000Z"
-        raise Problem(f"{name}: {what}; remake it with '{RELOCK}'", 2)
+        raise wrong(f"{name}: 'as of' is {quoted(header['as of'])}, not like 20261119T000000Z")
     return Lock(tuple(header["requested"].split()), header["as of"], tuple(debs))
 
 

@@ -72,6 +72,11 @@ def _malformed(what: str) -> Problem:
     return Problem(f"{what}; remake it with 'nox -s lock'", 2)
 
 
+def other_file(what: str) -> str:
+    """The sentence about a file that is not the locked one."""
+    return f"{what} than the lock; restore the lock, or remake it if you trust the new file"
+
+
 def read(image: Image) -> list[Locked]:
     """The lock of an image, held against what its catalog file claims.
 

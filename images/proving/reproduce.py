@@ -184,16 +184,15 @@ def storage_conf(own: Path) -> str:
 
 def copy_checkout(target: Path) -> None:
     """The checkout at another place: what git has, without what builds leave behind."""
-    ignored = shutil.ignore_patterns(".git", ".nox", ".parts", "__pycache__", ".*_cache")
-    target.mkdir(parents=True)
-    for path in sorted(ROOT.iterdir()):
-        # Nor the folder that holds the copy, which would then hold itself.
-        if path.name in ("build", ".git", ".nox", ".parts") or target.is_relative_to(path):
-            continue
-        if path.is_dir():
-            shutil.copytree(path, target / path.name, ignore=ignored)
-        else:
-            shutil.copy2(path, target / path.name)
+    left = shutil.ignore_patterns(".git", ".nox", "__pycache__", ".*_cache")
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        top = names if Path(folder) == ROOT else ()
+        # The copy must not hold the folder that it lies in: it would hold itself.
+        own = {name for name in top if name == "build" or target.is_relative_to(ROOT / name)}
+        return left(folder, names) | own
+
+    shutil.copytree(ROOT, target, ignore=ignored)
 
 
 def turn_around(source: Path, target: Path) -> None:
@@ -202,15 +201,12 @@ def turn_around(source: Path, target: Path) -> None:
         names.sort(reverse=True)
         here = target / Path(folder).relative_to(source)
         here.mkdir(parents=True, exist_ok=True)
-        for name in sorted(files, reverse=True):
+        for name in sorted((*names, *files), reverse=True):
             path = Path(folder, name)
             if path.is_symlink():
                 (here / name).symlink_to(path.readlink())
-            else:
+            elif name in files:
                 os.link(path, here / name)
-        for name in list(names):
-            if Path(folder, name).is_symlink():
-                (here / name).symlink_to(Path(folder, name).readlink())
 
 
 @contextmanager

@@ -220,15 +220,15 @@ def _shown(report: Report, today: Today) -> Standing:
     without = {name: skipped.get(name, NOT_ASKED) for name in (*missing, *unsent)}
     tail = f"; not shown: {reasons(without)}" if without else ""
     changed = [n for n in today.checks if n not in skipped and known.get(n) != today.program[n]]
+    other = ""
     if regrown(report, today):
-        day = report["started"][:10]
-        sentence = f"by the checks of {day}; what stands above the engine is another today{tail}"
-        return Standing(EARLIER, sentence, without, day)
-    if changed:
-        day = report["started"][:10]
+        other = "what stands above the engine is another today"
+    elif changed:
         which = "all of them" if len(changed) == len(today.checks) else listed(changed)
-        sentence = f"by the checks of {day}; asked otherwise today: {which}{tail}"
-        return Standing(EARLIER, sentence, without, day)
+        other = f"asked otherwise today: {which}"
+    if other:
+        day = report["started"][:10]
+        return Standing(EARLIER, f"by the checks of {day}; {other}{tail}", without, day)
     if without:
         return Standing(IN_PART, f"all but {reasons(without)}", without)
     return Standing(PROVED, "every promised check and transport passed")

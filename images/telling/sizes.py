@@ -7,8 +7,7 @@ of its folders holds; the lock says what asked for the distribution that a folde
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from images.building import layers
 from images.building.contents import Part
@@ -28,28 +27,6 @@ def recorded(images: Sequence[Image]) -> dict[str, tuple[Layer, ...]]:
     return {image.reference: record.layers for image in images if (record := layers.read(image))}
 
 
-@dataclass(frozen=True)
-class Shared:
-    """What a registry holds of a catalog: each layer once."""
-
-    registry: int  # bytes of every layer, once
-    whole: int  # bytes of every image, as if it were alone
-
-    @property
-    def ratio(self) -> float:
-        """Registry bytes ÷ sum of images: 1 where nothing is shared."""
-        return self.registry / self.whole if self.whole else 1.0
-
-
-def shared(images: Mapping[str, Sequence[Layer]]) -> Shared:
-    """Compressed bytes of a catalog with and without sharing."""
-    once = {layer.diff_id: layer.compressed for found in images.values() for layer in found}
-    return Shared(
-        sum(once.values()),
-        sum(layer.compressed for found in images.values() for layer in found),
-    )
-
-
 def layer_table(images: Sequence[Image]) -> str:
     """Every layer of the catalog: what it takes, and which images carry it."""
     found = recorded(images)
@@ -62,10 +39,11 @@ def layer_table(images: Sequence[Image]) -> str:
             distinct[layer.diff_id] = layer
             users.setdefault(layer.diff_id, []).append(reference.rpartition(":")[2])
     rows = [(*_cells(layer), ", ".join(users[diff_id])) for diff_id, layer in distinct.items()]
-    whole = shared(found)
+    registry = sum(layer.compressed for layer in distinct.values())
+    whole = sum(layer.compressed for own in found.values() for layer in own)
     sentence = (
-        f"A registry holds {megabytes(whole.registry)} for {len(found)} images, whose sum is "
-        f"{megabytes(whole.whole)}: {whole.ratio:.2f}."
+        f"A registry holds {megabytes(registry)} for {len(found)} images, whose sum is "
+        f"{megabytes(whole)}: {registry / (whole or 1):.2f}."
     )
     return f"{markdown.table((*HEAD, 'in'), rows)}\n\n{sentence}"
 
