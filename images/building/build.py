@@ -42,8 +42,8 @@ from rollout.problem import Problem
 BUILD = ROOT / "build"
 BASE_DOCKERFILE = RECIPES / "base.Dockerfile"
 BASE = "verl-rollout-base"
-# One moment for every file of every image. A moment of its own for each would give two images with
-# the same torch two different torch layers.
+# One moment for every file of every image: with a moment for each, two images with the same torch
+# would have two different torch layers.
 TIMESTAMP = base.EPOCH
 # Unpacked wheels, their second copy in the builder's cache, and the layers made of them.
 DISK_NEEDED = 4 << 30
@@ -71,9 +71,10 @@ def _steps(image: Image, locked: Sequence[Locked]) -> str:
 def inputs(image: Image) -> str:
     """sha256 of what decides the layers up to the engine and its framework; needs no build.
 
-    The variables that an engine sees are part of it. Our own package, which is the last layer, and
-    the labels are not: what it asks of an engine has an identity of its own (rollout/program.py),
-    and no edit there may make a build or a proof of the layers below worth less.
+    The variables that an engine sees are part of it. The labels are not, nor is our own package,
+    which is the last layer. What the package asks of an engine has an identity of its own
+    (rollout/program.py), so an edit there leaves a build and a proof of the layers below as they
+    are.
     """
     locked = lock.read(image)
     texts = layering.layers(locked, image.engine, image.sources)
@@ -124,9 +125,9 @@ def base_image(tool: builder.Builder, *, cache: bool = True) -> str:
             folder = place / "context"
             folder.mkdir()
             context.place(tar, folder / "base.tar")
-            # The label makes bases of other inputs other images even where their files are the
-            # same: else layers cached on one would be taken for the other's, and carry its name and
-            # history.
+            # The label makes bases of different inputs different images, even where their files are
+            # the same. Without it, layers cached on one base would be taken for the other's, and
+            # would carry its name and history.
             text = BASE_DOCKERFILE.read_text("utf-8")
             text = dockerfile.stamped(text, {}, {"rollout.base": base_name()})
             (folder / "Dockerfile").write_text(text, encoding="utf-8")
@@ -152,7 +153,7 @@ def everything(image: Image) -> str:
 
 
 def current(image: Image, tool: builder.Builder) -> builder.Built:
-    """The image of today's inputs in the builder's storage, whatever is called so there by now.
+    """The image of today's inputs in the builder's storage, whatever it is called by now.
 
     Raises:
         Problem: exit code 3 where it is not there: never built, or something in it has changed.
@@ -160,7 +161,7 @@ def current(image: Image, tool: builder.Builder) -> builder.Built:
     built = storage.find(tool, everything(image))
     if not built:
         other = tool.inspect(tool.local + image.reference)
-        what = "is here as built from other inputs than today's" if other else "is not built here"
+        what = "is here, but built from other inputs than today's" if other else "is not built here"
         raise Problem(
             f"{image.reference} {what}; build it with 'nox -s build -- {image.reference}'", 3
         )
@@ -219,7 +220,7 @@ def build(
 
 
 def command(image: Image, *options: str) -> list[str]:
-    """This station as a command of its own, for who has to build from nothing."""
+    """This station as a command of its own that builds from nothing."""
     return [sys.executable, "-m", "images.building.build", image.reference, "--no-cache", *options]
 
 
@@ -240,7 +241,7 @@ def record(image: Image, tool: Buildah, built: builder.Built) -> Record:
 
 
 def keep(image: Image, tool: Buildah, built: builder.Built) -> None:
-    """Record the layers of an image that was just built, where none of these inputs are recorded.
+    """Record the layers of an image that was just built, unless these inputs are recorded already.
 
     Raises:
         Problem: others are recorded of the same inputs, by the same builder.

@@ -25,10 +25,10 @@ from images.building.builder import (
 )
 from images.host import leash, leftovers, owner
 
-# Under this variable what runs in one of our containers has the container's name.
+# A variable that holds the container's name in each of our containers.
 CONTAINER = "ROLLOUT_CONTAINER"
-# buildah says of every container which file of mounts it was made with. A build's containers have
-# names of buildah's own, so this is where their owner stands; there is no such file.
+# buildah itself names the containers of a build, so their names tell no owner. But it tells the
+# file of mounts that each was made with. Ours is named after the owner; there is no such file.
 _MARK = "/nonexistent/rollout-build-"
 
 
@@ -50,14 +50,14 @@ class Buildah(Builder):
         return Path(self._store()["GraphRoot"])
 
     def copies(self) -> int:
-        # Of each layer a copy of all below it, and while it is made another one.
+        # vfs holds a copy of all layers below with each layer, and one more while that is made.
         return 3 if self._store()["GraphDriverName"] == "vfs" else 1
 
     def own(self) -> Path:
         return self.storage() / "verl-rollout"
 
     def build(self, recipe: Recipe) -> str:
-        # What buildah works on lies below TMPDIR: what a killed one leaves there is found.
+        # buildah works below TMPDIR. What a killed one leaves in this folder is found later.
         own = leftovers.buildah()
         own.mkdir(parents=True, exist_ok=True)
         with leftovers.temporary("id", host.scratch()) as folder:
@@ -115,7 +115,7 @@ class Buildah(Builder):
         """A working container of an image; removed at the end, whatever happened."""
         name = container_name()
         try:
-            # In here: what a signal interrupts may be there already.
+            # Inside the try: where a signal interrupts this, the container may be there already.
             host.run(["buildah", "from", "--pull-never", "--name", name, image], quiet=True)
             yield name
         finally:

@@ -69,7 +69,7 @@ class Builder(ABC):
         """The folder that holds its images."""
 
     def copies(self) -> int:
-        """How many times the room of an image its storage takes."""
+        """How many times the size of an image its storage takes."""
         return 1
 
     @abstractmethod
@@ -86,7 +86,7 @@ class Builder(ABC):
 
     @abstractmethod
     def writer(self, folder: Path) -> str:
-        """The user of a container that has to write into a folder of this host, made so it can."""
+        """The user of a container that writes into a folder of this host; may get the folder."""
 
     @abstractmethod
     def build(self, recipe: Recipe) -> str:
@@ -102,7 +102,7 @@ class Builder(ABC):
 
     @abstractmethod
     def remove(self, name: str) -> bool:
-        """Take a name from its image, and the image away where it has no other; false if in use."""
+        """Remove a name, and its image where that was the last name; false if it is in use."""
 
 
 def _pairs(flag: str, values: Mapping[str, str]) -> list[str]:

@@ -132,4 +132,4 @@ class Docker(Builder):
         try:
             return leash.run(self.run_argv(command, name))
         finally:
-            self._remove_container(name)  # the engine's, so it does not end with its client
+            self._remove_container(name)  # the engine runs it, so it does not end with its client

@@ -122,14 +122,14 @@ fi
     return {
         "etc/rc": "".join(comments) + rc,
         "etc/rc.local": "# Sourced by /etc/rc when the container starts.\n",
-        # Among them those at which enroot's hook gives a container the driver.
+        # Some of these make enroot's hook give a container the driver.
         "etc/environment": environment(config, diff_ids),
         "etc/fstab": "".join(mounts),
     }
 
 
 def tree(root: Path) -> Iterator[Path]:
-    """Everything below the root of an image in an order of its own, parents first.
+    """Everything below the root of an image in one fixed order, parents first.
 
     /dev stays empty (its contents are the host's), and sockets are left out: they are nothing
     without their process.

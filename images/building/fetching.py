@@ -2,8 +2,8 @@
 
 This is the only part of a build that knows the host's index, credentials and CA bundle. uv fetches
 the wheels into a cache on this host and runs nothing of them; a build mounts that cache and has no
-network. What exists as source alone uv would have to run to take it, so it only says where the file
-lies, and the file is fetched here.
+network. To take a source distribution, uv would have to run its code. So uv only says where that
+file lies, and this module fetches it.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def download(url: str, settings: Mapping[str, str]) -> bytes:
     request = urllib.request.Request(bare)  # noqa: S310 - one of the two schemes
     known = credentials(url, settings)
     if known:
-        # Not passed on: a redirection may lead to somebody else.
+        # A redirection does not get it, for it may lead to somebody else.
         value = base64.b64encode(":".join(known).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {value}")
     trusted = ssl.create_default_context(cafile=settings.get("SSL_CERT_FILE"))

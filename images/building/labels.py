@@ -8,9 +8,9 @@ from images.catalog import Image
 from images.locking import base, lock
 from images.locking.lock import Locked
 
-# NVIDIA's hooks in container engines give a container the GPU, and of the driver what computes,
-# where its image asks for them. docker's --gpus asks by itself; pyxis, enroot and a runtime that is
-# the default of a cluster do not, and the image would see no GPU there (enroot 205).
+# NVIDIA's hooks in container engines give a container the GPU and the part of the driver that
+# computes, where its image asks for them. docker's --gpus asks by itself. pyxis, enroot and a
+# cluster's default runtime do not, and the image would see no GPU there (enroot 205).
 GPU = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
 
 

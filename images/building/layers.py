@@ -1,11 +1,11 @@
 """The layers that an image is expected to have: recorded once, compared by every later build.
 
-Recorded are those from the base to the framework. The last layer is our own package: a sentence
-that is reworded there must not ask for two builds from nothing.
+The layers from the base to the framework are recorded. The last layer is our own package: a
+sentence that is reworded there must not ask for two builds from nothing.
 
 ``lockfiles/<repository>/<tag>.layers`` is generated, beside the lock that it belongs to. It names
-the inputs it holds for, so whether it still does is told without a build; and it says enough of
-each layer that another machine, whose layers differ, can say where.
+the inputs that it holds for, so no build is needed to tell whether it still does. It describes each
+layer, so that a machine whose layers differ can say where.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def zstd(blob: Path) -> Iterator[bytes]:
         Problem: zstd failed.
     """
     host.require("zstd")
-    # It reads the tar itself: with a size to go by it takes other parameters than for a pipe.
+    # zstd opens the tar itself: it takes other parameters where it knows the size than for a pipe.
     with subprocess.Popen([*zstd_argv(), str(blob)], stdout=subprocess.PIPE) as process:
         while process.stdout and (piece := process.stdout.read(1 << 20)):
             yield piece

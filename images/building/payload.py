@@ -45,10 +45,10 @@ def facts(image: Image, locked: Sequence[Locked]) -> dict[str, object]:
 
 
 def belongs(module: Path, image: Image) -> bool:
-    """Whether a module of the package is for this image: that of another engine alone is not.
+    """Whether a module of the package is for this image: one of another engine is not.
 
-    Nor is that of another framework. So a change in how one of them is driven leaves the proofs of
-    the others as good as they are.
+    One of another framework is not either. So a change in how one of them is driven leaves the
+    proofs of the others valid.
     """
     framework = image.framework.name if image.framework else ""
     kinds = {"backends": (BACKENDS, image.backend), "frameworks": (FRAMEWORKS, framework)}

@@ -44,7 +44,7 @@ _PIP_TO_UV = {
     "PIP_TRUSTED_HOST": "UV_INSECURE_HOST",
     "PIP_DEFAULT_TIMEOUT": "UV_HTTP_TIMEOUT",
 }
-# What uv called two of them before, and still reads.
+# Older names of two of them, which uv still reads.
 _OLD_NAMES = {"UV_DEFAULT_INDEX": "UV_INDEX_URL", "UV_INDEX": "UV_EXTRA_INDEX_URL"}
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 _CA_VARIABLES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -63,7 +63,7 @@ def cache() -> Path:
 
 
 def scratch() -> Path:
-    """Where large files lie for a while: on the disk, for /tmp may be memory."""
+    """Where large files lie for a while: on the disk, because /tmp may be memory."""
     folder = cache() / "scratch"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -71,9 +71,9 @@ def scratch() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name for a file that gets its own when it is whole, and none if it never is."""
+    """A temporary name: the file gets its own when it is whole, and is removed if it never is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, since only a rename within one file system is all or nothing.
+    # Beside the file, because only a rename within one file system is all or nothing.
     temporary = path.with_name(f".{path.name}.{owner.this()}")
     try:
         yield temporary
@@ -112,7 +112,7 @@ def install_argv(packages: Sequence[str]) -> list[str]:
 
 
 def require(*commands: str) -> None:
-    """See that commands, or files named in PACKAGES, exist; install where we may, else say what.
+    """See that commands, or files named in PACKAGES, exist; install them where that is allowed.
 
     Raises:
         Problem: exit code 3, with the packages that are missing.
@@ -209,7 +209,7 @@ def run(
 
 def guarded(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Call a station's ``main`` and turn its problems into one sentence and an exit code."""
-    # Without these, a cancelled CI job would skip every 'finally': secrets and containers stay.
+    # Without these, a cancelled CI job skips every 'finally', and secrets and containers stay.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:

@@ -131,7 +131,7 @@ def snapshot_sources(default: Sequence[Source], date: str, mirror: str | None) -
         Source(
             f"{mirror.rstrip('/')}/archive/{source.archive}/{date}",
             source.suite,
-            # An old index says itself that it is out of date; here that is the point.
+            # An old index says that it is out of date; here an old one is wanted.
             (*source.options, ("Check-Valid-Until", "no")),
         )
         for source in default

@@ -135,7 +135,7 @@ def python(minor: str, path: Path = LOCK) -> str:
     name = f"python{minor}"
     for deb in read(path).debs:
         if deb.name == name:
-            # Debian's own revision and epoch say nothing to anybody who asks Python.
+            # Python itself tells neither Debian's revision nor its epoch.
             return deb.version.rpartition(":")[2].partition("-")[0].partition("+")[0]
     raise Problem(f"{shown(path)} has no {name}; ask for it in {shown(PACKAGES)}", 2)
 
@@ -239,7 +239,7 @@ def _missing(locked: Lock, folder: Path) -> list[Deb]:
 
 
 def _listed(conf: Path, debs: list[Deb], new: Path, folder: Path, as_of: str) -> list[Deb]:
-    """Those that the index lists; the files of the others are brought from the pool.
+    """Return the packages that the index lists; bring the files of the others from the pool.
 
     Raises:
         Problem: the mirror has neither.
@@ -295,7 +295,9 @@ def make(lock: Path, destination: Path) -> Path:
         rootfs.make(locked.debs, locked.requested, folder, partial)
         wrong = rootfs.differences(locked.debs, rootfs.status(partial))
         if wrong:
-            raise Problem(f"the base came out other than {shown(lock)}: {'; '.join(wrong)}")
+            raise Problem(
+                f"the base that was made is not that of {shown(lock)}: {'; '.join(wrong)}"
+            )
     return destination
 
 

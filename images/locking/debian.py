@@ -143,8 +143,8 @@ def _sources(snapshot: str | None) -> list[Source]:
 def apt_conf(root: Path) -> str:
     """Settings that turn this machine's apt into one with nothing installed and its own indexes.
 
-    Read after the machine's own settings, so its proxy, certificates, credentials and keyrings
-    hold; what would make the outcome depend on the machine is cleared.
+    apt reads it after the machine's own settings, so proxy, certificates, credentials and keyrings
+    hold. Settings that would make the outcome depend on the machine are cleared.
     """
     return f"""\
 #clear APT::Architectures;
@@ -174,7 +174,7 @@ Dir::Etc::preferencesparts "/dev/null";
 
 
 def update_argv(conf: Path) -> list[str]:
-    """Bring the indexes; one that fails is a failure, else an old one would be used in silence."""
+    """Bring the indexes; one that fails is an error, or apt would use an old one in silence."""
     return ["apt-get", "-c", str(conf), "-q", "update", "--error-on=any"]
 
 
@@ -193,7 +193,7 @@ def download_argv(conf: Path, debs: Iterable[Deb]) -> list[str]:
 def pool_argv(conf: Path, uri: str, deb: Deb, file: Path) -> list[str]:
     """Download a file by its path in an archive; apt keeps it only where the sha256 is the locked.
 
-    Only the mirror's index is passed over, whose signature says less than the lock's sha256.
+    The mirror's index is not asked: its signature says less than the lock's sha256.
     """
     address = f"{uri.rstrip('/')}/{urllib.parse.quote(deb.path, safe='/')}"
     helper = "/usr/lib/apt/apt-helper"
@@ -260,14 +260,14 @@ def vanished(
 
 
 def as_of(dates: Iterable[str]) -> str:
-    """The midnight after the newest of the indexes' dates: a snapshot of then has them all."""
+    """The midnight after the newest date of the indexes: a snapshot of that time has them all."""
     newest = max(email.utils.parsedate_to_datetime(date).astimezone(UTC) for date in dates)
     midnight = datetime(newest.year, newest.month, newest.day, tzinfo=UTC) + timedelta(days=1)
     return midnight.strftime("%Y%m%dT%H%M%SZ")
 
 
 def downloaded_name(deb: Deb) -> str:
-    """How ``apt-get download`` begins a file's name: without what a file name may not hold."""
+    """How the name of a file begins that ``apt-get download`` wrote: without a colon."""
     return f"{deb.name}_{deb.version.replace(':', '%3a')}"
 
 
@@ -283,8 +283,7 @@ def run(
 ) -> str:
     """Run one of Debian's commands: gives what was printed, errors included.
 
-    The umask is set, because programs that make files by themselves would put the caller's into
-    the image.
+    The umask is set, because these programs make files: the caller's would get into the image.
 
     Raises:
         Problem: the command is missing or failed, with what it said of the error.

@@ -1,8 +1,8 @@
 """What moves where every lock is made again, as a table for the person who has to judge it.
 
 ``nox -s relock`` resolves everything that may move: the Debian packages of the base, the tools, and
-the images, which see the index as it was on their day and so move only where a file was taken back.
-Nothing is built and nothing is proved by it; the table says what a new build would hold.
+the images. An image sees the index as it was on its day, so it moves only where a file was taken
+back. Nothing is built and nothing is proved; the table says what a new build would hold.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def compare(before: Mapping[Path, str], after: Mapping[Path, str]) -> dict[str, 
 
 @contextmanager
 def forgotten(path: Path) -> Iterator[None]:
-    """A lock out of the way, for uv keeps what an existing one says; put back on failure."""
+    """A lock is out of the way, since uv keeps what an existing one says; a failure restores it."""
     text = path.read_text(encoding="utf-8")
     path.unlink()
     try:

@@ -80,9 +80,9 @@ def torch_arguments(requirements: Sequence[str], environ: Mapping[str, str]) -> 
 class Question:
     """What uv is asked to resolve.
 
-    A day of None is today. ``pins`` are versions that must not move. ``overrides`` stand in the
-    place of what anything asks of these distributions. Of ``sources`` the source distribution is
-    taken, of all others a wheel.
+    A day of None is today. ``pins`` are versions that must not move. ``overrides`` replace what
+    anything asks of these distributions. ``sources`` are taken as source distributions, all others
+    as wheels.
     """
 
     python: str
@@ -142,13 +142,13 @@ def compile_argv(
     day = question.resolved_as_of
     limit = ["--exclude-newer", day.isoformat()] if day else []
     return [
-        # Not --quiet: of a file that is left out for want of an upload time only a warning tells.
+        # Not --quiet: a file without an upload time is left out, and only a warning says so.
         *(uv, "pip", "compile", "--no-progress", "--no-header", "--no-config"),
         *("--python-version", question.python, "--python-platform", PLATFORM),
         *limit,
-        # A source distribution runs code of its own to build: only what the catalog file names may.
-        # The image builds it. Here uv reads the metadata that lies in it, and builds only where
-        # that is not all there: in isolation, with tools that no lock has.
+        # A source distribution runs its own code when it is built, so only those that the catalog
+        # file names are taken. The image builds them. Here uv reads their metadata, and builds one
+        # only where its metadata is incomplete: in isolation, with tools that no lock has.
         *("--only-binary", ":all:"),
         *(word for name in question.sources for word in ("--no-binary", name)),
         *pins,

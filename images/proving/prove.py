@@ -66,7 +66,7 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
         for command, extra in (("verify", []), ("smoke", smoking)):
             host.say(f"\n{image.reference}: rollout {command}")
             inside = ["rollout", command, "--report", f"/report/{command}.json", *extra]
-            # By its id: another clone may give the name to an image of its own meanwhile.
+            # By its id, because another clone may give this name to its own image meanwhile.
             places = {str(folder): "/report", **volumes}
             code = tool.run(builder.Command(built.id, inside, user, places, env))
             path = folder / f"{command}.json"
@@ -115,8 +115,8 @@ usage: nox -s prove -- [REF ...] [--keep] [OPTION ...]
        nox -s prove -- REF --from FOLDER [--keep]
 
   --keep         keep the report, and the layers that it holds for, in the repository
-  --from FOLDER  take in what runs of the image on another machine have left there: verify.json,
-                 smoke.json and what else there is of them; nothing is run here. A folder with
+  --from FOLDER  take in the reports that runs on another machine have left there: verify.json,
+                 smoke.json and those beside them; nothing is run here. A folder with
                  fault-NAME.json alone adds these faults to those that are kept
 
 Every OPTION goes to `rollout smoke` in the image:

@@ -8,8 +8,8 @@ time and in other circumstances (:data:`BUILDS`), and says which level holds:
 - R3: the layers have the same ``diff_id``;
 - R4: the manifest has the same digest, configuration and all.
 
-Below the level that the image claims, or where the layers are not the recorded ones, the exit code
-is 1, and what differs is named: layer, file, and the kind of difference.
+The exit code is 1 below the level that the image claims, and where the layers are not the recorded
+ones. What differs is named: layer, file, and the kind of difference.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SHOWN = 20  # differences of a layer that are printed; the others are counted
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a build meets that must not show in the image."""
+    """What is around a build and must not show in the image."""
 
     name: str
     checkout: str  # below the working folder
@@ -167,7 +167,7 @@ def environment(work: Path, circumstances: Circumstances) -> dict[str, str]:
             if part
         ),
         **circumstances.env,
-        # Beside what this host needs, or its packages could not be had.
+        # What this host has set stays: it may need that to reach its packages.
         "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), circumstances.trace])),
         "XDG_CACHE_HOME": str(own / "cache"),
         "UV_CACHE_DIR": str(own / "uv"),
@@ -264,7 +264,7 @@ def look(image: Image, outcome: Outcome, folder: Path) -> list[list[Entry]]:
 
 
 def machine() -> dict[str, Any]:
-    """Which machine this is, as far as two can be told apart without naming one."""
+    """What tells this machine from another without naming it."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     model = next((x.split(":")[1].strip() for x in text.splitlines() if "model name" in x), "")
     boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
@@ -386,8 +386,8 @@ def main(arguments: Sequence[str]) -> int:
 def room(image: Image) -> int:
     """The bytes that two builds take: files, layers and packages of each at once.
 
-    While buildah commits a layer, a copy of it lies beside the others: 48 GiB were too few for
-    two builds of an SGLang image with a layer of 5 GB, where four and a half images are 46.
+    While buildah commits a layer, a copy of it lies beside the others. So 48 GiB were too few for
+    two builds of an SGLang image: four and a half images take 46 GiB, and its largest layer 5 GB.
     """
     recorded = layers.read(image)
     sizes = [layer.bytes for layer in recorded.layers] if recorded else [image.size.compressed * 3]

@@ -98,7 +98,7 @@ def measured(image: Image, versions: Mapping[str, str]) -> str:
 
 
 def warm_report(image: Image, data: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The kept report of a second start of what the kept proof is of; None where there is none."""
+    """The kept report of a second start after the kept proof's; None where there is none."""
     path = proofs.beside(image, "warm")
     if not path.exists():
         return None

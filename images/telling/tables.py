@@ -105,7 +105,7 @@ def kept_faults(image: Image, fault: str, called: str) -> list[str]:
 def fault_table(images: Sequence[Image]) -> str:
     """The faults that can be injected, the check that finds each, and where that was shown.
 
-    On the CPU every run of the tests shows it, where the default image has the check; of a GPU
+    On the CPU every run of the tests shows it, where the default image has the check. For a GPU
     image the report of the run is kept.
     """
     default = next((image for image in images if image.reference == catalog.DEFAULT), None)

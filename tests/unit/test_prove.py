@@ -664,7 +664,7 @@ def test_a_report_by_earlier_checks_is_kept_and_not_called_a_proof(
     data = json.loads((folder / "smoke.json").read_text())
     put(folder, "smoke", data | {"program": data["program"] | {"refit": sha256("other")}})
     assert adoption.adopt(image, Fake(), folder, keep=True) == 3
-    said = "by earlier checks: by the checks of 2026-01-02; asked otherwise today: refit"
+    said = "by earlier checks: by the checks of 2026-01-02; changed since: refit"
     assert f"verl-rollout:vllm-0.12: {said}\n" in capsys.readouterr().out
     assert proofs.kept(image).exists()
 

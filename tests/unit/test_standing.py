@@ -275,7 +275,7 @@ def test_a_check_that_asks_something_else_today_is_named_with_the_day(
     other = replace(today, program={**today.program, "server": sha256("another bound")})
     found = judged(sound, other)
     assert found == Standing(
-        *(EARLIER, "by the checks of 2026-01-02; asked otherwise today: server", {}),
+        *(EARLIER, "by the checks of 2026-01-02; changed since: server", {}),
         "2026-01-02",
     )
 
@@ -283,7 +283,7 @@ def test_a_check_that_asks_something_else_today_is_named_with_the_day(
 def test_a_program_that_nobody_knows_is_an_earlier_one(sound: dict[str, Any], today: Today) -> None:
     found = judged(sound | {"program": None}, today)
     assert (found.word, found.since) == (EARLIER, "2026-01-02")
-    assert found.sentence == "by the checks of 2026-01-02; asked otherwise today: all of them"
+    assert found.sentence == "by the checks of 2026-01-02; changed since: all of them"
 
 
 def test_what_an_earlier_program_did_not_show_is_named(sound: dict[str, Any], today: Today) -> None:

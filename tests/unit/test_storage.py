@@ -71,7 +71,7 @@ def test_the_image_of_todays_inputs_is_found_whatever_its_name_says(
     ("there", "said"),
     [
         ({}, "is not built here"),
-        ({"localhost/verl-rollout:vllm-0.12": OLD}, "as built from other inputs than today's"),
+        ({"localhost/verl-rollout:vllm-0.12": OLD}, "but built from other inputs than today's"),
     ],
     ids=["never built", "stale"],
 )
