@@ -12,17 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from images import host
-from images.building import isolation, streaming
-from images.building.builder import (
-    CONTAINERS,
-    Builder,
-    Built,
-    Command,
-    Recipe,
-    build_options,
-    container_name,
-    run_options,
-)
+from images.building import builder, isolation, streaming
+from images.building.builder import Builder, Built, Command, Recipe
 from images.host import leash, leftovers, owner
 
 # A variable that holds the container's name in each of our containers.
@@ -80,7 +71,7 @@ class Buildah(Builder):
             "--http-proxy=false",
             # The identity label would put the version of buildah into every image.
             *("--layers", "--timestamp", str(recipe.timestamp), "--identity-label=false"),
-            *("--iidfile", str(file), *build_options(recipe)),
+            *("--iidfile", str(file), *builder.build_options(recipe)),
         ]
 
     def inspect(self, name: str) -> Built | None:
@@ -113,7 +104,7 @@ class Buildah(Builder):
     @contextmanager
     def container(self, image: str) -> Iterator[str]:
         """A working container of an image; removed at the end, whatever happened."""
-        name = container_name()
+        name = builder.container_name()
         try:
             # Inside the try: where a signal interrupts this, the container may be there already.
             host.run(["buildah", "from", "--pull-never", "--name", name, image], quiet=True)
@@ -144,7 +135,7 @@ class Buildah(Builder):
         Other people build on this machine too, on our images among others.
         """
         name = container["containername"]
-        if name.startswith(CONTAINERS):
+        if name.startswith(builder.CONTAINERS):
             return owner.parse(name)
         if not re.search(r"working-container(-\d+)?$", name):
             return None
@@ -164,7 +155,7 @@ class Buildah(Builder):
 
     def run_argv(self, command: Command, container: str) -> list[str]:
         """The command that runs something in a working container."""
-        options = run_options(command)
+        options = builder.run_options(command)
         return ["buildah", "run", "--isolation", "chroot", *options, container, "--", *command.argv]
 
     def run(self, command: Command) -> int:

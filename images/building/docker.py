@@ -8,17 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from images import host
-from images.building import streaming
-from images.building.builder import (
-    CONTAINERS,
-    Builder,
-    Built,
-    Command,
-    Recipe,
-    build_options,
-    container_name,
-    run_options,
-)
+from images.building import builder, streaming
+from images.building.builder import Builder, Built, Command, Recipe
 from images.host import leash, leftovers, owner
 from rollout.problem import Problem
 
@@ -57,12 +48,12 @@ class Docker(Builder):
 
     def build_argv(self, recipe: Recipe) -> list[str]:
         """The command that builds a recipe and tags the result."""
-        return [*self._build(recipe), "--output", "type=docker", *build_options(recipe)]
+        return [*self._build(recipe), "--output", "type=docker", *builder.build_options(recipe)]
 
     def archive_argv(self, recipe: Recipe, archive: Path) -> list[str]:
         """The command that builds into an archive, which is where BuildKit rewrites times."""
         output = f"type=docker,rewrite-timestamp=true,dest={archive}"
-        return [*self._build(recipe), "--output", output, *build_options(recipe)]
+        return [*self._build(recipe), "--output", output, *builder.build_options(recipe)]
 
     def _build(self, recipe: Recipe) -> list[str]:
         return [
@@ -105,7 +96,15 @@ class Docker(Builder):
 
     def sweep(self) -> None:
         """Remove the containers of killed runs; what builds leave the engine removes by itself."""
-        argv = ["docker", "ps", "--all", "--format", "{{.Names}}", "--filter", f"name={CONTAINERS}"]
+        argv = [
+            "docker",
+            "ps",
+            "--all",
+            "--format",
+            "{{.Names}}",
+            "--filter",
+            f"name={builder.CONTAINERS}",
+        ]
         for name in host.run(argv, quiet=True).stdout.split():
             whose = owner.parse(name)
             if whose and owner.dead(whose):
@@ -124,11 +123,11 @@ class Docker(Builder):
     def run_argv(self, command: Command, container: str) -> list[str]:
         """The command that runs something in a fresh container."""
         entry, *rest = command.argv
-        options = ["--name", container, "--entrypoint", entry, *run_options(command)]
+        options = ["--name", container, "--entrypoint", entry, *builder.run_options(command)]
         return ["docker", "run", "--rm", *options, command.image, *rest]
 
     def run(self, command: Command) -> int:
-        name = container_name()
+        name = builder.container_name()
         try:
             return leash.run(self.run_argv(command, name))
         finally:

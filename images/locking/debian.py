@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from debian.deb822 import Deb822
+
 from images.host import leftovers
 from images.locking import apt_sources
 from images.locking.apt_sources import ARCHITECTURE, SUITE, Source
@@ -231,14 +233,9 @@ def parse_uris(text: str) -> list[Deb]:
     return sorted(debs, key=lambda deb: deb.name)
 
 
-def parse_stanzas(text: str) -> list[dict[str, str]]:
-    """The one-line fields of the stanzas in a dpkg status file or a package index."""
-    stanzas = []
-    for stanza in re.split(r"\n\s*\n", text.strip()):
-        pairs = [line.split(": ", 1) for line in stanza.splitlines() if re.match(r"\S+: ", line)]
-        if pairs:
-            stanzas.append({key: value.strip() for key, value in pairs})
-    return stanzas
+def parse_stanzas(text: str) -> list[Deb822]:
+    """The stanzas of a dpkg status file or a package index."""
+    return list(Deb822.iter_paragraphs(text.splitlines()))
 
 
 def vanished(

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from images import host
-from images.catalog import ROOT, Image, shown
+from images.catalog import ROOT, Framework, Image, shown
 from images.host import leftovers
 from images.locking import lock, pylock
 from images.locking.lock import Locked
@@ -95,19 +95,14 @@ class Question:
 
 def engine_question(image: Image) -> Question:
     """The engine and what it needs, as of its own day."""
-    return Question(
-        image.python,
-        image.resolved_as_of,
-        image.requirements,
-        tuple(image.source_distributions),
-    )
+    sources = tuple(image.source_distributions)
+    return Question(image.python, image.resolved_as_of, image.requirements, sources)
 
 
 def above_question(image: Image, engine: Sequence[Locked]) -> Question:
     """The framework and the tools beside an engine, none of whose pins may move."""
-    below = replace(
-        engine_question(image), pins=tuple(f"{entry.name}=={entry.version}" for entry in engine)
-    )
+    pins = tuple(f"{entry.name}=={entry.version}" for entry in engine)
+    below = replace(engine_question(image), pins=pins)
     framework = image.framework
     if framework is None:
         return replace(below, requirements=(*image.requirements, *TOOLS))
@@ -123,11 +118,8 @@ def above_question(image: Image, engine: Sequence[Locked]) -> Question:
     )
 
 
-def release_question(question: Question, image: Image, release: str) -> Question:
+def release_question(question: Question, framework: Framework, release: str) -> Question:
     """Whether a release of the framework takes the engine, by its own metadata; of any day."""
-    framework = image.framework
-    if framework is None:
-        raise ValueError(f"{image.reference} has no framework")
     extra = f"[{framework.extra}]" if framework.extra else ""
     wanted = (f"{framework.name}{extra}=={release}",)
     return replace(question, requirements=wanted, resolved_as_of=None)
@@ -181,14 +173,15 @@ def resolve(image: Image) -> str:
         what = f"the framework's overrides take {', '.join(sorted(lost))} from the engine"
         raise Problem(f"{shown(image.path)}: {what}; change [framework]", 2)
     more = "".join(t for name, t in sorted(lock.blocks(whole).items()) if name not in names)
-    for release in image.framework.fits if image.framework else ():
-        try:
-            _answer(image, release_question(question, image, release), "requirements.txt")
-        except Unanswered:  # which says nothing of the release
-            raise
-        except Problem as problem:
-            what = f"key 'framework.fits' has {release}, which does not: {problem.sentence}"
-            raise Problem(f"{shown(image.path)}: {what}", 2) from None
+    if framework := image.framework:
+        for release in framework.fits:
+            try:
+                _answer(image, release_question(question, framework, release), "requirements.txt")
+            except Unanswered:  # which says nothing of the release
+                raise
+            except Problem as problem:
+                what = f"key 'framework.fits' has {release}, which does not: {problem.sentence}"
+                raise Problem(f"{shown(image.path)}: {what}", 2) from None
     facts = f"Python {image.python}, {PLATFORM}, resolved as of {image.resolved_as_of}"
     title = f"{lock.ABOVE}resolved as of {question.resolved_as_of}, no pin of the engine moved.\n"
     return lock.header(f"nox -s lock -- {image.reference}", facts) + below + title + more

@@ -18,37 +18,36 @@ from images.telling import markdown
 
 PAGE = ROOT / "lockfiles" / "SIZES.md"
 LARGEST = 20
+HEAD = ("layer", "diff_id", "as a tar", "compressed")
+NONE = "No layers are recorded yet."
 # What asked for a distribution, as uv says it below: on one line, or on a line each.
 _VIA = re.compile(r"^ +#(?: via)? +(?!via$)(.+)$", re.MULTILINE)
 
 
-def recorded(images: Sequence[Image]) -> dict[str, tuple[Layer, ...]]:
-    """The layers of every image that has a record, by reference."""
-    return {image.reference: record.layers for image in images if (record := layers.read(image))}
+def recorded(images: Sequence[Image]) -> list[tuple[Image, tuple[Layer, ...]]]:
+    """The images that have a record, each with its layers."""
+    return [(image, record.layers) for image in images if (record := layers.read(image))]
 
 
 def layer_table(images: Sequence[Image]) -> str:
     """Every layer of the catalog: what it takes, and which images carry it."""
     found = recorded(images)
     if not found:
-        return "No layers are recorded yet; `nox -s reproduce -- REF --keep` records them."
+        return f"{NONE} `nox -s reproduce -- REF --keep` records them."
     users: dict[str, list[str]] = {}
     distinct: dict[str, Layer] = {}
-    for reference, own in found.items():
+    for image, own in found:
         for layer in own:
             distinct[layer.diff_id] = layer
-            users.setdefault(layer.diff_id, []).append(reference.rpartition(":")[2])
+            users.setdefault(layer.diff_id, []).append(image.tag)
     rows = [(*_cells(layer), ", ".join(users[diff_id])) for diff_id, layer in distinct.items()]
     registry = sum(layer.compressed for layer in distinct.values())
-    whole = sum(layer.compressed for own in found.values() for layer in own)
+    whole = sum(layer.compressed for _, own in found for layer in own)
     sentence = (
         f"A registry holds {megabytes(registry)} for {len(found)} images, whose sum is "
         f"{megabytes(whole)}: {registry / (whole or 1):.2f}."
     )
     return f"{markdown.table((*HEAD, 'in'), rows)}\n\n{sentence}"
-
-
-HEAD = ("layer", "diff_id", "as a tar", "compressed")
 
 
 def _cells(layer: Layer) -> tuple[str, ...]:
@@ -59,10 +58,8 @@ def _cells(layer: Layer) -> tuple[str, ...]:
 
 def layers_of(image: Image) -> str:
     """The layers of an image below our own package, as recorded, from the lowest up."""
-    own = recorded([image]).get(image.reference)
-    if not own:
-        return "No layers are recorded yet."
-    return markdown.table(HEAD, map(_cells, own))
+    record = layers.read(image)
+    return markdown.table(HEAD, map(_cells, record.layers)) if record else NONE
 
 
 def needed_by(text: str) -> dict[str, list[str]]:
@@ -98,18 +95,15 @@ def page(images: Sequence[Image]) -> str:
         f"The {LARGEST} largest folders, uncompressed, with the distribution that each comes with "
         "and what asked for it. What was taken out, and why, is in images/recipes/prune.toml.",
     ]
-    found = recorded(images)
-    for image in images:
-        if image.reference in found:
-            own = found[image.reference]
-            tar, packed = (sum(getattr(x, k) for x in own) for k in ("bytes", "compressed"))
-            parts += [
-                "",
-                f"## {image.reference}",
-                "",
-                f"{megabytes(tar)} in layers, {megabytes(packed)} compressed; the budget is "
-                f"{megabytes(image.size.compressed)}.",
-                "",
-                largest(image, own),
-            ]
+    for image, own in recorded(images):
+        tar, packed = (sum(getattr(x, k) for x in own) for k in ("bytes", "compressed"))
+        parts += [
+            "",
+            f"## {image.reference}",
+            "",
+            f"{megabytes(tar)} in layers, {megabytes(packed)} compressed; the budget is "
+            f"{megabytes(image.size.compressed)}.",
+            "",
+            largest(image, own),
+        ]
     return "\n".join(parts) + "\n"
