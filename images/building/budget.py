@@ -51,12 +51,7 @@ def remembered() -> dict[str, Layer]:
     return found
 
 
-def check(
-    image: Image,
-    tool: Buildah,
-    built: builder.Built,
-    labels: Sequence[str],
-) -> None:
+def check(image: Image, tool: Buildah, built: builder.Built, labels: Sequence[str]) -> None:
     """Hold an image that was just built against the rules; ``labels`` are its layers' names.
 
     Raises:

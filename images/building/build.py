@@ -169,12 +169,7 @@ def current(image: Image, tool: builder.Builder) -> builder.Built:
 
 
 def build(
-    image: Image,
-    tool: builder.Builder,
-    *,
-    tag: str = "",
-    cache: bool = True,
-    check: bool = True,
+    image: Image, tool: builder.Builder, *, tag: str = "", cache: bool = True, check: bool = True
 ) -> builder.Built:
     """Build one image.
 

@@ -40,8 +40,9 @@ def of_image(
     """
     versions = lock.versions(locked)
     engine = versions[image.engine]
-    trained = f"{image.framework.name} {image.framework.version}" if image.framework else "none"
-    purpose = f"for rollout and training with {trained}" if image.framework else "for rollout"
+    own = image.framework
+    framework, release = (own.name, own.version) if own else ("none", "none")
+    purpose = f"for rollout and training with {framework} {release}" if own else "for rollout"
     return {
         "org.opencontainers.image.title": image.reference,
         "org.opencontainers.image.description": (
@@ -53,8 +54,8 @@ def of_image(
         "rollout.base": bottom,
         "rollout.cuda": lock.cuda(versions) or "none",
         "rollout.engine.version": engine,
-        "rollout.framework": image.framework.name if image.framework else "none",
-        "rollout.framework.version": image.framework.version if image.framework else "none",
+        "rollout.framework": framework,
+        "rollout.framework.version": release,
         "rollout.lock.sha256": lock_sha256,
         "rollout.python": base.python(image.python),
         "rollout.ray": versions.get("ray", "none"),

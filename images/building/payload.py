@@ -28,11 +28,7 @@ def facts(image: Image, locked: Sequence[Locked]) -> dict[str, object]:
         "reference": image.reference,
         "backend": image.backend,
         "framework": framework
-        and {
-            "name": framework.name,
-            "distribution": framework.name,
-            "version": framework.version,
-        },
+        and {"name": framework.name, "distribution": framework.name, "version": framework.version},
         "python": image.python,
         "resolved_as_of": image.resolved_as_of.isoformat(),
         "engine": {"name": image.backend, "distribution": image.engine},

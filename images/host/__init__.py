@@ -179,8 +179,11 @@ def run(
     env: Mapping[str, str] | None = None,
     check: bool = True,
     cwd: Path | None = None,
+    umask: int = -1,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command; its output is shown as it comes, or with ``quiet`` kept and returned.
+
+    With ``quiet`` nobody sees a question, so the command has no input either.
 
     Raises:
         Problem: the command failed (with ``check``); the sentence holds its last line of output.
@@ -190,9 +193,11 @@ def run(
             list(argv),
             env=None if env is None else dict(env),
             cwd=cwd,
+            umask=umask,
             check=False,
             text=True,
             errors="replace",  # names of files, and what a server says, may be in any encoding
+            stdin=subprocess.DEVNULL if quiet else None,
             stdout=subprocess.PIPE if quiet else None,
             stderr=subprocess.PIPE if quiet else None,
         )

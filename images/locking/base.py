@@ -58,11 +58,7 @@ _LINE = re.compile(
     r"(?P<name>[a-z0-9][a-z0-9+.-]+)=(?P<version>[0-9][0-9A-Za-z.+~:-]*)"
     r" sha256:(?P<sha256>[0-9a-f]{64}) (?P<path>pool/\S+\.deb)"
 )
-_HEADER = {
-    "made by": RELOCK,
-    "suite": SUITE,
-    "architecture": ARCHITECTURE,
-}
+_HEADER = {"made by": RELOCK, "suite": SUITE, "architecture": ARCHITECTURE}
 
 
 def render(lock: Lock) -> str:
@@ -211,10 +207,7 @@ def fetch(lock: Path = LOCK, snapshot: str | None = None) -> Path:
     if not missing:
         return folder
     host.say(f"fetching {len(missing)} Debian packages")
-    with (
-        debian.apt(snapshot) as conf,
-        leftovers.temporary("debs", folder) as new,
-    ):
+    with debian.apt(snapshot) as conf, leftovers.temporary("debs", folder) as new:
         missing = _listed(conf, missing, new, folder, locked.as_of)
         if missing:
             debian.download(conf, missing, new)

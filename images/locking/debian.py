@@ -9,7 +9,6 @@ import email.utils
 import os
 import re
 import shlex
-import subprocess
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from debian.deb822 import Deb822
 
+from images import host
 from images.host import leftovers
 from images.locking import apt_sources
 from images.locking.apt_sources import ARCHITECTURE, SUITE, Source
@@ -285,24 +285,12 @@ def run(
     Raises:
         Problem: the command is missing or failed, with what it said of the error.
     """
-    try:
-        done = subprocess.run(
-            list(argv),
-            env={**os.environ, "LC_ALL": "C.UTF-8"} if env is None else dict(env),
-            cwd=cwd,
-            umask=0o022,
-            check=False,
-            text=True,
-            errors="replace",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if check else subprocess.DEVNULL,
-        )
-    except FileNotFoundError:
-        raise Problem(f"command {argv[0]!r} is not installed", 3) from None
+    env = {**os.environ, "LC_ALL": "C.UTF-8"} if env is None else env
+    done = host.run(argv, quiet=True, env=env, cwd=cwd, check=False, umask=0o022)
+    said = done.stdout + done.stderr if check else done.stdout
     if check and done.returncode:
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
         errors = [line for line in lines if re.match(r"E: |Err:|dpkg: error", line)]
         why = "; ".join(dict.fromkeys(errors or lines[-3:]))
         raise Problem(f"'{shlex.join(argv[:1])}' exited with {done.returncode}: {why[:1500]}")
-    return done.stdout
+    return said

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from images import catalog, host
-from images.catalog import Image, shown
+from images.catalog import shown
 from images.locking import base, lock, resolution
 from rollout.problem import Problem
 
@@ -26,15 +26,6 @@ def drift(path: Path, text: str) -> str:
     return "".join(lines)
 
 
-def check(images: Sequence[Image]) -> str:
-    """Resolve again and compare: the diffs of the locks that drifted, empty where none did."""
-    diffs = []
-    for image in images:
-        lock.read(image)
-        diffs.append(drift(image.lock, resolution.resolve(image)))
-    return "".join(diffs)
-
-
 def main(arguments: Sequence[str]) -> int:
     """``nox -s lock [-- REF … | base | dev | --check]``."""
     parser = argparse.ArgumentParser(prog="nox -s lock --", description="Resolve or check locks.")
@@ -43,14 +34,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--snapshot", metavar="DATE", help="base: Debian as of 20260101T000000Z")
     given = parser.parse_args(list(arguments))
     images = catalog.load()
-    chosen = [catalog.find(n, images) for n in given.refs if n not in ("base", "dev")]
-    if not given.refs:
-        chosen = images
+    named = [catalog.find(n, images) for n in given.refs if n not in ("base", "dev")]
+    chosen = named if given.refs else images
     dev = not given.refs or "dev" in given.refs
     if given.check:
-        diffs = check(chosen) + (
-            drift(resolution.DEV_LOCK, resolution.resolve_dev()) if dev else ""
-        )
+        diffs = ""
+        for image in chosen:
+            lock.read(image)
+            diffs += drift(image.lock, resolution.resolve(image))
+        diffs += drift(resolution.DEV_LOCK, resolution.resolve_dev()) if dev else ""
         if not given.refs or "base" in given.refs:
             base.check()
         sys.stdout.write(diffs)

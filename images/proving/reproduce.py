@@ -255,10 +255,7 @@ def build_once(image: Image, work: Path, circumstances: Circumstances) -> Outcom
 def look(image: Image, outcome: Outcome, folder: Path) -> list[list[Entry]]:
     """What is in each layer of a build."""
     tool = Buildah()
-    with (
-        storage_of(outcome.storage),
-        tempfile.TemporaryDirectory(dir=folder) as blobs,
-    ):
+    with storage_of(outcome.storage), tempfile.TemporaryDirectory(dir=folder) as blobs:
         found = tool.blobs(tool.local + image.reference, Path(blobs))
         return [contents.load(blob)[0] for blob in found]
 

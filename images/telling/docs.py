@@ -72,10 +72,7 @@ def sections(images: Sequence[Image]) -> dict[str, dict[str, str]]:
             "features": features.table([(image, tables.kept(image)) for image in images]),
             "faults": tables.fault_table(images),
         },
-        "docs/reproducing.md": {
-            "layers": sizes.layer_table(images),
-            "measured": measured(default),
-        },
+        "docs/reproducing.md": {"layers": sizes.layer_table(images), "measured": measured(default)},
         "docs/new-image.md": {"keys": keys.table(), "fragments": keys.fragments(images)},
     }
 

@@ -178,11 +178,7 @@ def server_rows(server: Metrics) -> list[Row]:
     """The engine's own server."""
     return [
         ("start of the engine's own server, dummy weights", f"{server['start_seconds']:.1f} s", ""),
-        (
-            "… refitted in the middle of rollouts",
-            f"{server['refit_gb_per_s']:.3g} GB/s",
-            "",
-        ),
+        ("… refitted in the middle of rollouts", f"{server['refit_gb_per_s']:.3g} GB/s", ""),
         (
             f"{DIVERGENCE} of these rollouts",
             f"{server['other_divergence']:.4f}",
