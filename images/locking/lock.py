@@ -15,7 +15,8 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 
 from images import catalog
-from images.catalog import Image, quoted, shown
+from images.catalog import Image, shown
+from images.schema import quoted
 from rollout.problem import Problem
 
 PINNED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==(\S+)", re.MULTILINE)

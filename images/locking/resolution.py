@@ -13,11 +13,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from images import host
-from images.catalog import ROOT, Framework, Image, shown
+from images.catalog import ROOT, Image, shown
 from images.host import leftovers
 from images.locking import lock, pylock
 from images.locking.lock import Locked
 from images.locking.pylock import PLATFORM
+from images.schema import Framework
 from rollout.problem import Problem
 
 DEV_LOCK = ROOT / "lockfiles" / "dev.lock"

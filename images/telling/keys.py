@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from images import catalog
-from images.catalog import Image, Key, shown
+from images import catalog, schema
+from images.catalog import Image, shown
 from images.telling import markdown
-
-TYPES = {
-    str: "string",
-    list: "list",
-    dict: "table",
-    bool: "true or false",
-    int: "number",
-    datetime.date: "date",
-}
-
-
-def _rows(keys: Mapping[str, Key], prefix: str = "") -> list[tuple[str, ...]]:
-    found: list[tuple[str, ...]] = []
-    for name, key in keys.items():
-        needed = "yes" if key.required else "no"
-        found.append((f"`{prefix}{name}`", TYPES[key.kind], needed, key.what))
-        found += _rows(catalog.TABLE_KEYS.get(name, {}) if not prefix else {}, f"{name}.")
-    return found
 
 
 def table() -> str:
     """Every key with its type, whether a file must have it, and what it says."""
-    return markdown.table(("key", "type", "needed", "what it says"), _rows(catalog.KEYS))
+    rows = []
+    for name, key in schema.KEYS.items():
+        kind, needed = schema.kind(key.type).removeprefix("a "), "yes" if key.required else "no"
+        rows.append((f"`{name}`", kind, needed, str(key.about.description)))
+    return markdown.table(("key", "type", "needed", "what it says"), rows)
 
 
 def fragments(images: Sequence[Image]) -> str:
