@@ -35,7 +35,7 @@ def shell_scripts() -> list[str]:
 @nox.session
 def lock(session: nox.Session) -> None:
     """Resolve catalog files into locks: [REF … | base | dev] [--check]."""
-    station(session, "locking.lock")
+    station(session, "locking.locks")
 
 
 @nox.session

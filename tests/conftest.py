@@ -111,14 +111,14 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
     """The stations work on a folder of the test instead of this repository."""
     from images import catalog
     from images.building import build
-    from images.proving import prove
+    from images.proving import proofs
     from images.telling import docs, pages, tables
 
-    for module in (catalog, docs, pages, prove, tables):
+    for module in (catalog, docs, pages, proofs, tables):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(catalog, "RECIPES", tmp_path / "images" / "recipes")
     monkeypatch.setattr(catalog, "CATALOG", tmp_path / "images" / "catalog")
     monkeypatch.setattr(catalog.load, "__defaults__", (catalog.CATALOG,))
     monkeypatch.setattr(build, "BUILD", tmp_path / "build")
-    monkeypatch.setattr(prove, "REPORTS", tmp_path / "build" / "reports")
+    monkeypatch.setattr(proofs, "REPORTS", tmp_path / "build" / "reports")
     return Checkout(tmp_path)

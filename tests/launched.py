@@ -8,12 +8,13 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from images.building import build, builder, export
+from images.building import build, export
+from images.building.buildah import Buildah
 from images.catalog import Image
-from images.proving import prove
+from images.proving import adoption
 
 
-def proof(image: Image, tool: builder.Buildah, folder: Path) -> int:
+def proof(image: Image, tool: Buildah, folder: Path) -> int:
     """Build, export and run ``verify`` and ``smoke``; returns what the host makes of the reports.
 
     Raises:
@@ -37,4 +38,4 @@ def proof(image: Image, tool: builder.Buildah, folder: Path) -> int:
             check=False,
         )
         assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
-    return prove.adopt(image, tool, reports, keep=False)
+    return adoption.adopt(image, tool, reports, keep=False)

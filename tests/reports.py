@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from images.catalog import Image
-from images.proving import prove, standing
+from images.proving import proofs, standing
 from rollout import report, smoke, verify
 from rollout.checks import rate
 
@@ -23,7 +23,7 @@ def of(
     **changes: Any,
 ) -> dict[str, Any]:
     """A report in which these checks passed, of all that the image promises if none are named."""
-    today = prove.today(image, diff_ids)
+    today = proofs.today(image, diff_ids)
     named = today.checks if names is None else names
     measured: dict[str, dict[str, Any]] = {
         "refit": {rate(transport): 50.0 for transport in image.smoke.refit},

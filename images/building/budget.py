@@ -13,8 +13,8 @@ from pathlib import Path
 
 from images import catalog, host
 from images.building import builder, contents, layers
-from images.building.layers import Layer
-from images.building.sizes import megabytes
+from images.building.buildah import Buildah
+from images.building.layers import Layer, megabytes
 from images.catalog import Image, shown
 from rollout.problem import Problem
 
@@ -22,19 +22,16 @@ from rollout.problem import Problem
 def over(image: Image, found: Sequence[Layer]) -> list[str]:
     """The budgets of an image that its layers exceed, each as a clause of a sentence."""
     whole = sum(layer.compressed for layer in found)
-    largest = max(found, key=lambda layer: layer.compressed)
-    broken = []
-    if whole > image.size.compressed:
-        broken.append(
-            f"it takes {megabytes(whole)} compressed, and 'size.compressed' allows "
-            f"{megabytes(image.size.compressed)}"
-        )
-    if largest.compressed > image.size.largest_layer:
-        broken.append(
-            f"its layer {largest.name} takes {megabytes(largest.compressed)} compressed, and "
-            f"'size.largest-layer' allows {megabytes(image.size.largest_layer)}"
-        )
-    return broken
+    top = max(found, key=lambda layer: layer.compressed)
+    sizes = (
+        ("it", whole, "compressed", image.size.compressed),
+        (f"its layer {top.name}", top.compressed, "largest-layer", image.size.largest_layer),
+    )
+    return [
+        f"{what} takes {megabytes(size)} compressed, and 'size.{key}' allows {megabytes(allowed)}"
+        for what, size, key, allowed in sizes
+        if size > allowed
+    ]
 
 
 def _checked() -> Path:
@@ -54,12 +51,7 @@ def remembered() -> dict[str, Layer]:
     return found
 
 
-def check(
-    image: Image,
-    tool: builder.Buildah,
-    built: builder.Built,
-    labels: Sequence[str],
-) -> None:
+def check(image: Image, tool: Buildah, built: builder.Built, labels: Sequence[str]) -> None:
     """Hold an image that was just built against the rules; ``labels`` are its layers' names.
 
     Raises:

@@ -21,6 +21,7 @@ from images import catalog, host
 from images.building import (
     budget,
     builder,
+    builders,
     context,
     dockerfile,
     fetching,
@@ -30,18 +31,19 @@ from images.building import (
     storage,
 )
 from images.building import layers as layers_of
+from images.building.buildah import Buildah
 from images.building.layers import Record, measure
 from images.catalog import RECIPES, ROOT, Image, shown
 from images.host import leftovers
-from images.locking import base, lock
+from images.locking import base, lock, resolution
 from images.locking.lock import Locked
 from rollout.problem import Problem
 
 BUILD = ROOT / "build"
 BASE_DOCKERFILE = RECIPES / "base.Dockerfile"
 BASE = "verl-rollout-base"
-# One moment for every file of every image. A moment of its own for each would give two images with
-# the same torch two different torch layers.
+# One moment for every file of every image: with a moment for each, two images with the same torch
+# would have two different torch layers.
 TIMESTAMP = base.EPOCH
 # Unpacked wheels, their second copy in the builder's cache, and the layers made of them.
 DISK_NEEDED = 4 << 30
@@ -69,15 +71,22 @@ def _steps(image: Image, locked: Sequence[Locked]) -> str:
 def inputs(image: Image) -> str:
     """sha256 of what decides the layers up to the engine and its framework; needs no build.
 
-    The variables that an engine sees are part of it. Our own package, which is the last layer, and
-    the labels are not: what it asks of an engine has an identity of its own (rollout/program.py),
-    and no edit there may make a build or a proof of the layers below worth less.
+    The variables that an engine sees are part of it. The labels are not, nor is our own package,
+    which is the last layer. What the package asks of an engine has an identity of its own
+    (rollout/program.py), so an edit there leaves a build and a proof of the layers below as they
+    are.
     """
     locked = lock.read(image)
     texts = layering.layers(locked, image.engine, image.sources)
     code = dockerfile.below(_steps(image, locked))
     values = json.dumps(context.below(texts, base_name()), sort_keys=True)
     return context.digest(values, dockerfile.stamped(code, labels.variables(image, locked), {}))
+
+
+def recorded(image: Image) -> Record | None:
+    """The record of an image, where it holds for today's inputs; None where none does."""
+    found = layers_of.read(image)
+    return found if found and found.inputs == inputs(image) else None
 
 
 def check_disk(folder: Path, needed: int = DISK_NEEDED) -> None:
@@ -116,9 +125,9 @@ def base_image(tool: builder.Builder, *, cache: bool = True) -> str:
             folder = place / "context"
             folder.mkdir()
             context.place(tar, folder / "base.tar")
-            # The label makes bases of other inputs other images even where their files are the
-            # same: else layers cached on one would be taken for the other's, and carry its name and
-            # history.
+            # The label makes bases of different inputs different images, even where their files are
+            # the same. Without it, layers cached on one base would be taken for the other's, and
+            # would carry its name and history.
             text = BASE_DOCKERFILE.read_text("utf-8")
             text = dockerfile.stamped(text, {}, {"rollout.base": base_name()})
             (folder / "Dockerfile").write_text(text, encoding="utf-8")
@@ -144,7 +153,7 @@ def everything(image: Image) -> str:
 
 
 def current(image: Image, tool: builder.Builder) -> builder.Built:
-    """The image of today's inputs in the builder's storage, whatever is called so there by now.
+    """The image of today's inputs in the builder's storage, whatever it is called by now.
 
     Raises:
         Problem: exit code 3 where it is not there: never built, or something in it has changed.
@@ -152,7 +161,7 @@ def current(image: Image, tool: builder.Builder) -> builder.Built:
     built = storage.find(tool, everything(image))
     if not built:
         other = tool.inspect(tool.local + image.reference)
-        what = "is here as built from other inputs than today's" if other else "is not built here"
+        what = "is here, but built from other inputs than today's" if other else "is not built here"
         raise Problem(
             f"{image.reference} {what}; build it with 'nox -s build -- {image.reference}'", 3
         )
@@ -160,12 +169,7 @@ def current(image: Image, tool: builder.Builder) -> builder.Built:
 
 
 def build(
-    image: Image,
-    tool: builder.Builder,
-    *,
-    tag: str = "",
-    cache: bool = True,
-    check: bool = True,
+    image: Image, tool: builder.Builder, *, tag: str = "", cache: bool = True, check: bool = True
 ) -> builder.Built:
     """Build one image.
 
@@ -180,7 +184,7 @@ def build(
     files = payload.files(image, locked)
     settings = host.uv_environment(os.environ)
     wheels = context.own_wheels(locked, settings.get("UV_FIND_LINKS", ""))
-    backend = lock.torch_backend([f"{e.name}=={e.version}" for e in locked], settings)
+    backend = resolution.torch_backend([f"{e.name}=={e.version}" for e in locked], settings)
     if backend:
         settings["UV_TORCH_BACKEND"] = backend
     leftovers.sweep(BUILD)
@@ -205,17 +209,17 @@ def build(
             raise Problem(f"{tool.name} finished, but {name} is not in its storage")
         storage.remember(tool, everything(image), built.id)
     host.say(f"{name} is {built.id}")
-    if check and isinstance(tool, builder.Buildah):  # docker's storage gives no layer away
+    if check and isinstance(tool, Buildah):  # docker's storage gives no layer away
         budget.check(image, tool, built, layering.layer_names(image, locked))
     return built
 
 
 def command(image: Image, *options: str) -> list[str]:
-    """This station as a command of its own, for who has to build from nothing."""
+    """This station as a command of its own that builds from nothing."""
     return [sys.executable, "-m", "images.building.build", image.reference, "--no-cache", *options]
 
 
-def record(image: Image, tool: builder.Buildah, built: builder.Built) -> Record:
+def record(image: Image, tool: Buildah, built: builder.Built) -> Record:
     """What is recorded of an image that was just built: its layers below our own package.
 
     Every layer is read once more.
@@ -231,18 +235,18 @@ def record(image: Image, tool: builder.Buildah, built: builder.Built) -> Record:
     return Record(inputs(image), tool.version(), measured.layers[:-1])
 
 
-def keep(image: Image, tool: builder.Buildah, built: builder.Built) -> None:
-    """Record the layers of an image that was just built, where none of these inputs are recorded.
+def keep(image: Image, tool: Buildah, built: builder.Built) -> None:
+    """Record the layers of an image that was just built, unless these inputs are recorded already.
 
     Raises:
         Problem: others are recorded of the same inputs, by the same builder.
     """
-    recorded, today = layers_of.read(image), inputs(image)
-    verdict = layers_of.compare(recorded, today, built, tool.version())
+    expected, today = layers_of.read(image), inputs(image)
+    verdict = layers_of.compare(expected, today, built, tool.version())
     if verdict.differs:
         command = f"nox -s reproduce -- {image.reference}"
         raise Problem(f"not kept: {verdict.sentence} ('{command}' says what differs)")
-    if not recorded or recorded.inputs != today:
+    if not expected or expected.inputs != today:
         layers_of.write(image, record(image, tool, built))
 
 
@@ -265,13 +269,13 @@ def main(arguments: Sequence[str]) -> int:
         for image in chosen:
             sys.stdout.write(recipe_text(image, lock.read(image)))
         return 0
-    tool = builder.detect(given.builder)
-    if given.record and (given.tag or not isinstance(tool, builder.Buildah)):
+    tool = builders.detect(given.builder)
+    if given.record and (given.tag or not isinstance(tool, Buildah)):
         raise Problem("--record needs buildah and the image's own name: leave out --tag", 2)
     for image in chosen:
         cache, check = not given.no_cache, not given.no_check
         built = build(image, tool, tag=given.tag, cache=cache, check=check)
-        if given.record and isinstance(tool, builder.Buildah):
+        if given.record and isinstance(tool, Buildah):
             keep(image, tool, built)
     return 0
 

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 from images import host
 from images.catalog import RECIPES
-from images.locking import lock
+from images.locking import lock, resolution
 from images.locking.lock import Locked
 
 # The script of every step that installs and what it reads, in the context under these names; and
@@ -31,7 +31,7 @@ _TRAVELS = re.compile(
     "CONCURRENT_.*|TORCH_BACKEND)$"
 )
 _BARE = re.compile(r"(?<=://)[^/@\s]+@")  # credentials in an address
-# A test's: how much later the programs of a build step believe it is, as libfaketime reads it.
+# Only tests set it: by how much the clock of a build's steps is ahead, as libfaketime reads it.
 CLOCK = "ROLLOUT_TEST_CLOCK"
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 
@@ -60,7 +60,7 @@ def below(texts: Mapping[str, str], bottom: str) -> dict[str, str]:
 
 
 def clock(environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables that turn the clock of a build's steps; none but where a test asks for it."""
+    """Variables that turn the clock of a build's steps; empty unless a test asks for them."""
     if CLOCK not in environ:
         return {}
     return {
@@ -74,10 +74,11 @@ def clock(environ: Mapping[str, str]) -> dict[str, str]:
 def indexes(settings: Mapping[str, str], wheels: bool) -> str:
     """The names of the host's indexes, as a file for the shell in the build container.
 
-    By them uv finds what it has in its cache; it keeps them without credentials, and so does this.
+    uv finds what is in its cache by these names. It keeps them without credentials, and so does
+    this file.
     """
     inside = {k: _BARE.sub("", v) for k, v in settings.items() if _TRAVELS.match(k)}
-    # Nor is an index that is a folder of the host one in there.
+    # An index that is a folder of the host does not exist in there.
     local = [k for k, v in inside.items() if "INDEX" in k and re.match(r"([^/]+=)?(/|\.|file:)", v)]
     for name in local:
         del inside[name]
@@ -147,7 +148,7 @@ def own_wheels(locked: Sequence[Locked], find_links: str) -> list[Path]:
     """The wheels of a lock that lie in folders of this host; uv checks their sha256."""
     versions = lock.versions(locked)
     found = []
-    for wheel in lock.local_wheels(find_links, versions):
+    for wheel in resolution.local_wheels(find_links, versions):
         name, version, *_ = wheel.name.split("-")
         if versions[canonicalize_name(name)] == version:
             found.append(wheel)

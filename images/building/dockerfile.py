@@ -53,7 +53,7 @@ def below(text: str) -> str:
 def stamped(text: str, env: Mapping[str, str], labels: Mapping[str, str]) -> str:
     """A Dockerfile with the catalog's variables and the labels behind it.
 
-    As one instruction each: given to the builder as options, every label would be a step.
+    They are one instruction each. As options of the builder, every label would be a step.
     """
     parts = [text.rstrip("\n")]
     for instruction, values in (("ENV", env), ("LABEL", labels)):

@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from images import catalog, host
-from images.building import build, builder
+from images.building import build, builders
 from images.building.build import TIMESTAMP
-from images.building.builder import Buildah, Built
+from images.building.buildah import Buildah
+from images.building.builder import Built
 from images.building.layers import LEVEL, zstd_argv
 from images.catalog import RECIPES, ROOT, Image, shown
 from images.host import leftovers
@@ -121,14 +122,14 @@ fi
     return {
         "etc/rc": "".join(comments) + rc,
         "etc/rc.local": "# Sourced by /etc/rc when the container starts.\n",
-        # Among them those at which enroot's hook gives a container the driver.
+        # Some of these make enroot's hook give a container the driver.
         "etc/environment": environment(config, diff_ids),
         "etc/fstab": "".join(mounts),
     }
 
 
 def tree(root: Path) -> Iterator[Path]:
-    """Everything below the root of an image in an order of its own, parents first.
+    """Everything below the root of an image in one fixed order, parents first.
 
     /dev stays empty (its contents are the host's), and sockets are left out: they are nothing
     without their process.
@@ -294,7 +295,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = (given.output or EXPORTS / image.repository).resolve()
     if given.format == "oci" and ":" in str(folder):
         raise Problem(f"--output {folder}: buildah takes no colon in the name of an archive", 2)
-    tool = builder.detect(given.builder)
+    tool = builders.detect(given.builder)
     if not isinstance(tool, Buildah):
         raise Problem("only images of buildah are exported; leave out --builder docker", 2)
     host.require(FORMATS[given.format][1])

@@ -2,8 +2,8 @@
 
 This is the only part of a build that knows the host's index, credentials and CA bundle. uv fetches
 the wheels into a cache on this host and runs nothing of them; a build mounts that cache and has no
-network. What exists as source alone uv would have to run to take it, so it only says where the file
-lies, and the file is fetched here.
+network. To take a source distribution, uv would have to run its code. So uv only says where that
+file lies, and this module fetches it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import os
 import re
 import ssl
 import sys
-import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from packaging.pylock import PackageSdist
+
 from images import host
-from images.building import builder
+from images.building import streaming
 from images.host import leftovers
-from images.locking.lock import PLATFORM, Locked
+from images.locking import lock, pylock
+from images.locking.lock import Locked
+from images.locking.pylock import PLATFORM
 from rollout.problem import Problem
 
 TIMEOUT = 180.0  # seconds without a byte
@@ -82,7 +84,7 @@ def fetch(
         listed = place / "wheels.txt"
         listed.write_text("".join(entry.text for entry in wanted), encoding="utf-8")
         if wanted:
-            builder.stream(wheels_argv(host.uv(), python, listed, place / "target"), environ)
+            streaming.run(wheels_argv(host.uv(), python, listed, place / "target"), environ)
     return _sources([e for e in locked if e.name in sources], python, settings, environ, folder)
 
 
@@ -101,28 +103,23 @@ def _sources(
     argv = sources_argv(host.uv(), python, asked, output)
     done = host.run(argv, quiet=True, env=dict(environ), check=False)
     if done.returncode:
-        raise Problem(builder.meaning(done.stderr.splitlines(), done.returncode))
-    packages = {p["name"]: p for p in tomllib.loads(output.read_text("utf-8"))["packages"]}
+        raise Problem(streaming.meaning(done.stderr.splitlines(), done.returncode))
+    found = {str(p.name): p.sdist for p in pylock.read(output.read_text("utf-8")).packages}
     asked.unlink()
     output.unlink()
-    return [_source(entry, packages.get(entry.name, {}), settings, folder) for entry in entries]
+    return [_source(entry, found.get(entry.name), settings, folder) for entry in entries]
 
 
 def _source(
-    entry: Locked, package: Mapping[str, Any], settings: Mapping[str, str], folder: Path
+    entry: Locked, sdist: PackageSdist | None, settings: Mapping[str, str], folder: Path
 ) -> Path:
-    sdist = package.get("sdist", {})
-    if sdist.get("hashes", {}).get("sha256") != entry.sha256:
-        raise Problem(
-            f"the index has another source distribution of {entry.name} {entry.version} than the "
-            "lock; restore the lock, or remake it if you trust the new file"
-        )
-    place = str(sdist.get("url") or sdist.get("path"))
-    target = folder / unquote(urlsplit(place).path).rpartition("/")[2]
-    data = download(place, settings) if "url" in sdist else Path(place).read_bytes()
+    if not sdist or sdist.hashes.get("sha256") != entry.sha256:
+        what = f"the index has another source distribution of {entry.name} {entry.version}"
+        raise Problem(lock.other_file(what))
+    target = folder / sdist.filename
+    data = download(sdist.url, settings) if sdist.url else Path(sdist.path or "").read_bytes()
     if hashlib.sha256(data).hexdigest() != entry.sha256:
-        what = f"the file of {entry.name} has another sha256 than the lock"
-        raise Problem(f"{what}; restore the lock, or remake it if you trust the new file")
+        raise Problem(lock.other_file(f"the file of {entry.name} has another sha256"))
     target.write_bytes(data)
     return target
 
@@ -140,7 +137,7 @@ def download(url: str, settings: Mapping[str, str]) -> bytes:
     request = urllib.request.Request(bare)  # noqa: S310 - one of the two schemes
     known = credentials(url, settings)
     if known:
-        # Not passed on: a redirection may lead to somebody else.
+        # A redirection does not get it, for it may lead to somebody else.
         value = base64.b64encode(":".join(known).encode()).decode()
         request.add_unredirected_header("Authorization", f"Basic {value}")
     trusted = ssl.create_default_context(cafile=settings.get("SSL_CERT_FILE"))

@@ -47,6 +47,6 @@ def command(argv: Sequence[str], uid: int, cache: Path | None, place: Path) -> l
     """
     spaces = ["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     over = ["sh", "-c", _OVER, "sh", str(cache), str(place)] if cache else []
-    # Another user may make namespaces in one of his own alone, which buildah makes for him.
+    # Without root, namespaces are allowed only inside a user namespace, which buildah makes.
     own = ["buildah", "unshare"] if uid else []
     return [*own, "unshare", *spaces, "--", *over, *argv]

@@ -8,9 +8,9 @@ from images.catalog import Image
 from images.locking import base, lock
 from images.locking.lock import Locked
 
-# NVIDIA's hooks in container engines give a container the GPU, and of the driver what computes,
-# where its image asks for them. docker's --gpus asks by itself; pyxis, enroot and a runtime that is
-# the default of a cluster do not, and the image would see no GPU there (enroot 205).
+# NVIDIA's hooks in container engines give a container the GPU and the part of the driver that
+# computes, where its image asks for them. docker's --gpus asks by itself. pyxis, enroot and a
+# cluster's default runtime do not, and the image would see no GPU there (enroot 205).
 GPU = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
 
 # By these a published image is checked (images/publishing): the immutable tag, the sha256 of the
@@ -47,8 +47,9 @@ def of_image(
     """
     versions = lock.versions(locked)
     engine = versions[image.engine]
-    trained = f"{image.framework.name} {image.framework.version}" if image.framework else "none"
-    purpose = f"for rollout and training with {trained}" if image.framework else "for rollout"
+    own = image.framework
+    framework, release = (own.name, own.version) if own else ("none", "none")
+    purpose = f"for rollout and training with {framework} {release}" if own else "for rollout"
     return {
         "org.opencontainers.image.title": image.reference,
         "org.opencontainers.image.description": (
@@ -60,8 +61,8 @@ def of_image(
         "rollout.base": bottom,
         "rollout.cuda": lock.cuda(versions) or "none",
         ENGINE: engine,
-        FRAMEWORK: image.framework.name if image.framework else "none",
-        FRAMEWORK_VERSION: image.framework.version if image.framework else "none",
+        FRAMEWORK: framework,
+        FRAMEWORK_VERSION: release,
         LOCK: lock_sha256,
         "rollout.python": base.python(image.python),
         "rollout.ray": versions.get("ray", "none"),

@@ -23,7 +23,7 @@ _MATHLIBS = re.compile(
 _NVIDIA = re.compile(
     r"nvidia-(cuda-cupti|cuda-nvrtc|cuda-runtime|cudnn|cufile|nccl|nvshmem|nvtx)(-cu\d+)?"
 )
-# What compiles at run time; the plain runtime wheel is its part where torch's has a suffix.
+# What compiles at run time. The plain runtime wheel belongs to it where torch's has a suffix.
 _TOOLCHAIN = re.compile(r"nvidia-(cuda-(nvcc|cccl|crt)|nvvm)(-cu\d+)?")
 
 
@@ -34,7 +34,7 @@ def layer_of(
     # What trains, and all that it brings: none of it may change a layer of the engine.
     if entry.above:
         return "framework"
-    # Above the layer that has what they are built with.
+    # They stand above the layer that has their build tools.
     if entry.name in sources:
         return "sources"
     if entry.name == engine:

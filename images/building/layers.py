@@ -1,11 +1,11 @@
 """The layers that an image is expected to have: recorded once, compared by every later build.
 
-Recorded are those from the base to the framework. The last layer is our own package: a sentence
-that is reworded there must not ask for two builds from nothing.
+The layers from the base to the framework are recorded. The last layer is our own package: a
+sentence that is reworded there must not ask for two builds from nothing.
 
 ``lockfiles/<repository>/<tag>.layers`` is generated, beside the lock that it belongs to. It names
-the inputs it holds for, so whether it still does is told without a build; and it says enough of
-each layer that another machine, whose layers differ, can say where.
+the inputs that it holds for, so no build is needed to tell whether it still does. It describes each
+layer, so that a machine whose layers differ can say where.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from images import host
 from images.building import builder, contents
+from images.building.buildah import Buildah
 from images.building.contents import Difference, Part, Summary
 from images.catalog import Image, shown
 from images.host import leftovers
@@ -28,6 +29,11 @@ from rollout.problem import Problem
 
 # Smaller by a fifth than level 3, and not yet slow. 19 takes many times as long for a few per cent.
 LEVEL = 10
+
+
+def megabytes(size: int) -> str:
+    """Bytes for people, as registries count them."""
+    return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def write(image: Image, record: Record) -> None:
         "builder": record.builder,
         "layers": [plain(layer) for layer in record.layers],
     }
-    host.write(path(image), json.dumps(data, indent=1) + "\n")
+    host.write_json(path(image), data)
 
 
 # From an image in a builder's storage to what is in its layers
@@ -122,7 +128,7 @@ class Measured:
 
 
 def measure(
-    tool: builder.Buildah, name: str, labels: Sequence[str], known: Mapping[str, Layer]
+    tool: Buildah, name: str, labels: Sequence[str], known: Mapping[str, Layer]
 ) -> Measured:
     """Read every layer of an image, and compress those that are not known; labels name them."""
     found, everything = [], []
@@ -156,7 +162,7 @@ def zstd(blob: Path) -> Iterator[bytes]:
         Problem: zstd failed.
     """
     host.require("zstd")
-    # It reads the tar itself: with a size to go by it takes other parameters than for a pipe.
+    # zstd opens the tar itself: it takes other parameters where it knows the size than for a pipe.
     with subprocess.Popen([*zstd_argv(), str(blob)], stdout=subprocess.PIPE) as process:
         while process.stdout and (piece := process.stdout.read(1 << 20)):
             yield piece

@@ -21,21 +21,15 @@ if __name__ == "__main__":
 """
 
 
-def framework(image: Image) -> dict[str, str] | None:
-    """The framework as image.json has it; None in an image that has none."""
-    if image.framework is None:
-        return None
-    found = image.framework
-    return {"name": found.name, "distribution": found.name, "version": found.version}
-
-
 def facts(image: Image, locked: Sequence[Locked]) -> dict[str, object]:
     """What ``rollout`` inside the image has to know of it (share/rollout/image.json)."""
     versions = lock.versions(locked)
+    framework = image.framework
     return {
         "reference": image.reference,
         "backend": image.backend,
-        "framework": framework(image),
+        "framework": framework
+        and {"name": framework.name, "distribution": framework.name, "version": framework.version},
         "python": image.python,
         "resolved_as_of": image.resolved_as_of.isoformat(),
         "engine": {"name": image.backend, "distribution": image.engine},
@@ -48,10 +42,10 @@ def facts(image: Image, locked: Sequence[Locked]) -> dict[str, object]:
 
 
 def belongs(module: Path, image: Image) -> bool:
-    """Whether a module of the package is for this image: that of another engine alone is not.
+    """Whether a module of the package is for this image: one of another engine is not.
 
-    Nor is that of another framework. So a change in how one of them is driven leaves the proofs of
-    the others as good as they are.
+    One of another framework is not either. So a change in how one of them is driven leaves the
+    proofs of the others valid.
     """
     framework = image.framework.name if image.framework else ""
     kinds = {"backends": (BACKENDS, image.backend), "frameworks": (FRAMEWORKS, framework)}

@@ -1,8 +1,8 @@
 """Level R1: every input of an image is pinned by its bytes, and no build step fetches another.
 
-What is fetched is fetched before a build: by uv, from a lock with a sha256 for each file, and by
-apt for the base, from a lock likewise. The steps of a build have no network. These functions look
-at the texts that decide it.
+Everything is fetched before a build: by uv, from a lock with a sha256 for each file, and for the
+base by apt, from such a lock too. The steps of a build have no network. These functions look at the
+texts that decide it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def instructions(text: str) -> list[tuple[str, str]]:
     """The instructions of a Dockerfile, continued lines joined, in order."""
     bare = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE)
     lines = [line.strip() for line in re.sub(r"\\\n", " ", bare).splitlines() if line.strip()]
-    # A line of one word is part of a text (RUN <<EOF), and none of ours has one.
+    # A line of one word would be part of a text (RUN <<EOF); ours have no such text.
     parts = [[*line.split(None, 1), ""] for line in lines]
     return [(part[0].upper(), part[1]) for part in parts]
 
@@ -54,7 +54,7 @@ def dockerfile(text: str) -> list[str]:
                 what = "a mount from an image that was not made from our locks"
                 found.append(f"RUN … {step}: {what}")
             elif re.search(r"type=(cache|secret|ssh)", value):
-                what = "what is fetched is fetched before, and code of wheels may read a mount"
+                what = "files are fetched before a build, and code of wheels could read this mount"
                 found.append(f"RUN … {step}: {what}")
             elif last and "from=" in value:
                 found.append("RUN … entrypoints: it needs no package, so it gets none")
@@ -84,7 +84,7 @@ def script(text: str) -> list[str]:
 
 
 def locked(text: str, path: Path) -> list[str]:
-    """Entries of a lock of wheels that other files than one would satisfy."""
+    """What a lock of wheels leaves open: it is none, or more than one file fits an entry."""
     try:
         entries = lock.parse(text, path)
     except Problem as problem:

@@ -1,4 +1,4 @@
-"""What of ours lies in a builder's storage beside its images: a lock, and what is known of them.
+"""What we keep in a builder's storage beside its images: a lock, and notes about them.
 
 All of it belongs to the storage, not to a checkout: several clones build in one storage, and one
 clone in several.
@@ -68,7 +68,7 @@ def keep_base(tool: builder.Builder, name: str, unused: float = leftovers.UNUSED
     for other in set(tool.tags(repository)) - {tag}:
         note = folder / other
         if not note.exists():
-            note.touch()  # made before anybody noted: its time begins now
+            note.touch()  # it is older than the notes: its time begins now
         elif time.time() - note.stat().st_mtime > unused and tool.remove(f"{repository}:{other}"):
             with suppress(FileNotFoundError):
                 note.unlink()

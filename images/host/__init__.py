@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shlex
 import shutil
@@ -43,7 +44,7 @@ _PIP_TO_UV = {
     "PIP_TRUSTED_HOST": "UV_INSECURE_HOST",
     "PIP_DEFAULT_TIMEOUT": "UV_HTTP_TIMEOUT",
 }
-# What uv called two of them before, and still reads.
+# Older names of two of them, which uv still reads.
 _OLD_NAMES = {"UV_DEFAULT_INDEX": "UV_INDEX_URL", "UV_INDEX": "UV_EXTRA_INDEX_URL"}
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 _CA_VARIABLES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -62,7 +63,7 @@ def cache() -> Path:
 
 
 def scratch() -> Path:
-    """Where large files lie for a while: on the disk, for /tmp may be memory."""
+    """Where large files lie for a while: on the disk, because /tmp may be memory."""
     folder = cache() / "scratch"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -70,9 +71,9 @@ def scratch() -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name for a file that gets its own when it is whole, and none if it never is."""
+    """A temporary name: the file gets its own when it is whole, and is removed if it never is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it, since only a rename within one file system is all or nothing.
+    # Beside the file, because only a rename within one file system is all or nothing.
     temporary = path.with_name(f".{path.name}.{owner.this()}")
     try:
         yield temporary
@@ -85,6 +86,11 @@ def write(path: Path, text: str) -> None:
     """Replace a file in one step, so that an interrupted run leaves the old one."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: object) -> None:
+    """Replace a file with JSON for people and programs, in one step."""
+    write(path, json.dumps(data, indent=1) + "\n")
 
 
 def sha256(path: Path) -> str:
@@ -106,7 +112,7 @@ def install_argv(packages: Sequence[str]) -> list[str]:
 
 
 def require(*commands: str) -> None:
-    """See that commands, or files named in PACKAGES, exist; install where we may, else say what.
+    """See that commands, or files named in PACKAGES, exist; install them where that is allowed.
 
     Raises:
         Problem: exit code 3, with the packages that are missing.
@@ -173,8 +179,11 @@ def run(
     env: Mapping[str, str] | None = None,
     check: bool = True,
     cwd: Path | None = None,
+    umask: int = -1,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command; its output is shown as it comes, or with ``quiet`` kept and returned.
+
+    With ``quiet`` nobody sees a question, so the command has no input either.
 
     Raises:
         Problem: the command failed (with ``check``); the sentence holds its last line of output.
@@ -184,9 +193,11 @@ def run(
             list(argv),
             env=None if env is None else dict(env),
             cwd=cwd,
+            umask=umask,
             check=False,
             text=True,
             errors="replace",  # names of files, and what a server says, may be in any encoding
+            stdin=subprocess.DEVNULL if quiet else None,
             stdout=subprocess.PIPE if quiet else None,
             stderr=subprocess.PIPE if quiet else None,
         )
@@ -203,7 +214,7 @@ def run(
 
 def guarded(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     """Call a station's ``main`` and turn its problems into one sentence and an exit code."""
-    # Without these, a cancelled CI job would skip every 'finally': secrets and containers stay.
+    # Without these, a cancelled CI job skips every 'finally', and secrets and containers stay.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:

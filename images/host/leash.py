@@ -1,7 +1,8 @@
 """A command that ends when we do, with everything that it started.
 
-A builder starts the steps of a build as its own children, and none of them notices that whoever
-asked for them is gone: a smoke would hold the GPU for hours, a build would tag its image after all.
+A builder starts the steps of a build as its own children. None of them notices when the process
+that asked for them is gone: a smoke would hold the GPU for hours, and a build would still tag its
+image.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ GRACE = 10.0
 def leashed(argv: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """A running command, in a process group of its own; the group is gone at the end.
 
-    It has no input: of a terminal's, only the group in front may have any, and others are stopped.
+    It has no input: a terminal stops every group that reads, but for the one in front.
 
     Raises:
         OSError: the command cannot be started.
@@ -46,9 +47,9 @@ def _end(watch: subprocess.Popen[bytes], process: subprocess.Popen[str] | None) 
             os.killpg(watch.pid, signal.SIGTERM)
             process.wait(GRACE)
     except subprocess.TimeoutExpired:
-        pass  # it had its time
+        pass  # it had its time to tidy up
     finally:
-        # The watch itself is in the group, so its number is still the group's.
+        # The watch is still in the group, so the number still names this group and no other.
         os.killpg(watch.pid, signal.SIGKILL)
         watch.wait()
         if watch.stdin:
@@ -66,7 +67,7 @@ def run(argv: Sequence[str], **options: Any) -> int:
 
 
 def ended(variable: str, value: str) -> None:
-    """End every process with this variable in its environment: what left the group is found so."""
+    """End every process with this variable in its environment, also one that left the group."""
     wanted = f"{variable}={value}".encode()
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit() or int(entry.name) == os.getpid():

@@ -45,7 +45,7 @@ def mounted(folder: Path, mounts: str) -> list[str]:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or folder as far as that is allowed; a link, and not what it leads to.
+    """Remove a file or folder as far as that is allowed; of a link, the link itself alone.
 
     What is mounted there goes first, or it would be busy: a storage has a mount on its own folder,
     and a build that failed leaves its container's.
@@ -76,10 +76,10 @@ def sweep(*others: Path) -> None:
     for place in (*places(), *others):
         with suppress(FileNotFoundError):
             for entry in os.scandir(place):
-                # Ours begin so; everything else in /tmp is other people's.
+                # Ours begin like this; everything else in /tmp is other people's.
                 if entry.name.startswith(("rollout-", ".")) and owner.abandoned(Path(entry)):
                     discard(Path(entry))
-    # Names of buildah's own tell no owner. No step and no layer of a build takes so long.
+    # Names that buildah gives tell no owner, so the age decides: nothing in a build takes a day.
     for path in buildah().glob("*"):
         with suppress(FileNotFoundError):
             if time.time() - path.lstat().st_mtime > _DAY:

@@ -1,10 +1,10 @@
-"""Whose something is that lies about: which process, told from every other one.
+"""The owner of what lies on a machine: one process, told apart from every other.
 
-Container, temporary folder and half-written file carry the name of their owner. So whoever comes
-next removes what a killed run has left, and touches nothing of a run that goes on.
+Container, temporary folder and half-written file carry the name of their owner. So the next run
+removes what a killed one has left, and touches nothing of a run that goes on.
 
-A number alone does not name a process: numbers are used again, each container counts its own, and a
-folder may be shared by several machines.
+Its number alone does not name a process: numbers are used again, each container counts its own, and
+a folder may be shared by several machines.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def parse(text: str) -> Owner | None:
 
 
 def dead(owner: Owner, age: float = 0.0) -> bool:
-    """Whether nobody uses any more what this owner left, ``age`` seconds after its last change."""
+    """Whether an owner has ended; ``age`` is the seconds since what it left was last changed."""
     here = this()
     if owner.machine == here.machine and owner.boot != here.boot:
         return True

@@ -13,6 +13,8 @@ import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from debian.deb822 import Deb822
+
 from rollout.problem import Problem
 
 SUITE = "bookworm"
@@ -57,17 +59,7 @@ def one_line_sources(text: str) -> list[Source]:
 def deb822_sources(text: str) -> list[Source]:
     """The Debian 12 entries of a file in .sources form."""
     found = []
-    lines = [line for line in text.splitlines() if not line.startswith("#")]
-    for stanza in re.split(r"\n\s*\n", "\n".join(lines)):
-        fields: dict[str, str] = {}
-        key = ""
-        for line in stanza.splitlines():
-            if line[:1].isspace() and key:
-                fields[key] += "\n" + line
-            else:
-                name, _, value = line.partition(":")
-                key = "URIs" if name.lower() == "uris" else name.strip().title()
-                fields[key] = value.strip()
+    for fields in Deb822.iter_paragraphs(text.splitlines()):
         enabled = fields.get("Enabled", "yes").lower() in ("yes", "true", "1")
         if enabled and "deb" in fields.get("Types", "").split():
             found += _debian(fields)
@@ -131,7 +123,7 @@ def snapshot_sources(default: Sequence[Source], date: str, mirror: str | None) -
         Source(
             f"{mirror.rstrip('/')}/archive/{source.archive}/{date}",
             source.suite,
-            # An old index says itself that it is out of date; here that is the point.
+            # An old index says that it is out of date; here an old one is wanted.
             (*source.options, ("Check-Valid-Until", "no")),
         )
         for source in default

@@ -59,11 +59,7 @@ _LINE = re.compile(
     r"(?P<name>[a-z0-9][a-z0-9+.-]+)=(?P<version>[0-9][0-9A-Za-z.+~:-]*)"
     r" sha256:(?P<sha256>[0-9a-f]{64}) (?P<path>pool/\S+\.deb)"
 )
-_HEADER = {
-    "made by": RELOCK,
-    "suite": SUITE,
-    "architecture": ARCHITECTURE,
-}
+_HEADER = {"made by": RELOCK, "suite": SUITE, "architecture": ARCHITECTURE}
 
 
 def render(lock: Lock) -> str:
@@ -83,6 +79,10 @@ def parse(text: str, name: str = "lockfiles/base.lock") -> Lock:
     Raises:
         Problem: a line that is not as ``render`` writes it, with its number.
     """
+
+    def wrong(what: str) -> Problem:
+        return Problem(f"{what}; remake it with '{RELOCK}'", 2)
+
     header: dict[str, str] = {}
     debs: list[Deb] = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -91,29 +91,24 @@ def parse(text: str, name: str = "lockfiles/base.lock") -> Lock:
             if colon:
                 header[key] = value
             continue
+        where = f"{name}:{number}"
         match = _LINE.fullmatch(line)
         if not match:
-            raise Problem(
-                f"{name}:{number}: not 'name=version sha256:… pool/….deb': {quoted(line)}; "
-                f"remake it with '{RELOCK}'",
-                2,
-            )
+            raise wrong(f"{where}: not 'name=version sha256:… pool/….deb': {quoted(line)}")
         deb = Deb(**match.groupdict())
         if debs and debs[-1].name >= deb.name:
             order = f"{quoted(deb.name)} stands after {quoted(debs[-1].name)}"
-            what = f"{order}, so the file was edited by hand"
-            raise Problem(f"{name}:{number}: {what}; remake it with '{RELOCK}'", 2)
+            raise wrong(f"{where}: {order}, so the file was edited by hand")
         debs.append(deb)
     for key in ("as of", "requested", *_HEADER):
         if key not in header:
-            raise Problem(f"{name}: the header has no '# {key}: …'; remake it with '{RELOCK}'", 2)
+            raise wrong(f"{name}: the header has no '# {key}: …'")
     for key in ("suite", "architecture"):
         if header[key] != _HEADER[key]:
             what = f"{key} is {quoted(header[key])}, this code makes {_HEADER[key]!r}"
-            raise Problem(f"{name}: {what}; remake it with '{RELOCK}'", 2)
+            raise wrong(f"{name}: {what}")
     if not SNAPSHOT.fullmatch(header["as of"]):
-        what = f"'as of' is {quoted(header['as of'])}, not like 20261119T000000Z"
-        raise Problem(f"{name}: {what}; remake it with '{RELOCK}'", 2)
+        raise wrong(f"{name}: 'as of' is {quoted(header['as of'])}, not like 20261119T000000Z")
     return Lock(tuple(header["requested"].split()), header["as of"], tuple(debs))
 
 
@@ -137,7 +132,7 @@ def python(minor: str, path: Path = LOCK) -> str:
     name = f"python{minor}"
     for deb in read(path).debs:
         if deb.name == name:
-            # Debian's own revision and epoch say nothing to anybody who asks Python.
+            # Python itself tells neither Debian's revision nor its epoch.
             return deb.version.rpartition(":")[2].partition("-")[0].partition("+")[0]
     raise Problem(f"{shown(path)} has no {name}; ask for it in {shown(PACKAGES)}", 2)
 
@@ -213,10 +208,7 @@ def fetch(lock: Path = LOCK, snapshot: str | None = None) -> Path:
     if not missing:
         return folder
     host.say(f"fetching {len(missing)} Debian packages")
-    with (
-        debian.apt(snapshot) as conf,
-        leftovers.temporary("debs", folder) as new,
-    ):
+    with debian.apt(snapshot) as conf, leftovers.temporary("debs", folder) as new:
         missing = _listed(conf, missing, new, folder, locked.as_of)
         if missing:
             debian.download(conf, missing, new)
@@ -241,7 +233,7 @@ def _missing(locked: Lock, folder: Path) -> list[Deb]:
 
 
 def _listed(conf: Path, debs: list[Deb], new: Path, folder: Path, as_of: str) -> list[Deb]:
-    """Those that the index lists; the files of the others are brought from the pool.
+    """Return the packages that the index lists; bring the files of the others from the pool.
 
     Raises:
         Problem: the mirror has neither.
@@ -297,7 +289,9 @@ def make(lock: Path, destination: Path) -> Path:
         rootfs.make(locked.debs, locked.requested, folder, partial)
         wrong = rootfs.differences(locked.debs, rootfs.status(partial))
         if wrong:
-            raise Problem(f"the base came out other than {shown(lock)}: {'; '.join(wrong)}")
+            raise Problem(
+                f"the base that was made is not that of {shown(lock)}: {'; '.join(wrong)}"
+            )
     return destination
 
 

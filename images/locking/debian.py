@@ -9,7 +9,6 @@ import email.utils
 import os
 import re
 import shlex
-import subprocess
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from debian.deb822 import Deb822
+
+from images import host
 from images.host import leftovers
 from images.locking import apt_sources
 from images.locking.apt_sources import ARCHITECTURE, SUITE, Source
@@ -143,8 +145,8 @@ def _sources(snapshot: str | None) -> list[Source]:
 def apt_conf(root: Path) -> str:
     """Settings that turn this machine's apt into one with nothing installed and its own indexes.
 
-    Read after the machine's own settings, so its proxy, certificates, credentials and keyrings
-    hold; what would make the outcome depend on the machine is cleared.
+    apt reads it after the machine's own settings, so proxy, certificates, credentials and keyrings
+    hold. Settings that would make the outcome depend on the machine are cleared.
     """
     return f"""\
 #clear APT::Architectures;
@@ -174,7 +176,7 @@ Dir::Etc::preferencesparts "/dev/null";
 
 
 def update_argv(conf: Path) -> list[str]:
-    """Bring the indexes; one that fails is a failure, else an old one would be used in silence."""
+    """Bring the indexes; one that fails is an error, or apt would use an old one in silence."""
     return ["apt-get", "-c", str(conf), "-q", "update", "--error-on=any"]
 
 
@@ -193,7 +195,7 @@ def download_argv(conf: Path, debs: Iterable[Deb]) -> list[str]:
 def pool_argv(conf: Path, uri: str, deb: Deb, file: Path) -> list[str]:
     """Download a file by its path in an archive; apt keeps it only where the sha256 is the locked.
 
-    Only the mirror's index is passed over, whose signature says less than the lock's sha256.
+    The mirror's index is not asked: its signature says less than the lock's sha256.
     """
     address = f"{uri.rstrip('/')}/{urllib.parse.quote(deb.path, safe='/')}"
     helper = "/usr/lib/apt/apt-helper"
@@ -231,14 +233,9 @@ def parse_uris(text: str) -> list[Deb]:
     return sorted(debs, key=lambda deb: deb.name)
 
 
-def parse_stanzas(text: str) -> list[dict[str, str]]:
-    """The one-line fields of the stanzas in a dpkg status file or a package index."""
-    stanzas = []
-    for stanza in re.split(r"\n\s*\n", text.strip()):
-        pairs = [line.split(": ", 1) for line in stanza.splitlines() if re.match(r"\S+: ", line)]
-        if pairs:
-            stanzas.append({key: value.strip() for key, value in pairs})
-    return stanzas
+def parse_stanzas(text: str) -> list[Deb822]:
+    """The stanzas of a dpkg status file or a package index."""
+    return list(Deb822.iter_paragraphs(text.splitlines()))
 
 
 def vanished(
@@ -260,14 +257,14 @@ def vanished(
 
 
 def as_of(dates: Iterable[str]) -> str:
-    """The midnight after the newest of the indexes' dates: a snapshot of then has them all."""
+    """The midnight after the newest date of the indexes: a snapshot of that time has them all."""
     newest = max(email.utils.parsedate_to_datetime(date).astimezone(UTC) for date in dates)
     midnight = datetime(newest.year, newest.month, newest.day, tzinfo=UTC) + timedelta(days=1)
     return midnight.strftime("%Y%m%dT%H%M%SZ")
 
 
 def downloaded_name(deb: Deb) -> str:
-    """How ``apt-get download`` begins a file's name: without what a file name may not hold."""
+    """How the name of a file begins that ``apt-get download`` wrote: without a colon."""
     return f"{deb.name}_{deb.version.replace(':', '%3a')}"
 
 
@@ -283,30 +280,17 @@ def run(
 ) -> str:
     """Run one of Debian's commands: gives what was printed, errors included.
 
-    The umask is set, because programs that make files by themselves would put the caller's into
-    the image.
+    The umask is set, because these programs make files: the caller's would get into the image.
 
     Raises:
         Problem: the command is missing or failed, with what it said of the error.
     """
-    try:
-        done = subprocess.run(
-            list(argv),
-            env={**os.environ, "LC_ALL": "C.UTF-8"} if env is None else dict(env),
-            cwd=cwd,
-            umask=0o022,
-            check=False,
-            text=True,
-            errors="replace",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if check else subprocess.DEVNULL,
-        )
-    except FileNotFoundError:
-        raise Problem(f"command {argv[0]!r} is not installed", 3) from None
+    env = {**os.environ, "LC_ALL": "C.UTF-8"} if env is None else env
+    done = host.run(argv, quiet=True, env=env, cwd=cwd, check=False, umask=0o022)
+    said = done.stdout + done.stderr if check else done.stdout
     if check and done.returncode:
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
         errors = [line for line in lines if re.match(r"E: |Err:|dpkg: error", line)]
         why = "; ".join(dict.fromkeys(errors or lines[-3:]))
         raise Problem(f"'{shlex.join(argv[:1])}' exited with {done.returncode}: {why[:1500]}")
-    return done.stdout
+    return said

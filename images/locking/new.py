@@ -1,8 +1,8 @@
 """A catalog file for a new image, from its nearest sibling.
 
 The sibling is of the same engine, and of the release that is nearest. What it says is copied,
-reasons included, but for the engine's release and the days. Whoever adds the image reads each line;
-what is not true of the new release, `nox -s lock` names where it can.
+reasons included, but for the engine's release and the days. Whoever adds the image reads each line.
+`nox -s lock` names what is not true of the new release, where it can.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def sibling(engine: str, release: str, images: Sequence[Image]) -> Image:
         match = NAME.fullmatch(f"{image.repository}/{image.tag}")
         if match and match["engine"] == engine:
             own = Version(match["release"])
-            # Releases part first by their first number, then by the second, and so on.
+            # The first number of a release counts most, then the second, and so on.
             pairs = zip((*wanted.release, 0, 0), (*own.release, 0, 0), strict=False)
             apart = tuple(abs(a - b) for a, b in pairs)
             found.append((apart, own > wanted, image.reference, image))

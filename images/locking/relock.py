@@ -1,14 +1,13 @@
 """What moves where every lock is made again, as a table for the person who has to judge it.
 
 ``nox -s relock`` resolves everything that may move: the Debian packages of the base, the tools, and
-the images, which see the index as it was on their day and so move only where a file was taken back.
-Nothing is built and nothing is proved by it; the table says what a new build would hold.
+the images. An image sees the index as it was on its day, so it moves only where a file was taken
+back. Nothing is built and nothing is proved; the table says what a new build would hold.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +17,10 @@ from pathlib import Path
 from images import catalog, host
 from images.catalog import ROOT, shown
 from images.host import revisions
-from images.locking import base, lock
+from images.locking import base, lock, locks, resolution
 
 LOCKFILES = ROOT / "lockfiles"
 NONE = "—"
-_PYTHON = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[^\s;\\]+)")
-_HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 
 
 @dataclass(frozen=True)
@@ -51,16 +48,14 @@ def debian(text: str, name: str) -> dict[str, Pin]:
 
 def python(text: str) -> dict[str, Pin]:
     """The distributions of a lock in requirements form, with however many files each."""
-    versions: dict[str, list[str]] = {}
-    files: dict[str, set[str]] = {}
-    name = ""
-    for line in text.splitlines():
-        if found := _PYTHON.match(line):
-            name = found["name"]
-            versions.setdefault(name, []).append(found["version"])
-        if name:
-            files.setdefault(name, set()).update(_HASH.findall(line))
-    return {n: Pin(", ".join(v), frozenset(files[n])) for n, v in versions.items()}
+    return {
+        name: Pin(
+            ", ".join(version for _, version in lock.PINNED.findall(block)),
+            frozenset(lock.HASH.findall(block)),
+        )
+        for name, block in lock.blocks(text).items()
+        if name
+    }
 
 
 def pins(path: Path, text: str) -> dict[str, Pin]:
@@ -121,7 +116,7 @@ def compare(before: Mapping[Path, str], after: Mapping[Path, str]) -> dict[str, 
 
 @contextmanager
 def forgotten(path: Path) -> Iterator[None]:
-    """A lock out of the way, for uv keeps what an existing one says; put back on failure."""
+    """A lock is out of the way, since uv keeps what an existing one says; a failure restores it."""
     text = path.read_text(encoding="utf-8")
     path.unlink()
     try:
@@ -137,10 +132,10 @@ def relock() -> None:
     Raises:
         Problem: one cannot be resolved, or contradicts a claim of its catalog file.
     """
-    lock.main([image.reference for image in catalog.load()])
-    with forgotten(lock.DEV_LOCK):
-        lock.main(["dev"])
-    lock.main(["base"])
+    locks.main([image.reference for image in catalog.load()])
+    with forgotten(resolution.DEV_LOCK):
+        locks.main(["dev"])
+    locks.main(["base"])
 
 
 def main(arguments: Sequence[str]) -> int:

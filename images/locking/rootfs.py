@@ -21,8 +21,8 @@ from images.locking.apt_sources import ARCHITECTURE
 from images.locking.debian import RELOCK, Deb, parse_stanzas
 from rollout.problem import Problem
 
-# The release of Debian 12. Every file made or shipped later gets this time, so it has to lie before
-# any clock that builds: were it in a builder's future, that builder's own times would stay.
+# The release of Debian 12. Every file made or shipped later gets this time. Every builder's clock
+# has to be past it, because a file that is older keeps its own time.
 EPOCH = 1686355200
 
 # What dpkg does not unpack. Licences stay (Debian's terms ask for them).
@@ -81,7 +81,7 @@ chroot "$1" env PYTHONHASHSEED=0 python3.11 -B -m compileall -q -f -j 1 \
 
 
 def recipe() -> str:
-    """All that decides what is made of given packages: a change here has to be told from before."""
+    """All that decides what is made of given packages: caches tell bases apart by it."""
     return "\0".join([*_DPKG_OPTIONS, _SETUP, _CUSTOMIZE, str(EPOCH)])
 
 
@@ -94,7 +94,7 @@ def make(debs: Iterable[Deb], names: Iterable[str], cached: Path, tar: Path) -> 
     with leftovers.temporary("base") as temporary:
         repository = temporary / "debs"
         _repository(debs, cached, repository)
-        # Without root, a stranger's user id inside the namespace has to read it.
+        # Without root, another user id inside the namespace has to read it.
         temporary.chmod(0o755)
         argv = mmdebstrap_argv(repository, tar, names)
         debian.run(argv, env=build_environment(os.environ))
@@ -127,7 +127,7 @@ def mmdebstrap_argv(repository: Path, destination: Path, names: Iterable[str]) -
     """The command that makes the tar from a folder of packages and nothing else."""
     return [
         "mmdebstrap",
-        # For root too: its mounts then live in a namespace and end with it, however it ends.
+        # Also for root: its mounts then live in a namespace and end with it, however it ends.
         "--mode=unshare",
         "--format=tar",
         "--variant=essential",

@@ -7,7 +7,6 @@ table of it. Times are wall-clock seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -21,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from images import catalog, host
-from images.building import build, builder, export, layers
+from images.building import build, builder, builders, export, layers
+from images.building.buildah import Buildah
 from images.catalog import ROOT, Image, shown
 from images.host import leftovers
-from images.proving import prove, reproduce
+from images.proving import proofs, reproduce
 from rollout.problem import Problem
 
 SITE = "/opt/rollout"
@@ -32,7 +32,7 @@ SITE = "/opt/rollout"
 
 def path(image: Image) -> Path:
     """Where the numbers of an image are kept."""
-    return prove.beside(image, "measured")
+    return proofs.beside(image, "measured")
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -46,7 +46,7 @@ def seconds(action: Callable[[], object]) -> float:
 _run = partial(host.run, quiet=True)
 
 
-def inside(tool: builder.Buildah, built: builder.Built) -> dict[str, float]:
+def inside(tool: Buildah, built: builder.Built) -> dict[str, float]:
     """Start-up of ``rollout info``, and ``rollout verify`` beside a plain sha256 pass.
 
     All in one container, in turn, so that both read the same files from the same page cache.
@@ -74,7 +74,7 @@ def inside(tool: builder.Buildah, built: builder.Built) -> dict[str, float]:
     return found
 
 
-def exported(image: Image, tool: builder.Buildah, built: builder.Built) -> dict[str, float]:
+def exported(image: Image, tool: Buildah, built: builder.Built) -> dict[str, float]:
     """Bytes of all files of the image in one zstd stream, as ``nox -s export`` writes them."""
     with leftovers.temporary("measure", build.BUILD) as folder:
         file = folder / "rootfs"
@@ -82,7 +82,7 @@ def exported(image: Image, tool: builder.Buildah, built: builder.Built) -> dict[
         return {"export_bytes": float(file.stat().st_size)}
 
 
-def cold_build(image: Image, tool: builder.Buildah) -> dict[str, float]:
+def cold_build(image: Image, tool: Buildah) -> dict[str, float]:
     """A build from empty caches beside ``uv pip install`` of the same lock into a bare venv.
 
     The bare install is timed with bytecode compiled, as the image has it, and without.
@@ -171,8 +171,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("ref", nargs="?", default=catalog.DEFAULT, metavar="REF")
     given = parser.parse_args(list(arguments))
     image = catalog.find(given.ref, catalog.load())
-    tool = builder.detect("buildah")
-    assert isinstance(tool, builder.Buildah)  # noqa: S101 - what detect("buildah") gives
+    tool = builders.detect("buildah")
+    assert isinstance(tool, Buildah)  # noqa: S101 - what detect("buildah") gives
     built = build.build(image, tool)
     data: dict[str, Any] = {
         "measured": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str]) -> int:
         for key, value in step().items():
             data[key] = round(value, 3)
             host.say(f"  {key} = {data[key]}")
-    host.write(path(image), json.dumps(data, indent=1) + "\n")
+    host.write_json(path(image), data)
     host.say(f"{shown(path(image))}; 'nox -s docs' puts it into docs/reproducing.md")
     return 0
 

@@ -8,8 +8,8 @@ time and in other circumstances (:data:`BUILDS`), and says which level holds:
 - R3: the layers have the same ``diff_id``;
 - R4: the manifest has the same digest, configuration and all.
 
-Below the level that the image claims, or where the layers are not the recorded ones, the exit code
-is 1, and what differs is named: layer, file, and the kind of difference.
+The exit code is 1 below the level that the image claims, and where the layers are not the recorded
+ones. What differs is named: layer, file, and the kind of difference.
 """
 
 from __future__ import annotations
@@ -31,12 +31,23 @@ from pathlib import Path
 from typing import Any
 
 from images import catalog, host
-from images.building import build, builder, contents, context, layering, layers, pinned
+from images.building import (
+    build,
+    builder,
+    builders,
+    contents,
+    context,
+    layering,
+    layers,
+    pinned,
+    streaming,
+)
+from images.building.buildah import Buildah
 from images.building.contents import Entry
 from images.catalog import ROOT, Image, shown
 from images.host import leftovers
 from images.locking import lock
-from images.proving import prove
+from images.proving import proofs
 from rollout.problem import Problem
 
 MEANING = {
@@ -52,7 +63,7 @@ SHOWN = 20  # differences of a layer that are printed; the others are counted
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a build meets that must not show in the image."""
+    """What is around a build and must not show in the image."""
 
     name: str
     checkout: str  # below the working folder
@@ -156,7 +167,7 @@ def environment(work: Path, circumstances: Circumstances) -> dict[str, str]:
             if part
         ),
         **circumstances.env,
-        # Beside what this host needs, or its packages could not be had.
+        # What this host has set stays: it may need that to reach its packages.
         "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), circumstances.trace])),
         "XDG_CACHE_HOME": str(own / "cache"),
         "UV_CACHE_DIR": str(own / "uv"),
@@ -173,16 +184,15 @@ def storage_conf(own: Path) -> str:
 
 def copy_checkout(target: Path) -> None:
     """The checkout at another place: what git has, without what builds leave behind."""
-    ignored = shutil.ignore_patterns(".git", ".nox", ".parts", "__pycache__", ".*_cache")
-    target.mkdir(parents=True)
-    for path in sorted(ROOT.iterdir()):
-        # Nor the folder that holds the copy, which would then hold itself.
-        if path.name in ("build", ".git", ".nox", ".parts") or target.is_relative_to(path):
-            continue
-        if path.is_dir():
-            shutil.copytree(path, target / path.name, ignore=ignored)
-        else:
-            shutil.copy2(path, target / path.name)
+    left = shutil.ignore_patterns(".git", ".nox", "__pycache__", ".*_cache")
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        top = names if Path(folder) == ROOT else ()
+        # The copy must not hold the folder that it lies in: it would hold itself.
+        own = {name for name in top if name == "build" or target.is_relative_to(ROOT / name)}
+        return left(folder, names) | own
+
+    shutil.copytree(ROOT, target, ignore=ignored)
 
 
 def turn_around(source: Path, target: Path) -> None:
@@ -191,15 +201,12 @@ def turn_around(source: Path, target: Path) -> None:
         names.sort(reverse=True)
         here = target / Path(folder).relative_to(source)
         here.mkdir(parents=True, exist_ok=True)
-        for name in sorted(files, reverse=True):
+        for name in sorted((*names, *files), reverse=True):
             path = Path(folder, name)
             if path.is_symlink():
                 (here / name).symlink_to(path.readlink())
-            else:
+            elif name in files:
                 os.link(path, here / name)
-        for name in list(names):
-            if Path(folder, name).is_symlink():
-                (here / name).symlink_to(Path(folder, name).readlink())
 
 
 @contextmanager
@@ -235,9 +242,9 @@ def build_once(image: Image, work: Path, circumstances: Circumstances) -> Outcom
     env = environment(work, circumstances)
     host.say(f"\n{image.reference}: the {circumstances.name} build, from nothing, in {checkout}")
     start = time.perf_counter()
-    builder.stream(build.command(image, "--no-check"), env, checkout, circumstances.umask)
+    streaming.run(build.command(image, "--no-check"), env, checkout, circumstances.umask)
     seconds = time.perf_counter() - start
-    tool = builder.Buildah()
+    tool = Buildah()
     with storage_of(own):
         built = tool.inspect(tool.local + image.reference)
     if not built:
@@ -247,17 +254,14 @@ def build_once(image: Image, work: Path, circumstances: Circumstances) -> Outcom
 
 def look(image: Image, outcome: Outcome, folder: Path) -> list[list[Entry]]:
     """What is in each layer of a build."""
-    tool = builder.Buildah()
-    with (
-        storage_of(outcome.storage),
-        tempfile.TemporaryDirectory(dir=folder) as blobs,
-    ):
+    tool = Buildah()
+    with storage_of(outcome.storage), tempfile.TemporaryDirectory(dir=folder) as blobs:
         found = tool.blobs(tool.local + image.reference, Path(blobs))
         return [contents.load(blob)[0] for blob in found]
 
 
 def machine() -> dict[str, Any]:
-    """Which machine this is, as far as two can be told apart without naming one."""
+    """What tells this machine from another without naming it."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     model = next((x.split(":")[1].strip() for x in text.splitlines() if "model name" in x), "")
     boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
@@ -297,7 +301,7 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
     one, two = (build_once(image, work, circumstances) for circumstances in BUILDS)
     reached, lines = compared(image, one, two, work)
     reached = "R0" if unpinned else reached
-    tool, recorded = builder.Buildah(), layers.read(image)
+    tool, recorded = Buildah(), layers.read(image)
     inputs = build.inputs(image)
     verdict = layers.compare(recorded, inputs, one.built, tool.version())
     good = reached >= image.reproducible and not verdict.differs
@@ -333,7 +337,7 @@ def reproduce(image: Image, work: Path, *, keep: bool) -> int:
 
 def path(image: Image) -> Path:
     """Where the runs that reproduced an image are kept."""
-    return prove.beside(image, "reproduced")
+    return proofs.beside(image, "reproduced")
 
 
 def remember(image: Image, record: layers.Record, run: dict[str, Any]) -> None:
@@ -349,7 +353,7 @@ def remember(image: Image, record: layers.Record, run: dict[str, Any]) -> None:
         "inputs": record.inputs,
         "runs": [*runs, run],
     }
-    host.write(path(image), json.dumps(data, indent=1) + "\n")
+    host.write_json(path(image), data)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -362,7 +366,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--work", type=Path, help="a folder with room for two builds")
     given = parser.parse_args(list(arguments))
     image = catalog.find(given.ref, catalog.load())
-    if not isinstance(builder.detect("buildah"), builder.Buildah) or os.geteuid() != 0:
+    if not isinstance(builders.detect("buildah"), Buildah) or os.geteuid() != 0:
         raise Problem("reproduce needs root: only its builds write files in one order", 3)
     place = (given.work or host.scratch()).resolve()  # the builds run in other folders
     if not place.is_dir():
@@ -379,8 +383,8 @@ def main(arguments: Sequence[str]) -> int:
 def room(image: Image) -> int:
     """The bytes that two builds take: files, layers and packages of each at once.
 
-    While buildah commits a layer, a copy of it lies beside the others: 48 GiB were too few for
-    two builds of an SGLang image with a layer of 5 GB, where four and a half images are 46.
+    While buildah commits a layer, a copy of it lies beside the others. So 48 GiB were too few for
+    two builds of an SGLang image: four and a half images take 46 GiB, and its largest layer 5 GB.
     """
     recorded = layers.read(image)
     sizes = [layer.bytes for layer in recorded.layers] if recorded else [image.size.compressed * 3]

@@ -1,8 +1,8 @@
 """One rule: what the reports of an image are worth today.
 
-Nobody believes the verdict of a report. From what the catalog promises, from the layers and the
-proof program of today, and from the checks of a report it is computed here whether that is a proof,
-for ``prove``, ``publish``, ``verify-published``, ``matrix``, the release and the tables alike:
+Nobody believes the verdict of a report. This module computes what a report is worth from what the
+catalog promises, from the layers and the proof program of today, and from the checks of the report.
+``prove``, ``publish``, ``verify-published``, ``matrix``, the release and the tables all ask it:
 
 - *proved*: every promised check and transport passed, in today's layers, by today's program;
 - *in part*: something promised could not run there, and the report says what and why;
@@ -32,7 +32,7 @@ CORE = (
     *("files", "distributions", "libraries", "compilers", "imports"),
     *("start", "refit", "generation", "multi-turn", "partial-rollout", "cycle"),
 )
-# Of a report of which the program is not known: what was not there to be asked for.
+# The reason for what a report does not have, where it does not say which program wrote it.
 NOT_ASKED = "not asked for then, or it could not run"
 ENVIRONMENT = Path("/opt/rollout")  # inside every image
 Report = Mapping[str, Any]
@@ -52,7 +52,7 @@ class Today:
     transports: tuple[str, ...]
     program: Mapping[str, str]  # check -> identity of what decides its result
     not_shown: Mapping[str, str] = field(default_factory=dict)  # and why nobody can show it
-    above: int = 0  # of these layers, how many stand above the engine: the framework's
+    above: int = 0  # how many of these layers stand above the engine: the framework's
 
     @property
     def engine_layers(self) -> tuple[str, ...] | None:
@@ -167,10 +167,10 @@ def outdated(report: Report, today: Today) -> str:
 
 
 def regrown(report: Report, today: Today) -> bool:
-    """Whether what stands above the engine is another than in a report: the framework's layer.
+    """Whether the layer above the engine, the framework's, is another one than in a report.
 
-    The engine is to the byte what it was, and so is all that it was asked. What the environment
-    holds besides, and what trains in it, is not.
+    The engine is to the byte what it was, and was asked the same. The rest of the environment is
+    not, nor is what trains in it.
     """
     below_ours = tuple(report["layers"][:-1])
     return report["lock_sha256"] != today.lock_sha256 or below_ours != today.layers
@@ -209,7 +209,7 @@ def _shown(report: Report, today: Today) -> Standing:
     ways = sent_by(report, today.transports)
     unsent = [name for name in today.transports if name not in ways]
     lost = [name for name in CORE if name in today.checks and name not in passed]
-    # What the report's own program has in it, and is neither there nor skipped, is withheld.
+    # A check of the report's own program that neither passed nor was skipped is withheld.
     lost += [n for n in missing if known.get(n) == today.program[n] and n not in (*skipped, *lost)]
     if known.get("refit") == today.program["refit"]:
         lost += [name for name in unsent if name not in skipped]
@@ -220,15 +220,15 @@ def _shown(report: Report, today: Today) -> Standing:
     without = {name: skipped.get(name, NOT_ASKED) for name in (*missing, *unsent)}
     tail = f"; not shown: {reasons(without)}" if without else ""
     changed = [n for n in today.checks if n not in skipped and known.get(n) != today.program[n]]
+    other = ""
     if regrown(report, today):
-        day = report["started"][:10]
-        sentence = f"by the checks of {day}; what stands above the engine is another today{tail}"
-        return Standing(EARLIER, sentence, without, day)
-    if changed:
-        day = report["started"][:10]
+        other = "what stands above the engine is another today"
+    elif changed:
         which = "all of them" if len(changed) == len(today.checks) else listed(changed)
-        sentence = f"by the checks of {day}; asked otherwise today: {which}{tail}"
-        return Standing(EARLIER, sentence, without, day)
+        other = f"changed since: {which}"
+    if other:
+        day = report["started"][:10]
+        return Standing(EARLIER, f"by the checks of {day}; {other}{tail}", without, day)
     if without:
         return Standing(IN_PART, f"all but {reasons(without)}", without)
     return Standing(PROVED, "every promised check and transport passed")
@@ -248,7 +248,7 @@ def reasons(without: Mapping[str, str]) -> str:
 def publishable(found: Standing, today: Today) -> str:
     """Why an image of this standing is not published, as a clause; empty if it is.
 
-    What is proved in part is, where the catalog says why nobody can show the rest.
+    One that is proved in part is published where the catalog says why nobody can show the rest.
     """
     if found.word == PROVED:
         return ""

@@ -19,11 +19,12 @@ from images.building import build, context, payload
 from images.catalog import ROOT, Image
 from images.host import revisions
 from images.locking import lock
-from images.proving import prove, standing
+from images.proving import proofs, standing
 from rollout.problem import Problem
 
 # What no digest of inputs holds: how a build is run. The other modules stand in it by what they do.
-MAKERS = tuple(f"images/building/{name}.py" for name in ("build", "builder", "context"))
+_MODULES = ("build", "builder", "buildah", "docker", "context")
+MAKERS = tuple(f"images/building/{name}.py" for name in _MODULES)
 TOOLS = "lockfiles/dev.lock"
 INSTALLER = "uv=="  # of all tools the one that writes into images
 # Run by the code of another revision, which need not know this module.
@@ -111,7 +112,7 @@ def proved(images: Sequence[Image]) -> list[str]:
     """The references of images that their kept report allows to be published as they are today."""
     found = []
     for image in images:
-        why = standing.publishable(prove.standing_of(image), prove.today(image))
+        why = standing.publishable(proofs.standing_of(image), proofs.today(image))
         if why:
             say(f"{image.reference} is left out: {why}")
         else:

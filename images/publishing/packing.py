@@ -18,6 +18,7 @@ from pathlib import Path
 
 from images import host
 from images.building import build, builder, layering, layers
+from images.building.buildah import Buildah
 from images.catalog import Image
 from images.host import leftovers
 from images.locking import lock
@@ -54,7 +55,7 @@ def config_argv(identity: str) -> list[str]:
     return ["skopeo", "inspect", "--config", "--raw", f"containers-storage:{identity}"]
 
 
-def source(image: Image, tool: builder.Buildah, built: builder.Built) -> Source:
+def source(image: Image, tool: Buildah, built: builder.Built) -> Source:
     """The image as buildah holds it.
 
     Raises:

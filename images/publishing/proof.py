@@ -8,7 +8,7 @@ from pathlib import Path
 
 from images.building import layers
 from images.catalog import Image, shown
-from images.proving import prove, standing
+from images.proving import proofs, standing
 from images.proving.standing import Standing
 from rollout import report
 from rollout.problem import Problem
@@ -34,13 +34,13 @@ def fitting(path: Path, image: Image, diff_ids: Sequence[str]) -> Proof:
         found = report.parse(data)
     except ValueError as error:
         raise ValueError(f"{shown(path)} {error}") from None
-    now = prove.today(image, diff_ids)
+    now = proofs.today(image, diff_ids)
     worth = standing.judge(found, now)
     why = standing.publishable(worth, now)
     if why:
         raise ValueError(f"{shown(path)} allows none, {why}")
     # What the provenance says of the inputs has to be true of these layers.
-    if prove.today(image).layers != now.layers:
+    if proofs.today(image).layers != now.layers:
         raise ValueError(f"{shown(layers.path(image))} is not of these inputs and layers")
     return Proof(path, data, worth)
 
@@ -52,7 +52,7 @@ def passing(image: Image, diff_ids: Sequence[str]) -> Proof:
         Problem: none does; says what is wrong with each, and what to run.
     """
     reasons = []
-    for path in (prove.report_path(image), prove.kept(image)):
+    for path in (proofs.report_path(image), proofs.kept(image)):
         if not path.exists() and not path.is_symlink():
             reasons.append(f"there is no {shown(path)}")
             continue

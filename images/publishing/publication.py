@@ -11,7 +11,8 @@ import os
 from collections.abc import Sequence
 
 from images import catalog, host
-from images.building import build, builder
+from images.building import build
+from images.building.buildah import Buildah
 from images.catalog import Image
 from images.publishing import attach, copies, oci, packing, proof, provenance, sbom, signatures
 from images.publishing import tags as naming
@@ -44,7 +45,7 @@ def attested(
 
 def publish_image(
     image: Image,
-    tool: builder.Buildah,
+    tool: Buildah,
     registry: Registry,
     *,
     key: Key | None = None,

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from images import catalog, host
-from images.building import builder
+from images.building import builders
+from images.building.buildah import Buildah
 from images.publishing import keys
 from images.publishing.promotion import promote
 from images.publishing.publication import publish_image
@@ -100,8 +101,8 @@ def main(arguments: Sequence[str]) -> int:
         promote(image, origin, repository, reference, registry, trusted=trusted, key=key)
         return 0
     host.require("skopeo", "zstd")
-    tool = builder.detect()
-    if not isinstance(tool, builder.Buildah):
+    tool = builders.detect()
+    if not isinstance(tool, Buildah):
         raise Problem("only images of buildah are published", 2)
     publish_image(image, tool, registry, key=key, unproved=given.unproved)
     return 0

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from images import catalog, host, schema
-from images.building import sizes
 from images.catalog import ROOT, Image, shown
-from images.locking import lock
+from images.locking import locks
 from images.proving import measure
 from images.proving import standing as rule
-from images.telling import features, keys, numbers, pages, releases, tables
+from images.telling import features, keys, numbers, pages, releases, sizes, tables
 from rollout import report, verify
 from rollout.problem import Problem
 
@@ -75,10 +74,7 @@ def sections(images: Sequence[Image]) -> dict[str, dict[str, str]]:
             "features": features.table([(image, tables.kept(image)) for image in images]),
             "faults": tables.fault_table(images),
         },
-        "docs/reproducing.md": {
-            "layers": sizes.layer_table(images),
-            "measured": measured(default),
-        },
+        "docs/reproducing.md": {"layers": sizes.layer_table(images), "measured": measured(default)},
         "docs/new-image.md": {"keys": keys.table(), "fragments": keys.fragments(images)},
     }
 
@@ -126,7 +122,7 @@ def main(arguments: Sequence[str]) -> int:
     stale = [path for path, text in texts.items() if _read(path) != text]
     if given.check:
         for path in stale:
-            sys.stdout.write(lock.drift(path, texts[path]))
+            sys.stdout.write(locks.drift(path, texts[path]))
         if stale or gone:
             names = ", ".join(shown(path) for path in (*stale, *gone))
             raise Problem(f"not fresh (diff above): {names}; run 'nox -s docs'")

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from images.building import sizes
+from images.building.layers import megabytes
 from images.catalog import Image
 from images.proving import standing
 from images.proving.standing import Standing
 from images.schema import Smoke
+from images.telling import markdown
 from rollout.checks import rate
 from rollout.oracle import BOUND_BF16, BOUND_FP8
 
@@ -55,7 +56,7 @@ def metrics(report: Mapping[str, Any], check: str) -> Metrics | None:
 
 def freed(found: Metrics, _: Smoke) -> str:
     """How much of what the engine held a sleep gives back."""
-    return f"{found['freed_fraction']:.1%} of {sizes.megabytes(found['held_bytes'])} freed"
+    return f"{found['freed_fraction']:.1%} of {megabytes(found['held_bytes'])} freed"
 
 
 def transport(name: str) -> tuple[Callable[[Smoke], bool], Callable[[Metrics, Smoke], str]]:
@@ -173,8 +174,8 @@ def head(image: Image, kept: Kept | None) -> str:
 def table(columns: Sequence[tuple[Image, Kept | None]]) -> str:
     """The table: a row for each feature, a column for each image and its kept report."""
     heads = [head(image, kept) for image, kept in columns]
-    lines = ["| | " + " | ".join(heads) + " |", "|" + " --- |" * (len(heads) + 1)]
-    for feature in FEATURES:
-        cells = [cell(feature, image.smoke, kept) for image, kept in columns]
-        lines.append("| " + " | ".join([feature.name, *cells]) + " |")
-    return "\n".join(lines)
+    rows = [
+        [feature.name, *(cell(feature, image.smoke, kept) for image, kept in columns)]
+        for feature in FEATURES
+    ]
+    return markdown.table(["", *heads], rows)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from images.schema import TRANSPORTS
+from images.telling import markdown
 from rollout import verify
 from rollout.checks import FREED, GROWTH, rate
 from rollout.cuda_ipc import BUCKET_BYTES
@@ -177,11 +178,7 @@ def server_rows(server: Metrics) -> list[Row]:
     """The engine's own server."""
     return [
         ("start of the engine's own server, dummy weights", f"{server['start_seconds']:.1f} s", ""),
-        (
-            "… refitted in the middle of rollouts",
-            f"{server['refit_gb_per_s']:.3g} GB/s",
-            "",
-        ),
+        ("… refitted in the middle of rollouts", f"{server['refit_gb_per_s']:.3g} GB/s", ""),
         (
             f"{DIVERGENCE} of these rollouts",
             f"{server['other_divergence']:.4f}",
@@ -244,15 +241,6 @@ def of_machine(data: Mapping[str, Any]) -> str:
         ("… its steps alone ÷ the same", "steps_ratio_compiled", "{:.2f}", "≤ 1.3"),
         ("… ÷ bare `uv pip install`", "build_ratio", "{:.2f}", "≤ 1.3"),
     ]
-    lines = [
-        f"On {data['machine']}, {data['measured']}, by `nox -s measure`:",
-        "",
-        "| what | measured | aim |",
-        "| --- | --- | --- |",
-    ]
-    lines += [
-        f"| {what} | {form.format(data[key])} | {aim} |"
-        for what, key, form, aim in rows
-        if key in data
-    ]
-    return "\n".join(lines)
+    found = [(what, form.format(data[key]), aim) for what, key, form, aim in rows if key in data]
+    told = f"On {data['machine']}, {data['measured']}, by `nox -s measure`:"
+    return f"{told}\n\n{markdown.table(('what', 'measured', 'aim'), found)}"

@@ -1,18 +1,19 @@
 """Which image is for which release of a framework: what users ask first.
 
 The catalog says it, and `nox -s lock` has asked a resolver about each release
-(images/locking/lock.py).
+(images/locking/resolution.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from packaging.version import Version
 
 from images.catalog import Image
 from images.locking import lock
 from images.schema import Framework
+from images.telling import markdown
 
 HEAD = ("release", "image", "engine", "torch", "CUDA", "why")
 
@@ -36,7 +37,7 @@ def reason(image: Image, framework: Framework, release: str) -> str:
 
 def row(image: Image, framework: Framework, release: str) -> tuple[str, ...]:
     """One release and one image."""
-    versions: Mapping[str, str] = lock.versions(lock.read(image))
+    versions = lock.versions(lock.read(image))
     return (
         f"{framework.name} {release}",
         f"`{image.reference}`",
@@ -56,8 +57,7 @@ def table(images: Sequence[Image]) -> str:
         for release in (image.framework.version, *image.framework.fits)
     ]
     found.sort(key=lambda each: (each[1].name, _newest_first(each[2]), each[0].reference))
-    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
-    return "\n".join([*lines, *("| " + " | ".join(row(*each)) + " |" for each in found)])
+    return markdown.table(HEAD, [row(*each) for each in found])
 
 
 def _newest_first(release: str) -> tuple[int, ...]:

@@ -6,23 +6,24 @@ import json
 from collections.abc import Mapping, Sequence
 
 from images import catalog
-from images.building import build, layers, sizes
+from images.building import build
+from images.building.layers import megabytes
 from images.catalog import ROOT, Image
 from images.locking import base, lock
-from images.proving import prove, reproduce
+from images.proving import proofs, reproduce
 from images.proving import standing as rule
-from images.telling import features, releases
+from images.telling import features, markdown, releases
 from rollout import preflight, smoke
 from rollout.faults import FAULTS, aimed
 
 
 def kept(image: Image) -> features.Kept | None:
     """The kept report of an image, None where none is kept."""
-    data = prove.kept_report(image)
+    data = proofs.kept_report(image)
     if data is None:
         return None
-    where = str(prove.kept(image).relative_to(ROOT))
-    return features.Kept(where, data, prove.standing_of(image))
+    where = str(proofs.kept(image).relative_to(ROOT))
+    return features.Kept(where, data, proofs.standing_of(image))
 
 
 def standing(image: Image) -> str:
@@ -53,10 +54,10 @@ def reproduced(image: Image) -> str:
 
 def pull(image: Image) -> str:
     """What a node without any of its layers fetches, as recorded for today's inputs."""
-    record = layers.read(image)
-    if record is None or record.inputs != build.inputs(image):
+    record = build.recorded(image)
+    if record is None:
         return "not recorded yet"
-    return sizes.megabytes(sum(layer.compressed for layer in record.layers))
+    return megabytes(sum(layer.compressed for layer in record.layers))
 
 
 def cuda(versions: Mapping[str, str]) -> str:
@@ -68,10 +69,10 @@ def cuda(versions: Mapping[str, str]) -> str:
     return f"{found}, driver ≥ {floor}"
 
 
-def row(image: Image, versions: Mapping[str, str]) -> str:
+def row(image: Image, versions: Mapping[str, str]) -> list[str]:
     """The table row of an image."""
     ray = f", Ray {versions['ray']}" if "ray" in versions else ""
-    cells = [
+    return [
         f"[`{image.reference}`](docs/images/{image.repository}/{image.tag}.md)",
         releases.of(image.framework),
         f"{image.backend} {versions[image.engine]}",
@@ -81,24 +82,20 @@ def row(image: Image, versions: Mapping[str, str]) -> str:
         standing(image),
         f"`nox -s build -- {image.tag}`",
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def table(images: Sequence[Image]) -> str:
     """The table of all images."""
     head = ("image", "for", "engine", "CUDA", "Python", "to pull", "proof", "how to get it")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for image in images:
-        lines.append(row(image, lock.versions(lock.read(image))))
-    return "\n".join(lines)
+    return markdown.table(head, [row(i, lock.versions(lock.read(i))) for i in images])
 
 
 def kept_faults(image: Image, fault: str, called: str) -> list[str]:
     """Links to the reports of runs of an image that found a fault, with what each is worth."""
     found = []
-    for path in prove.kept_faults(image, fault):
+    for path in proofs.kept_faults(image, fault):
         transport = aimed(path.stem)[1]
-        worth = prove.standing_of_fault(image, path.stem)
+        worth = proofs.standing_of_fault(image, path.stem)
         by = f" by {transport}" if transport else ""
         link = f"[{called}{by}]({path.relative_to(ROOT)})"
         found.append(f"{link} ({worth})" if worth else link)
@@ -108,18 +105,16 @@ def kept_faults(image: Image, fault: str, called: str) -> list[str]:
 def fault_table(images: Sequence[Image]) -> str:
     """The faults that can be injected, the check that finds each, and where that was shown.
 
-    On the CPU every run of the tests shows it, where the default image has the check; of a GPU
+    On the CPU every run of the tests shows it, where the default image has the check. For a GPU
     image the report of the run is kept.
     """
     default = next((image for image in images if image.reference == catalog.DEFAULT), None)
     on_cpu = smoke.available(default.smoke.facts) if default else smoke.CHECKS
-    lines = ["| fault | what happens | found by | shown on |", "| --- | --- | --- | --- |"]
+    rows = []
     for name, fault in FAULTS.items():
         shown_on = ["CPU (tests)"] if fault.found_by(on_cpu) else []
         shown_on += [where for image in images for where in kept_faults(image, name, image.tag)]
-        checks = [check for check in (fault.check, fault.otherwise) if check]
-        lines.append(
-            f"| `{name}` | {fault.what} | {' or '.join(f'`{check}`' for check in checks)} | "
-            f"{', '.join(shown_on) or 'not shown yet'} |"
-        )
-    return "\n".join(lines)
+        checks = " or ".join(f"`{check}`" for check in (fault.check, fault.otherwise) if check)
+        where = ", ".join(shown_on) or "not shown yet"
+        rows.append((f"`{name}`", fault.what, checks, where))
+    return markdown.table(("fault", "what happens", "found by", "shown on"), rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from images import catalog, host
-from images.building import builder
+from images.building.buildah import Buildah
 from images.catalog import Image
 from rollout.problem import Problem
 
@@ -26,7 +26,7 @@ def gpu() -> None:
 
 @pytest.mark.parametrize("image", GPU_IMAGES, ids=lambda image: image.tag)
 def test_a_cuda_image_of_the_catalog_is_proved_on_this_gpu(image: Image, tmp_path: Path) -> None:
-    tool = builder.Buildah()
+    tool = Buildah()
     try:
         host.require("buildah", "zstd")
         code = proof(image, tool, tmp_path)

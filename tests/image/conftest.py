@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from images import catalog
-from images.building import build, builder
+from images.building import build, builder, builders
+from images.building.buildah import Buildah
 from rollout.problem import Problem
 
 Result = subprocess.CompletedProcess[str]
@@ -29,7 +30,7 @@ class Container:
 
     name: str
     root: Path
-    tool: builder.Buildah
+    tool: Buildah
 
     def run(self, *argv: str, user: str = "") -> Result:
         """Run a command in it, its output kept."""
@@ -78,27 +79,27 @@ def image() -> catalog.Image:
 
 
 @pytest.fixture(scope="session")
-def tool() -> builder.Buildah:
+def tool() -> Buildah:
     """The builder whose digests count."""
     if os.geteuid() != 0:
         pytest.skip("these tests enter images by chroot, which needs root")
     try:
-        found = builder.detect("buildah")
+        found = builders.detect("buildah")
     except Problem as problem:
         pytest.skip(problem.sentence)
-    assert isinstance(found, builder.Buildah)
+    assert isinstance(found, Buildah)
     return found
 
 
 @pytest.fixture(scope="session")
-def built(image: catalog.Image, tool: builder.Buildah) -> builder.Built:
+def built(image: catalog.Image, tool: Buildah) -> builder.Built:
     """The default image, built; from the cache where nothing changed."""
     return build.build(image, tool)
 
 
 @pytest.fixture
 def container(
-    tool: builder.Buildah,
+    tool: Buildah,
     built: builder.Built,
 ) -> Iterator[Callable[[], Container]]:
     """Makes working containers, and removes them."""

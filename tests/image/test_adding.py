@@ -19,6 +19,7 @@ import pytest
 
 from images import catalog
 from images.building import builder
+from images.building.buildah import Buildah
 from images.catalog import ROOT
 from images.locking import lock
 from rollout import report
@@ -77,7 +78,7 @@ def pip_conf(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def derive(
-    tool: builder.Buildah,
+    tool: Buildah,
     built: builder.Built,  # noqa: ARG001 - an image on top needs the image
     wheels: Path,
     pip_conf: Path,

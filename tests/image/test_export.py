@@ -21,6 +21,7 @@ import pytest
 
 from images import catalog, host
 from images.building import builder, export
+from images.building.buildah import Buildah
 from rollout.problem import Problem
 
 pytestmark = pytest.mark.image
@@ -28,7 +29,7 @@ Result = subprocess.CompletedProcess[str]
 NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
 
 
-def exported(image: catalog.Image, tool: builder.Buildah, kind: str, folder: Path) -> Path:
+def exported(image: catalog.Image, tool: Buildah, kind: str, folder: Path) -> Path:
     try:
         host.require(export.FORMATS[kind][1])
     except Problem as problem:
@@ -47,7 +48,7 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def archive(
     image: catalog.Image,
-    tool: builder.Buildah,
+    tool: Buildah,
     built: builder.Built,  # noqa: ARG001 - what is exported has to be there
     folder: Path,
 ) -> Path:
@@ -105,7 +106,7 @@ def launched(request: pytest.FixtureRequest, top: Path, folder: Path) -> Launche
 
 
 def test_the_same_image_gives_the_same_archive(
-    image: catalog.Image, tool: builder.Buildah, archive: Path, folder: Path
+    image: catalog.Image, tool: Buildah, archive: Path, folder: Path
 ) -> None:
     again = exported(image, tool, "rootfs", folder / "again")
     assert host.sha256(again) == host.sha256(archive)
@@ -253,7 +254,7 @@ def test_nothing_stays_mounted_and_nothing_was_written(
 
 
 def test_an_oci_archive_holds_the_image_to_the_digest(
-    image: catalog.Image, tool: builder.Buildah, built: builder.Built, folder: Path
+    image: catalog.Image, tool: Buildah, built: builder.Built, folder: Path
 ) -> None:
     file = exported(image, tool, "oci", folder)
     with tarfile.open(file) as tar:
@@ -275,7 +276,7 @@ def test_an_oci_archive_holds_the_image_to_the_digest(
 
 
 def test_a_squashfs_file_holds_what_enroot_reads_and_is_the_same_again(
-    image: catalog.Image, tool: builder.Buildah, built: builder.Built, folder: Path
+    image: catalog.Image, tool: Buildah, built: builder.Built, folder: Path
 ) -> None:
     file = exported(image, tool, "sqsh", folder)
     first = host.sha256(file)

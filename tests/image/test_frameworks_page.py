@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from images.building import builder
+from images.building.buildah import Buildah
 from images.building.builder import Command
 from images.catalog import ROOT
 
@@ -41,7 +41,7 @@ def test_the_page_has_a_whole_command_for_each_trainer() -> None:
     ("reference", "words"), documented(), ids=[words[2] for _, words in documented()]
 )
 def test_the_framework_understands_what_the_page_says(
-    tool: builder.Buildah, reference: str, words: list[str]
+    tool: Buildah, reference: str, words: list[str]
 ) -> None:
     """Control: an argument that it has not is refused."""
     if tool.inspect(tool.local + reference) is None:

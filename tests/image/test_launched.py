@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from images import catalog, host
-from images.building import builder
-from images.proving import prove
+from images.building.buildah import Buildah
+from images.proving import proofs
 
 from ..launched import proof
 
@@ -28,12 +28,12 @@ def open_folder() -> Iterator[Path]:
 @pytest.mark.usefixtures("built")
 def test_reports_of_the_launcher_prove_the_image(
     image: catalog.Image,
-    tool: builder.Buildah,
+    tool: Buildah,
     open_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     host.require("zstd")
-    monkeypatch.setattr(prove, "REPORTS", tmp_path)  # the last report of this checkout stays
+    monkeypatch.setattr(proofs, "REPORTS", tmp_path)  # the last report of this checkout stays
     assert proof(image, tool, open_folder) == 0
-    assert prove.report_path(image).exists()
+    assert proofs.report_path(image).exists()

@@ -13,6 +13,7 @@ import pytest
 
 from images import host
 from images.building import builder, isolation
+from images.building.buildah import Buildah
 
 pytestmark = pytest.mark.image
 
@@ -61,7 +62,7 @@ def listening() -> Iterator[tuple[int, list[str]]]:
 
 @pytest.mark.parametrize("apart", [True, False], ids=["as we build", "control"])
 def test_a_step_reaches_nobody_finds_no_secret_and_spoils_no_package(
-    tool: builder.Buildah,
+    tool: Buildah,
     built: builder.Built,
     listening: tuple[int, list[str]],
     tmp_path: Path,

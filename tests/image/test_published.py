@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from images import catalog, host
-from images.building import builder
+from images.building.buildah import Buildah
 from images.building.builder import Built
 from images.catalog import Image
 from images.publishing import (
@@ -60,7 +60,7 @@ def storage(tmp_path: Path) -> Iterator[list[str]]:
 
 def test_what_is_pulled_by_digest_is_the_image_that_was_built_and_verifies(
     image: Image,
-    tool: builder.Buildah,
+    tool: Buildah,
     built: Built,
     server: Server,
     storage: list[str],

@@ -23,7 +23,7 @@ from typing import IO
 import pytest
 
 from images import catalog
-from images.building import builder
+from images.building.buildah import Buildah
 from images.locking import base, lock
 from rollout.backends.served import free_port
 
@@ -183,7 +183,7 @@ class Node:
 
 
 @pytest.fixture
-def node(tool: builder.Buildah, tmp_path: Path) -> Iterator[Callable[[str], Node]]:
+def node(tool: Buildah, tmp_path: Path) -> Iterator[Callable[[str], Node]]:
     """Makes nodes of images that are built here, and removes them."""
     made: list[Node] = []
     containers: list[str] = []

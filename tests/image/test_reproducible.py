@@ -12,6 +12,7 @@ import pytest
 
 from images import catalog, host
 from images.building import builder, layering, layers
+from images.building.buildah import Buildah
 from images.catalog import ROOT
 from images.host import leftovers
 from images.proving import reproduce
@@ -51,7 +52,7 @@ def outcome(own: Path, text: str, mode: int) -> reproduce.Outcome:
     conf = {"CONTAINERS_STORAGE_CONF": str(own / "storage.conf")}
     subprocess.run(["sh", "-c", script], env={**os.environ, **conf}, check=True)
     with reproduce.variables(conf):
-        built = builder.Buildah().inspect(f"localhost/{TAG}")
+        built = Buildah().inspect(f"localhost/{TAG}")
     assert built is not None
     return reproduce.Outcome(built, 0.0, own)
 
@@ -90,7 +91,7 @@ def test_the_file_that_differs_in_a_real_layer_is_named(
 
 
 def test_a_killed_build_leaves_no_tag(
-    tool: builder.Buildah,
+    tool: Buildah,
     built: builder.Built,  # noqa: ARG001 - the base and the packages are there
 ) -> None:
     subprocess.run(["buildah", "rmi", tool.local + TAG], check=False, capture_output=True)

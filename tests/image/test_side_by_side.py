@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from images import catalog
-from images.building import builder
+from images.building.buildah import Buildah
 from images.catalog import ROOT
 from images.host import leftovers
 from images.proving import reproduce
@@ -38,16 +38,16 @@ import os, sys
 from pathlib import Path
 from images import host
 from images.building import budget, build, export
-from images.locking import base, lock
-from images.proving import prove
+from images.locking import base, resolution
+from images.proving import proofs, prove
 
 build.BUILD = Path(os.environ["CHECKOUT"]) / "build"
 base.tarball = lambda: Path(os.environ["TOY"])
 build.recipe_text = lambda *_: os.environ["STEPS"]
 build.base_needs = lambda _: []
 budget.check = lambda *_: None
-lock.resolve = lambda image: image.lock.read_text()
-prove._read = lambda *_: {}  # the toy's verify has no report that says anything
+resolution.resolve = lambda image: image.lock.read_text()
+proofs.read = lambda *_: {}  # the toy's verify has no report that says anything
 station = {"build": build, "export": export, "prove": prove}[sys.argv[1]]
 raise SystemExit(host.guarded(station.main, sys.argv[2:]))
 """
@@ -119,7 +119,7 @@ class Machine:
     def inspect(self, name: str) -> str:
         """The id of an image; empty where there is none of that name."""
         with reproduce.variables(self.env):
-            found = builder.Buildah().inspect(name)
+            found = Buildah().inspect(name)
         return found.id if found else ""
 
     def buildah(self, *arguments: str) -> str:
@@ -146,7 +146,7 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tool: builder.Buildah, tmp_path: Path) -> Iterator[Machine]:  # noqa: ARG001
+def machine(tool: Buildah, tmp_path: Path) -> Iterator[Machine]:  # noqa: ARG001
     """As root and with buildah, or these tests are skipped with the reason."""
     yield Machine(tmp_path)
     leftovers.discard(tmp_path)

@@ -12,6 +12,7 @@ import pytest
 
 from images import catalog
 from images.building import build, builder
+from images.building.buildah import Buildah
 from rollout import preflight
 
 from .conftest import Sealed
@@ -49,7 +50,7 @@ def image() -> catalog.Image:
 
 
 @pytest.fixture(scope="module")
-def built(image: catalog.Image, tool: builder.Buildah) -> builder.Built:
+def built(image: catalog.Image, tool: Buildah) -> builder.Built:
     """It as of today, where one is there; tests/image/test_vllm.py builds it from nothing."""
     if tool.inspect(tool.local + image.reference) is None:
         pytest.skip(f"{image.reference} is not built here: nox -s build -- {image.reference}")

@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from images import catalog, host
-from images.building import build, builder, layers
+from images.building import build, layers
+from images.building.buildah import Buildah
 from images.host import leftovers
 from images.proving import reproduce
 from rollout.problem import Problem
@@ -59,7 +60,7 @@ def test_both_end_well_with_one_image_of_the_recorded_layers(
     assert [clone.returncode for clone in clones] == [0, 0], [text[-3000:] for text in said]
     ids = {found[1] for text in said if (found := re.search(r" is ([0-9a-f]{64})$", text, re.M))}
     assert len(ids) == 1, said
-    tool = builder.Buildah()
+    tool = Buildah()
     with reproduce.variables(env):
         built = tool.inspect(tool.local + image.reference)
         left = host.run(["buildah", "containers", "--quiet"], quiet=True).stdout

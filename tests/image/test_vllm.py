@@ -9,8 +9,9 @@ import pytest
 
 from images import catalog, host
 from images.building import build, builder, layers
+from images.building.buildah import Buildah
 from images.locking import lock
-from images.proving import prove
+from images.proving import proofs
 from images.telling import tables
 from rollout import preflight, verify
 from rollout.problem import Problem
@@ -31,7 +32,7 @@ def image() -> catalog.Image:
 
 
 @pytest.fixture(scope="session")
-def built(image: catalog.Image, tool: builder.Buildah) -> builder.Built:
+def built(image: catalog.Image, tool: Buildah) -> builder.Built:
     """It, built where there is room for it."""
     try:
         build.check_disk(tool.storage(), NEEDED)
@@ -47,7 +48,7 @@ def test_the_layers_are_the_recorded_ones_and_a_proof_of_others_is_not_called_on
     assert recorded is not None
     assert recorded.inputs == build.inputs(image), "recorded from other inputs: reproduce it again"
     assert built.diff_ids[:-1] == recorded.diff_ids
-    proof = json.loads(prove.kept(image).read_text(encoding="utf-8"))
+    proof = json.loads(proofs.kept(image).read_text(encoding="utf-8"))
     below_ours = tuple(proof["layers"][:-1])
     engine = recorded.diff_ids[:-1]  # the framework's layer comes last
     found = tables.standing(image).lower()

@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 
 from images import host
-from images.building import build, builder, labels, layers
+from images.building import build, builder, builders, labels, layers
+from images.building.buildah import Buildah
 from images.building.contents import Summary
 from images.locking import lock
-from images.proving import prove
+from images.proving import proofs
 from images.publishing import (
     attach,
     attestations,
@@ -413,7 +414,7 @@ def test_a_compression_that_is_killed_leaves_nothing_that_is_believed(toy: Make)
 # The session: from buildah's storage to a registry, and from one registry to another
 
 
-class Store(builder.Buildah):
+class Store(Buildah):
     """A storage that holds one image."""
 
     def __init__(self, toy: Toy) -> None:
@@ -432,13 +433,13 @@ def built(toy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     stamps = labels.of_image(IMAGE, lock.read(IMAGE), sha256, build.base_name())
     image = toy("base", "engine", labels=stamps)
     diff_ids = [layer.diff_id for layer in image.source.layers]
-    monkeypatch.setattr(prove, "REPORTS", tmp_path / "reports")
-    host.write(prove.report_path(IMAGE), json.dumps(reports.of(IMAGE, diff_ids)))
+    monkeypatch.setattr(proofs, "REPORTS", tmp_path / "reports")
+    host.write(proofs.report_path(IMAGE), json.dumps(reports.of(IMAGE, diff_ids)))
     nothing = Summary({}, "owner", "mtime", "xattr", "order")
     below = tuple(layers.Layer("base", diff_id, 2, 1, nothing) for diff_id in diff_ids[:-1])
     record = layers.Record(build.inputs(IMAGE), "buildah", below)
     monkeypatch.setattr(layers, "read", lambda _: record)
-    monkeypatch.setattr(builder, "detect", lambda *_: Store(image))
+    monkeypatch.setattr(builders, "detect", lambda *_: Store(image))
     monkeypatch.setattr(build, "current", lambda _, tool: tool.built)
     monkeypatch.setattr(packing, "source", lambda *_: image.source)
     monkeypatch.setattr(provenance, "checkout_commit", lambda: "0" * 40)
@@ -475,7 +476,7 @@ def test_the_session_publishes_once_and_then_has_nothing_to_do(
 def test_without_a_passing_report_nothing_is_sent(
     built: Toy, here: Registry, server: Server
 ) -> None:
-    prove.report_path(IMAGE).unlink()
+    proofs.report_path(IMAGE).unlink()
     with pytest.raises(Problem, match="has no passing report") as caught:
         publish.main([IMAGE.tag, "--to", here.target])
     assert caught.value.code == 1
@@ -498,11 +499,11 @@ def test_the_report_that_is_attached_is_the_one_that_was_looked_at(
     built: Toy, here: Registry
 ) -> None:
     """Between the look and the attestations lie the minutes in which layers are compressed."""
-    looked_at = prove.report_path(IMAGE).read_bytes()
+    looked_at = proofs.report_path(IMAGE).read_bytes()
     opened = built.source.opened
 
     def slow(wanted: Collection[str]) -> AbstractContextManager[Mapping[str, Path]]:
-        host.write(prove.report_path(IMAGE), '{"verdict": "failed"}')
+        host.write(proofs.report_path(IMAGE), '{"verdict": "failed"}')
         return opened(wanted)
 
     built.source = replace(built.source, opened=slow)
@@ -515,7 +516,7 @@ def test_the_report_that_is_attached_is_the_one_that_was_looked_at(
 def test_what_is_unproved_says_so_everywhere_and_leaves_the_names_of_the_proved_one(
     built: Toy, here: Registry, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prove.report_path(IMAGE).unlink()
+    proofs.report_path(IMAGE).unlink()
     assert publish.main([IMAGE.tag, "--to", here.target, "--unproved"]) == 0
     assert "UNPROVED" in capsys.readouterr().out
     names = tags.of_image(IMAGE, unproved=True)

@@ -11,6 +11,7 @@ import pytest
 
 from images import host
 from images.building import budget, builder, layers
+from images.building.buildah import Buildah
 from images.building.contents import Summary
 from images.building.layers import Layer, Record
 from images.catalog import Image
@@ -69,7 +70,7 @@ def test_what_is_too_large_is_told_with_both_numbers(checkout: Checkout) -> None
 # The check after a build
 
 
-class Storage(builder.Buildah):
+class Storage(Buildah):
     """A builder's storage with one image: a layer of one file of 2 KB for each path."""
 
     def __init__(self, *paths: str) -> None:

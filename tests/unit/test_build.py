@@ -19,6 +19,7 @@ from images.building import (
     budget,
     build,
     builder,
+    builders,
     context,
     dockerfile,
     fetching,
@@ -26,7 +27,9 @@ from images.building import (
     layering,
     payload,
 )
+from images.building.buildah import Buildah
 from images.building.contents import Summary
+from images.building.docker import Docker
 from images.building.layers import Layer, Measured, Record
 from images.catalog import Image
 from images.locking import base, lock
@@ -611,14 +614,14 @@ class Looks:
         return BUILT if self.seen and name == BUILT.id else None
 
 
-class Fake(Looks, builder.Buildah):
+class Fake(Looks, Buildah):
     """The builder whose digests count."""
 
     def version(self) -> str:
         return "buildah 1.28.2"
 
 
-class FakeDocker(Looks, builder.Docker):
+class FakeDocker(Looks, Docker):
     """The other one."""
 
 
@@ -870,7 +873,7 @@ def test_a_build_is_made_as_it_was_asked_for(
     options: dict[str, Any],
 ) -> None:
     made: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr(builder, "detect", lambda _: Fake())
+    monkeypatch.setattr(builders, "detect", lambda _: Fake())
     monkeypatch.setattr(build, "build", lambda i, _, **given: made.append((i.tag, given)))
     assert build.main(arguments) == 0
     usual = {"tag": "", "cache": True, "check": True}
@@ -881,7 +884,7 @@ def test_what_was_built_is_recorded_where_it_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recorded: list[tuple[str, object]] = []
-    monkeypatch.setattr(builder, "detect", lambda _: Fake())
+    monkeypatch.setattr(builders, "detect", lambda _: Fake())
     monkeypatch.setattr(build, "build", lambda *_, **__: BUILT)
     monkeypatch.setattr(build, "keep", lambda i, _, built: recorded.append((i.tag, built)))
     assert build.main(["vllm-0.12"]) == 0
@@ -893,7 +896,7 @@ def test_what_was_built_is_recorded_where_it_was_asked_for(
 def test_an_image_of_another_name_is_not_recorded_as_the_released_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(builder, "detect", lambda _: Fake())
+    monkeypatch.setattr(builders, "detect", lambda _: Fake())
     monkeypatch.setattr(build, "build", lambda *_, **__: pytest.fail("built before it was checked"))
     with pytest.raises(Problem, match="--record needs buildah and the image's own name") as caught:
         build.main(["vllm-0.12", "--record", "--tag", "mine:1"])

@@ -1,4 +1,4 @@
-"""What a builder is told to do, and what a person is told when it fails."""
+"""What a builder is told to do, and which one is taken."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +14,10 @@ from typing import Any
 import pytest
 
 from images import host
-from images.building import builder, isolation
-from images.building.builder import Buildah, Command, Docker, Recipe
+from images.building import builder, builders, isolation, streaming
+from images.building.buildah import Buildah
+from images.building.builder import Command, Recipe
+from images.building.docker import Docker
 from images.host import leash, owner
 from rollout.problem import Problem
 
@@ -221,7 +221,7 @@ def test_docker_builds_an_archive_where_its_store_takes_one(
 ) -> None:
     built: list[list[str]] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(builder, "stream", built.append)
+    monkeypatch.setattr(streaming, "run", built.append)
     answers["docker info"] = (0, CONTAINERD)
     assert Docker().build(RECIPE) == RECIPE.name
     loaded = answers["calls"][1].splitlines()[-1].split()
@@ -238,7 +238,7 @@ def test_docker_says_what_its_classic_store_cannot_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     built: list[list[str]] = []
-    monkeypatch.setattr(builder, "stream", built.append)
+    monkeypatch.setattr(streaming, "run", built.append)
     answers["docker info"] = (0, CLASSIC)
     assert Docker().build(RECIPE) == RECIPE.name
     assert built == [Docker().build_argv(RECIPE)]
@@ -351,7 +351,7 @@ def test_of_dockers_containers_those_of_dead_owners_are_removed(
 
 def test_an_unknown_builder_is_answered_with_the_known_ones() -> None:
     with pytest.raises(Problem) as caught:
-        builder.detect("kaniko")
+        builders.detect("kaniko")
     assert caught.value.code == 2
     assert caught.value.sentence == "unknown builder 'kaniko'; known are buildah, docker"
 
@@ -359,7 +359,7 @@ def test_an_unknown_builder_is_answered_with_the_known_ones() -> None:
 def test_a_missing_docker_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(Problem) as caught:
-        builder.detect("docker")
+        builders.detect("docker")
     assert caught.value.code == 3
     way_out = "install it, or leave out --builder docker"
     assert caught.value.sentence == f"docker is not installed; {way_out}"
@@ -379,11 +379,11 @@ def test_a_docker_that_cannot_build_is_said_with_what_to_do(
     sentence: str,
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/docker")
-    assert isinstance(builder.detect("docker"), Docker)
+    assert isinstance(builders.detect("docker"), Docker)
     answers.clear()
     answers[word] = (1, "")
     with pytest.raises(Problem) as caught:
-        builder.detect("docker")
+        builders.detect("docker")
     assert (caught.value.code, caught.value.sentence) == (3, sentence)
 
 
@@ -392,7 +392,7 @@ def test_buildah_is_taken_and_asked_for_unless_told_otherwise(
 ) -> None:
     required: list[str] = []
     monkeypatch.setattr(host, "require", required.append)
-    assert isinstance(builder.detect(), Buildah)
+    assert isinstance(builders.detect(), Buildah)
     assert required == ["buildah"]
 
 
@@ -403,101 +403,5 @@ def test_a_wrong_folder_for_temporary_files_is_said_in_one_sentence(
 ) -> None:
     monkeypatch.setenv("TMPDIR", folder)
     with pytest.raises(Problem, match=f"^TMPDIR is {folder}, no folder that can be") as caught:
-        builder.detect(name)
+        builders.detect(name)
     assert caught.value.code == 2
-
-
-# when it fails
-
-
-@pytest.mark.parametrize(
-    ("line", "sentence"),
-    [
-        ("cp: write error: No space left on device", "the disk is full"),
-        (
-            "error: Hash mismatch for `torch==2.9.0`",
-            "the file of torch==2.9.0 has another sha256 than the lock",
-        ),
-        ("error: Failed to fetch: `http://x`", "the package index cannot be reached"),
-        ("error sending request for url (http://x)", "the package index does not answer"),
-        ("× No solution found when resolving dependencies", "does not have a locked version"),
-    ],
-)
-def test_a_known_failure_is_said_in_plain_words(line: str, sentence: str) -> None:
-    assert sentence in builder.meaning(["step 1", line, "the builder's own last word"], 1)
-
-
-def test_an_unknown_failure_is_said_with_its_last_line() -> None:
-    said = builder.meaning(["step 1", " it broke ", "", " "], 125)
-    assert said == "the builder exited with 125: it broke"
-    assert builder.meaning([], 1) == "the builder exited with 1: no output"
-
-
-def test_a_failed_command_shows_its_lines_and_raises_the_last(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    script = "echo one; echo two >&2; printf '\\377'; echo three; exit 5"
-    with pytest.raises(Problem, match=r"the builder exited with 5: .three$"):
-        builder.stream(["sh", "-c", script])
-    assert capsys.readouterr().out.startswith("one\ntwo\n")
-
-
-def test_a_command_that_succeeds_raises_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    builder.stream(["sh", "-c", "echo no space left on device"])
-    assert capsys.readouterr().out == "no space left on device\n"
-
-
-def test_a_command_runs_where_and_with_the_mask_it_is_told(tmp_path: Path) -> None:
-    script = "pwd; umask; echo $A; touch file"
-    builder.stream(["sh", "-c", f"({script}) > out"], {"A": "b"}, tmp_path, 0o077)
-    assert (tmp_path / "out").read_text() == f"{tmp_path}\n0077\nb\n"
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
-
-
-def test_a_command_that_is_told_nothing_runs_as_this_process_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("A", "of this process")
-    before = os.umask(0o027)
-    try:
-        builder.stream(["sh", "-c", "pwd; umask; echo $A"])
-    finally:
-        os.umask(before)
-    assert capsys.readouterr().out == f"{tmp_path}\n0027\nof this process\n"
-
-
-class Interrupted:
-    """A terminal in front of which somebody presses Ctrl-C at the first line."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> None:
-        self.text += text
-        raise KeyboardInterrupt
-
-
-def ended(pid: int) -> bool:
-    """Whether a process is gone within five seconds; one that nobody waited for counts as gone."""
-    for _ in range(100):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def test_ctrl_c_ends_the_builder_and_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Interrupted()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    script = "sleep 60 & echo $$ $!; wait"
-    with pytest.raises(KeyboardInterrupt):
-        builder.stream(["sh", "-c", script])
-    parent, child = map(int, terminal.text.split())
-    assert os.getpid() not in (parent, child)
-    assert ended(parent)
-    assert ended(child)

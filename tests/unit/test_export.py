@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from images import catalog
-from images.building import builder, export, labels, layers
+from images.building import builders, export, labels, layers
 from images.building.build import TIMESTAMP
+from images.building.docker import Docker
 from rollout.problem import Problem
 
 IMAGE = catalog.find(catalog.DEFAULT, catalog.load())
@@ -171,7 +172,7 @@ def test_the_script_for_enroot_starts_the_entrypoint(
 
 
 def test_docker_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "detect", lambda _: builder.Docker())
+    monkeypatch.setattr(builders, "detect", lambda _: Docker())
     with pytest.raises(Problem, match="only images of buildah") as caught:
         export.main([IMAGE.tag, "--format", "oci", "--builder", "docker"])
     assert caught.value.code == 2

@@ -12,7 +12,7 @@ from images.building import build, layers
 from images.building.contents import Summary
 from images.catalog import Image
 from images.locking import lock
-from images.proving import prove, standing
+from images.proving import proofs, standing
 from images.proving.standing import Standing
 from images.schema import Smoke
 from images.telling import docs, features, numbers, pages, tables
@@ -232,7 +232,7 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     for check in data["checks"]:
         if check["name"] == "refit":
             check["metrics"].pop("nccl_gb_per_s")
-    host.write(prove.kept(found), json.dumps(data))
+    host.write(proofs.kept(found), json.dumps(data))
     nothing = Summary({}, "owner", "mtime", "xattr", "order")
     built = tuple(layers.Layer("base", diff_id, 2, 1, nothing) for diff_id in DIFF_IDS[:-1])
     record = layers.Record(build.inputs(found), "buildah 1.28.2", built)
@@ -258,7 +258,7 @@ def test_an_image_without_a_report_or_a_record_keeps_nothing(image: Image) -> No
     found = tables.kept(image)
     assert found is not None
     assert found.standing.word == standing.STALE
-    prove.kept(image).unlink()
+    proofs.kept(image).unlink()
     assert tables.kept(image) is None
     assert tables.standing(image) == "not proved yet"
 
@@ -331,8 +331,8 @@ def test_no_row_names_an_engine() -> None:
 
 def test_the_numbers_of_a_stale_report_say_so(image: Image, checkout: Checkout) -> None:
     other = checkout.image(SGLANG, tag="other", versions=VERSIONS | {"sglang": "1"})
-    text = prove.kept(image).read_text(encoding="utf-8")
-    host.write(prove.kept(other), text)  # of other layers than its own
+    text = proofs.kept(image).read_text(encoding="utf-8")
+    host.write(proofs.kept(other), text)  # of other layers than its own
     first, second = (
         pages.measured(each, {entry.name: entry.version for entry in lock.read(each)})
         for each in (image, other)
@@ -358,9 +358,9 @@ def test_a_fault_is_shown_on_the_cpu_where_its_image_has_the_check(
     assert lines()["flipped-byte"].endswith("| `refit` | CPU (tests) |")
     assert lines()["deaf-server"].endswith("| `server` | not shown yet |")
     data = reports.of(image, DIFF_IDS)
-    host.write(prove.kept_fault(image, "deaf-server"), json.dumps(data))
+    host.write(proofs.kept_fault(image, "deaf-server"), json.dumps(data))
     link = "[sglang-x](images/proofs/verl-rollout/sglang-x.faults/deaf-server.json)"
     assert lines()["deaf-server"].endswith(f"| `server` | {link} |")
     for changes, word in (({"program": None}, "by earlier checks"), ({"layers": []}, "stale")):
-        host.write(prove.kept_fault(image, "deaf-server"), json.dumps(data | changes))
+        host.write(proofs.kept_fault(image, "deaf-server"), json.dumps(data | changes))
         assert lines()["deaf-server"].endswith(f"| `server` | {link} ({word}) |")

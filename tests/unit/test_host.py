@@ -249,6 +249,38 @@ def test_a_file_gets_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     assert [p.name for p in file.parent.iterdir()] == ["x.sqsh"]
 
 
+def test_a_file_is_written_whole_into_a_new_folder(tmp_path: Path) -> None:
+    host.write(tmp_path / "new/a.lock", "é\n")
+    assert (tmp_path / "new/a.lock").read_bytes() == "é\n".encode()
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.lock"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    path.write_text("old\n")
+    with pytest.raises(UnicodeEncodeError):
+        host.write(path, "new \udc80")
+    assert path.read_text() == "old\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Path, target: Path) -> Path:
+        assert self.read_text() == "new\n", "the new text is whole before it replaces the old"
+        assert target == path
+        raise KeyboardInterrupt
+
+    path = tmp_path / "a.lock"
+    path.write_text("old\n")
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        host.write(path, "new\n")
+    assert path.read_text() == "old\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_large_files_lie_beside_the_caches_and_not_in_tmp(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from images import host
-from images.building import builder, contents, layers
+from images.building import contents, layers
+from images.building.buildah import Buildah
 from images.building.builder import Built
 from images.building.contents import Difference, Part, Summary
 from images.building.layers import Layer, Record, Verdict
@@ -286,7 +287,7 @@ def tar(files: Mapping[str, bytes], mtime: int = EPOCH) -> bytes:
     return stream.getvalue()
 
 
-class Fake(builder.Buildah):
+class Fake(Buildah):
     """An image of these tars."""
 
     def __init__(self, *tars: bytes) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from images import catalog, host
 from images.catalog import ROOT
-from images.proving import prove
+from images.proving import proofs
 from images.publishing import matrix
 from rollout.problem import Problem
 
@@ -119,6 +119,7 @@ def test_a_variable_of_a_fragment_changes_the_images_that_use_it(clone: Path, ba
         "images/recipes/Dockerfile",
         "images/recipes/install",
         "images/building/builder.py",
+        "images/building/buildah.py",
     ],
 )
 def test_what_every_image_is_made_of_changes_them_all(clone: Path, path: str) -> None:
@@ -281,13 +282,13 @@ def test_a_release_publishes_what_the_one_rule_allows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     image = checkout.image()
-    now = prove.today(image, LAYERS)
-    monkeypatch.setattr(prove, "today", lambda *_: now)
+    now = proofs.today(image, LAYERS)
+    monkeypatch.setattr(proofs, "today", lambda *_: now)
     if changes is not None:
-        host.write(prove.kept(image), json.dumps(reports.of(image, LAYERS) | changes))
+        host.write(proofs.kept(image), json.dumps(reports.of(image, LAYERS) | changes))
     if why == "lacks nccl":
         wanted = replace(now, transports=("cuda-ipc", "nccl"))
-        monkeypatch.setattr(prove, "today", lambda *_: wanted)
+        monkeypatch.setattr(proofs, "today", lambda *_: wanted)
         why = "in part: all but nccl (one GPU); [not-shown] of the catalog has no reason for nccl"
     assert matrix.proved([image]) == ([] if why else [image.reference])
     said = capsys.readouterr().err

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from images import host
-from images.building import builder, layering, layers
+from images.building import layering, layers
+from images.building.buildah import Buildah
 from images.building.builder import Built
 from images.locking import lock
 from images.publishing import copies, packing
@@ -81,7 +82,7 @@ def test_a_record_of_another_form_is_made_anew(text: str) -> None:
 # Out of buildah's storage
 
 
-class Store(builder.Buildah):
+class Store(Buildah):
     """A storage that holds one image of two layers."""
 
     def __init__(self, config: bytes, names: tuple[str, ...]) -> None:

@@ -148,7 +148,7 @@ def test_a_way_to_an_index_or_a_secret_is_found_in_every_step(step: str, mount: 
     text = DOCKERFILE.replace(command, f"--mount={mount} {command}")
     name = step.rpartition(" ")[2]
     assert pinned.dockerfile(text) == [
-        f"RUN … {name}: what is fetched is fetched before, and code of wheels may read a mount"
+        f"RUN … {name}: files are fetched before a build, and code of wheels could read this mount"
     ]
 
 

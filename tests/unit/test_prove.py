@@ -13,12 +13,14 @@ import pytest
 from msgspec import structs
 
 from images import catalog, host
-from images.building import build, builder, layers
+from images.building import build, builders, layers
+from images.building.buildah import Buildah
 from images.building.builder import Built, Command
 from images.building.contents import Summary
+from images.building.docker import Docker
 from images.catalog import Image
-from images.locking import lock
-from images.proving import prove, standing
+from images.locking import resolution
+from images.proving import adoption, proofs, prove, standing
 from rollout import report
 from rollout.faults import FAULTS
 from rollout.problem import Problem
@@ -71,7 +73,7 @@ VERDICTS = ("failed", "unproved", "in-part", "proved")  # from weak to strong
 @pytest.mark.parametrize("one", VERDICTS)
 @pytest.mark.parametrize("two", VERDICTS)
 def test_two_reports_are_worth_what_the_weaker_is(one: str, two: str) -> None:
-    merged = prove.merge([part(one, "files"), part(two, "start")])
+    merged = proofs.merge([part(one, "files"), part(two, "start")])
     assert merged["verdict"] == min(one, two, key=VERDICTS.index)
     assert merged["skipped"] == ({"nccl": "one GPU"} if "in-part" in (one, two) else {})
     assert report.validate(merged) == []
@@ -79,14 +81,14 @@ def test_two_reports_are_worth_what_the_weaker_is(one: str, two: str) -> None:
 
 def test_two_reports_become_one_with_all_checks_in_order() -> None:
     verify = part("proved", "files", "imports", device=None, started="2026-01-01T00:00:00Z")
-    merged = prove.merge([verify, part("proved", "start", "refit")])
+    merged = proofs.merge([verify, part("proved", "start", "refit")])
     assert [check["name"] for check in merged["checks"]] == ["files", "imports", "start", "refit"]
     assert merged["started"] == "2026-01-01T00:00:00Z"
     assert merged["seconds"] == 5.0
     assert merged["device"] == "a GPU"
     assert list(merged["program"]) == ["files", "imports", "start", "refit"]
     assert report.validate(merged) == []
-    assert prove.merge([verify | {"program": None}, part("proved", "start")])["program"] == {
+    assert proofs.merge([verify | {"program": None}, part("proved", "start")])["program"] == {
         "start": sha256("start")
     }
 
@@ -94,8 +96,8 @@ def test_two_reports_become_one_with_all_checks_in_order() -> None:
 def test_reports_lie_where_the_readme_says(checkout: Checkout) -> None:
     image = checkout.image()
     here = checkout.root
-    assert prove.report_path(image) == here / "build/reports/verl-rollout/vllm-0.12.json"
-    assert prove.kept(image) == here / "images/proofs/verl-rollout/vllm-0.12.json"
+    assert proofs.report_path(image) == here / "build/reports/verl-rollout/vllm-0.12.json"
+    assert proofs.kept(image) == here / "images/proofs/verl-rollout/vllm-0.12.json"
 
 
 # a whole proof, in a container that is none
@@ -123,14 +125,14 @@ class Runs:
         return code
 
 
-class Fake(Runs, builder.Buildah):
+class Fake(Runs, Buildah):
     """The builder whose layers are recorded."""
 
     def version(self) -> str:
         return BUILDAH
 
 
-class FakeDocker(Runs, builder.Docker):
+class FakeDocker(Runs, Docker):
     """The other builder."""
 
 
@@ -157,7 +159,7 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     """An image that is built already, from a lock that has not drifted."""
     found = checkout.image(versions={**VERSIONS, "transformers": "4.57.3"})
     text = found.lock.read_text()
-    monkeypatch.setattr(lock, "resolve", lambda _: text)
+    monkeypatch.setattr(resolution, "resolve", lambda _: text)
     monkeypatch.setattr(build, "inputs", lambda _: "inputs")
     monkeypatch.setattr(build, "build", lambda *_: BUILT)
     monkeypatch.setattr(build, "record", lambda *_: RECORD)
@@ -165,7 +167,7 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
 
 
 def left(image: Image) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(prove.report_path(image).read_text())
+    data: dict[str, Any] = json.loads(proofs.report_path(image).read_text())
     assert report.validate(data) == []
     return data
 
@@ -181,7 +183,7 @@ def test_a_sound_image_leaves_one_report_of_both_commands(image: Image) -> None:
     assert verify.image == smoke.image == BUILT.id, "another clone may give the name away"
     assert (verify.user, smoke.user) == ("1234:0", "1234:0")
     assert smoke.env == {"ROLLOUT_LAYERS": ",".join(LAYERS)}
-    assert not prove.kept(image).exists()
+    assert not proofs.kept(image).exists()
 
 
 def test_what_verify_finds_ends_the_proof(image: Image) -> None:
@@ -189,7 +191,7 @@ def test_what_verify_finds_ends_the_proof(image: Image) -> None:
     assert prove.prove(image, tool, [], keep=True) == 1
     assert [command.argv[1] for command in tool.ran] == ["verify"]
     assert left(image)["verdict"] == "failed"
-    assert not prove.kept(image).exists()
+    assert not proofs.kept(image).exists()
 
 
 @pytest.mark.parametrize("code", [1, 2, 3, 137])
@@ -200,14 +202,14 @@ def test_a_smoke_that_left_no_report_is_never_called_proved(
     tool = Fake(verify=sound(image)["verify"], smoke=(code, None))
     assert prove.prove(image, tool, [], keep=True) == code
     assert ": proved;" not in capsys.readouterr().out
-    if prove.report_path(image).exists():
+    if proofs.report_path(image).exists():
         assert left(image)["verdict"] != "proved"
 
 
 def test_a_report_of_an_earlier_run_is_not_left_as_this_ones(image: Image) -> None:
     assert prove.prove(image, Fake(**sound(image)), [], keep=False) == 0
     assert prove.prove(image, Fake(verify=(137, None)), [], keep=False) == 137
-    assert not prove.report_path(image).exists() or left(image)["verdict"] != "proved"
+    assert not proofs.report_path(image).exists() or left(image)["verdict"] != "proved"
 
 
 @pytest.mark.parametrize("verdict", ["failed", "unproved"])
@@ -216,13 +218,13 @@ def test_what_is_not_proved_is_not_kept(image: Image, verdict: str) -> None:
     tool = Fake(verify=sound(image)["verify"], smoke=(code, part(verdict, "start")))
     assert prove.prove(image, tool, [], keep=True) == code
     assert left(image)["verdict"] == verdict
-    assert not prove.kept(image).exists()
+    assert not proofs.kept(image).exists()
     assert layers.read(image) is None
 
 
 def test_a_proof_is_kept_with_the_layers_it_holds_for(image: Image) -> None:
     assert prove.prove(image, Fake(**sound(image)), [], keep=True) == 0
-    assert json.loads(prove.kept(image).read_text()) == left(image)
+    assert json.loads(proofs.kept(image).read_text()) == left(image)
     assert layers.read(image) == RECORD
 
 
@@ -234,7 +236,7 @@ def test_a_record_that_is_current_is_left_as_it_is(
     monkeypatch.delattr(build, "record")  # every layer would be read once more
     assert prove.prove(image, Fake(**sound(image)), [], keep=True) == 0
     assert layers.path(image).read_bytes() == before
-    assert prove.kept(image).exists()
+    assert proofs.kept(image).exists()
 
 
 def test_a_record_of_other_inputs_is_replaced_with_the_proof(image: Image) -> None:
@@ -252,7 +254,7 @@ def test_a_build_that_is_not_the_recorded_one_is_not_kept(image: Image) -> None:
     with pytest.raises(Problem, match=r"not kept: .* is a bug \('nox -s reproduce -- verl-"):
         prove.prove(image, Fake(**sound(image)), [], keep=True)
     assert layers.read(image) == old
-    assert not prove.kept(image).exists()
+    assert not proofs.kept(image).exists()
 
 
 def test_what_the_image_calls_proved_and_the_catalog_does_not_is_not_kept(
@@ -317,17 +319,19 @@ def test_a_report_that_breaks_its_schema_is_no_report(image: Image) -> None:
     smoke = part("proved", "start", device=7)
     with pytest.raises(Problem, match="the report of rollout smoke is no report: device: 7"):
         prove.prove(image, Fake(verify=sound(image)["verify"], smoke=(0, smoke)), [], keep=True)
-    assert not prove.report_path(image).exists()
-    assert not prove.kept(image).exists()
+    assert not proofs.report_path(image).exists()
+    assert not proofs.kept(image).exists()
 
 
 def test_an_index_that_cannot_answer_is_said_and_the_committed_lock_is_proved(
     image: Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def resolve(_: Image) -> str:
-        raise lock.Unanswered("it cannot be resolved: the package index gives no upload time of x")
+        raise resolution.Unanswered(
+            "it cannot be resolved: the package index gives no upload time of x"
+        )
 
-    monkeypatch.setattr(lock, "resolve", resolve)
+    monkeypatch.setattr(resolution, "resolve", resolve)
     assert prove.prove(image, Fake(**sound(image)), [], keep=False) == 0
     assert capsys.readouterr().out.splitlines()[1] == (
         "not checked: it cannot be resolved: the package index gives no upload time of x; "
@@ -338,7 +342,7 @@ def test_an_index_that_cannot_answer_is_said_and_the_committed_lock_is_proved(
 def test_a_drifted_lock_is_found_before_anything_is_built(
     image: Image, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lock, "resolve", lambda _: "ray==2.53.0\n")
+    monkeypatch.setattr(resolution, "resolve", lambda _: "ray==2.53.0\n")
     monkeypatch.delattr(build, "build")
     with pytest.raises(Problem) as caught:
         prove.prove(image, Fake(), [], keep=False)
@@ -397,7 +401,7 @@ def put(folder: Path, name: str, data: object) -> None:
 
 
 def nothing_is_kept(image: Image) -> bool:
-    return not prove.kept(image).parent.exists() and layers.read(image) is None
+    return not proofs.kept(image).parent.exists() and layers.read(image) is None
 
 
 def test_faults_alone_are_added_to_what_is_kept_and_need_no_build(
@@ -406,22 +410,22 @@ def test_faults_alone_are_added_to_what_is_kept_and_need_no_build(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert prove.adopt(image, Fake(), folder, keep=True) == 0
+    assert adoption.adopt(image, Fake(), folder, keep=True) == 0
     monkeypatch.setattr(build, "build", lambda *_: pytest.fail("the layers are recorded"))
-    whole, warm_start = prove.kept(image).read_bytes(), prove.beside(image, "warm").read_bytes()
+    whole, warm_start = proofs.kept(image).read_bytes(), proofs.beside(image, "warm").read_bytes()
     for name in ("verify", "smoke", "warm", "calibration", "fault-lost-buffer"):
         (folder / f"{name}.json").unlink()
     put(folder, "fault-flipped-byte", of_fault(image, "flipped-byte") | {"seconds": 5.0})
     put(folder, "fault-dropped-tensor", of_fault(image, "dropped-tensor"))
-    before = json.loads(prove.kept_fault(image, "flipped-byte").read_text())
-    assert prove.adopt(image, Fake(), folder, keep=False) == 0
-    assert json.loads(prove.kept_fault(image, "flipped-byte").read_text()) == before
-    assert prove.adopt(image, Fake(), folder, keep=True) == 0
-    kept = sorted(path.stem for path in prove.faults_folder(image).iterdir())
+    before = json.loads(proofs.kept_fault(image, "flipped-byte").read_text())
+    assert adoption.adopt(image, Fake(), folder, keep=False) == 0
+    assert json.loads(proofs.kept_fault(image, "flipped-byte").read_text()) == before
+    assert adoption.adopt(image, Fake(), folder, keep=True) == 0
+    kept = sorted(path.stem for path in proofs.faults_folder(image).iterdir())
     assert kept == ["dropped-tensor", "flipped-byte", "lost-buffer"]
-    assert json.loads(prove.kept_fault(image, "flipped-byte").read_text())["seconds"] == 5.0
-    assert prove.kept(image).read_bytes() == whole
-    assert prove.beside(image, "warm").read_bytes() == warm_start
+    assert json.loads(proofs.kept_fault(image, "flipped-byte").read_text())["seconds"] == 5.0
+    assert proofs.kept(image).read_bytes() == whole
+    assert proofs.beside(image, "warm").read_bytes() == warm_start
     assert "each of 2 faults was found by its own check" in capsys.readouterr().out
 
 
@@ -432,7 +436,7 @@ def test_half_a_proof_with_faults_is_no_folder_of_faults(
     other = {"verify": "smoke", "smoke": "verify"}[there]
     (folder / f"{other}.json").unlink()
     with pytest.raises(Problem, match=f"{other}.json"):
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     assert nothing_is_kept(image)
 
 
@@ -441,32 +445,32 @@ def test_a_fault_alone_that_was_not_found_is_refused(image: Image, folder: Path)
         (folder / f"{name}.json").unlink()
     put(folder, "fault-flipped-byte", of_fault(image, "flipped-byte", "generation"))
     with pytest.raises(Problem, match="does not show that flipped-byte is found") as caught:
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     assert caught.value.code == 1
     assert nothing_is_kept(image)
 
 
 def test_reports_of_another_machine_become_one_and_are_left(image: Image, folder: Path) -> None:
-    assert prove.adopt(image, Fake(), folder, keep=False) == 0
+    assert adoption.adopt(image, Fake(), folder, keep=False) == 0
     assert left(image)["verdict"] == "proved"
     assert [check["name"] for check in left(image)["checks"]] == list(standing.promised(image))
     assert nothing_is_kept(image)
 
 
 def test_they_are_kept_with_their_layers_faults_and_calibration(image: Image, folder: Path) -> None:
-    assert prove.adopt(image, Fake(), folder, keep=True) == 0
-    assert json.loads(prove.kept(image).read_text()) == left(image)
+    assert adoption.adopt(image, Fake(), folder, keep=True) == 0
+    assert json.loads(proofs.kept(image).read_text()) == left(image)
     assert layers.read(image) == RECORD
-    faults = prove.kept(image).parent / "vllm-0.12.faults"
+    faults = proofs.kept(image).parent / "vllm-0.12.faults"
     assert sorted(path.name for path in faults.iterdir()) == [
         "flipped-byte.json",
         "lost-buffer.json",
     ]
-    kept = json.loads(prove.kept_fault(image, "lost-buffer").read_text())
+    kept = json.loads(proofs.kept_fault(image, "lost-buffer").read_text())
     assert kept == of_fault(image, "lost-buffer")
-    calibration = prove.kept(image).parent / "vllm-0.12.calibration.json"
+    calibration = proofs.kept(image).parent / "vllm-0.12.calibration.json"
     assert json.loads(calibration.read_text()) == OF_IMAGE
-    assert json.loads(prove.beside(image, "warm").read_text())["verdict"] == "unproved"
+    assert json.loads(proofs.beside(image, "warm").read_text())["verdict"] == "unproved"
 
 
 def test_a_second_start_that_failed_or_is_of_another_image_keeps_nothing(
@@ -474,17 +478,17 @@ def test_a_second_start_that_failed_or_is_of_another_image_keeps_nothing(
 ) -> None:
     put(folder, "warm", about(image, "failed", "start", started="2026-01-02T05:00:00Z"))
     with pytest.raises(Problem, match="shows no start that passed"):
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     put(folder, "warm", warm(image, lock_sha256="0" * 64))
     with pytest.raises(Problem, match="is of another lock"):
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     assert nothing_is_kept(image)
 
 
 def test_the_first_start_is_not_taken_for_the_second(image: Image, folder: Path) -> None:
     put(folder, "warm", json.loads((folder / "smoke.json").read_text()))
     with pytest.raises(Problem) as caught:
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     assert caught.value.sentence == (
         f"--from: {folder}/warm.json shows no second start: it is of the first start itself"
     )
@@ -494,10 +498,10 @@ def test_the_first_start_is_not_taken_for_the_second(image: Image, folder: Path)
 def test_a_proof_kept_anew_drops_the_second_start_of_the_last_one(
     image: Image, folder: Path
 ) -> None:
-    prove.adopt(image, Fake(), folder, keep=True)
+    adoption.adopt(image, Fake(), folder, keep=True)
     (folder / "warm.json").unlink()
-    prove.adopt(image, Fake(), folder, keep=True)
-    assert not prove.beside(image, "warm").exists()
+    adoption.adopt(image, Fake(), folder, keep=True)
+    assert not proofs.beside(image, "warm").exists()
 
 
 @pytest.mark.parametrize(
@@ -518,23 +522,23 @@ def test_a_calibration_that_is_none_or_misses_its_margins_keeps_nothing(
     data = text if isinstance(text, bytes) else text.encode()
     (folder / "calibration.json").write_bytes(data)
     with pytest.raises(Problem, match=said) as caught:
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     assert caught.value.code == code
     assert nothing_is_kept(image)
 
 
 def test_reports_of_faults_in_earlier_layers_do_not_stay(image: Image, folder: Path) -> None:
-    old = prove.kept_fault(image, "stale-cache")
+    old = proofs.kept_fault(image, "stale-cache")
     host.write(old, "{}")
-    assert prove.adopt(image, Fake(), folder, keep=True) == 0
+    assert adoption.adopt(image, Fake(), folder, keep=True) == 0
     assert not old.exists()
 
 
 def test_a_proof_without_faults_or_calibration_is_kept_too(image: Image, folder: Path) -> None:
     for path in [*folder.glob("fault-*"), folder / "calibration.json", folder / "warm.json"]:
         path.unlink()
-    assert prove.adopt(image, Fake(), folder, keep=True) == 0
-    assert [path.name for path in prove.kept(image).parent.iterdir()] == ["vllm-0.12.json"]
+    assert adoption.adopt(image, Fake(), folder, keep=True) == 0
+    assert [path.name for path in proofs.kept(image).parent.iterdir()] == ["vllm-0.12.json"]
 
 
 @pytest.mark.parametrize("name", ["verify", "smoke", "fault-flipped-byte"])
@@ -565,12 +569,12 @@ def test_a_report_of_anything_else_is_refused(
 ) -> None:
     put(folder, name, json.loads((folder / f"{name}.json").read_text()) | {key: value})
     with pytest.raises(Problem) as caught:
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     assert caught.value.code == 2
     assert f"--from: {folder}/{name}.json " in caught.value.sentence
     assert said in caught.value.sentence
     assert nothing_is_kept(image)
-    assert not prove.report_path(image).exists()
+    assert not proofs.report_path(image).exists()
 
 
 @pytest.mark.parametrize("name", ["verify", "smoke", "fault-flipped-byte"])
@@ -595,7 +599,7 @@ def test_a_file_that_is_no_report_is_refused(
 ) -> None:
     (folder / f"{name}.json").write_bytes(content)
     with pytest.raises(Problem) as caught:
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     assert (caught.value.code, caught.value.sentence) == (2, f"--from: {folder}/{name}.json {said}")
     assert nothing_is_kept(image)
 
@@ -615,10 +619,10 @@ def test_what_is_no_file_of_the_folder_is_refused_and_not_waited_for(
     else:
         os.mkfifo(path)
     with pytest.raises(Problem) as caught:
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     assert (caught.value.code, caught.value.sentence) == (2, f"--from: {path} {said}")
     assert nothing_is_kept(image)
-    assert not prove.report_path(image).exists()
+    assert not proofs.report_path(image).exists()
 
 
 @pytest.mark.parametrize(
@@ -634,14 +638,14 @@ def test_a_report_with_one_check_called_anything_is_refused_with_what_it_lacks(
     data = json.loads((folder / f"{name}.json").read_text())
     put(folder, name, data | {"checks": [data["checks"][0] | {"name": "anything"}]})
     with pytest.raises(Problem) as caught:
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     assert (caught.value.code, caught.value.sentence) == (
         2,
         f"--from: {folder} shows no proof of verl-rollout:vllm-0.12: its report lacks {lacks}, "
         "and does not say why",
     )
     assert nothing_is_kept(image)
-    assert not prove.report_path(image).exists()
+    assert not proofs.report_path(image).exists()
 
 
 def test_a_report_of_our_own_package_as_it_was_before_a_sentence_was_reworded_is_taken(
@@ -651,8 +655,8 @@ def test_a_report_of_our_own_package_as_it_was_before_a_sentence_was_reworded_is
         data = json.loads((folder / f"{name}.json").read_text())
         put(folder, name, data | {"layers": [*LAYERS[:-1], f"sha256:{sha256('reworded')}"]})
     (folder / "warm.json").unlink()
-    assert prove.adopt(image, Fake(), folder, keep=True) == 0
-    assert prove.kept(image).exists()
+    assert adoption.adopt(image, Fake(), folder, keep=True) == 0
+    assert proofs.kept(image).exists()
 
 
 def test_a_report_by_earlier_checks_is_kept_and_not_called_a_proof(
@@ -660,17 +664,17 @@ def test_a_report_by_earlier_checks_is_kept_and_not_called_a_proof(
 ) -> None:
     data = json.loads((folder / "smoke.json").read_text())
     put(folder, "smoke", data | {"program": data["program"] | {"refit": sha256("other")}})
-    assert prove.adopt(image, Fake(), folder, keep=True) == 3
-    said = "by earlier checks: by the checks of 2026-01-02; asked otherwise today: refit"
+    assert adoption.adopt(image, Fake(), folder, keep=True) == 3
+    said = "by earlier checks: by the checks of 2026-01-02; changed since: refit"
     assert f"verl-rollout:vllm-0.12: {said}\n" in capsys.readouterr().out
-    assert prove.kept(image).exists()
+    assert proofs.kept(image).exists()
 
 
 @pytest.mark.parametrize("name", ["verify", "smoke"])
 def test_verify_and_smoke_are_both_asked_for(image: Image, folder: Path, name: str) -> None:
     (folder / f"{name}.json").unlink()
     with pytest.raises(Problem) as caught:
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     said = f"--from: {folder}/{name}.json cannot be read (No such file or directory)"
     assert (caught.value.code, caught.value.sentence) == (2, said)
     assert nothing_is_kept(image)
@@ -679,14 +683,14 @@ def test_verify_and_smoke_are_both_asked_for(image: Image, folder: Path, name: s
 def test_one_report_twice_is_not_taken_for_both(image: Image, folder: Path) -> None:
     put(folder, "smoke", json.loads((folder / "verify.json").read_text()))
     with pytest.raises(Problem, match="checks: files is there 2 times"):
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     assert nothing_is_kept(image)
 
 
 def test_a_fault_that_nobody_knows_is_refused_with_the_nearest(image: Image, folder: Path) -> None:
     put(folder, "fault-flipped-bite", of_fault(image, "flipped-byte"))
     with pytest.raises(Problem, match="did you mean 'flipped-byte'") as caught:
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     assert caught.value.code == 2
     assert nothing_is_kept(image)
 
@@ -695,7 +699,7 @@ def test_a_fault_that_nobody_knows_is_refused_with_the_nearest(image: Image, fol
 def test_every_fault_is_found_by_its_check_and_reason(image: Image, fault: str) -> None:
     smoke = structs.replace(image.smoke, sleep_levels=(1, 2), server=True, training=True)
     everything = structs.replace(image, smoke=smoke)
-    assert prove.found_by(of_fault(image, fault), fault, everything) == ""
+    assert adoption.found_by(of_fault(image, fault), fault, everything) == ""
 
 
 def test_an_image_without_a_check_finds_its_fault_by_another(image: Image) -> None:
@@ -703,8 +707,10 @@ def test_an_image_without_a_check_finds_its_fault_by_another(image: Image) -> No
         "sleep-frees-nothing",
         structs.replace(image, smoke=structs.replace(image.smoke, sleep_levels=(2,))),
     )
-    assert prove.found_by(of_fault(image, fault, "sleep-2"), fault, deep) == ""
-    assert prove.found_by(of_fault(image, fault, "sleep-1"), fault, deep) == "failed were sleep-1"
+    assert adoption.found_by(of_fault(image, fault, "sleep-2"), fault, deep) == ""
+    assert (
+        adoption.found_by(of_fault(image, fault, "sleep-1"), fault, deep) == "failed were sleep-1"
+    )
 
 
 OTHER = "CUDA error: out of memory"
@@ -724,18 +730,18 @@ def test_a_fault_that_its_check_did_not_find_is_refused(
 ) -> None:
     put(folder, "fault-flipped-byte", of_fault(image, "flipped-byte", *failed, reason=reason))
     with pytest.raises(Problem) as caught:
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     wrong = f"{folder}/fault-flipped-byte.json does not show that flipped-byte is found: {said}"
     assert (caught.value.code, caught.value.sentence) == (1, f"--from: {wrong}")
     assert nothing_is_kept(image)
-    assert not prove.report_path(image).exists()
+    assert not proofs.report_path(image).exists()
 
 
 @pytest.mark.parametrize("verdict", ["proved", "unproved"])
 def test_a_fault_that_no_check_found_is_refused(image: Image, folder: Path, verdict: str) -> None:
     put(folder, "fault-flipped-byte", about(image, verdict, "start", "refit"))
     with pytest.raises(Problem, match="flipped-byte is found: failed were no checks") as caught:
-        prove.adopt(image, Fake(), folder, keep=True)
+        adoption.adopt(image, Fake(), folder, keep=True)
     assert caught.value.code == 1
     assert nothing_is_kept(image)
 
@@ -746,7 +752,7 @@ def test_what_another_machine_did_not_prove_is_left_and_not_kept(
     image: Image, folder: Path, name: str, verdict: str
 ) -> None:
     put(folder, name, about(image, verdict, f"{name} of it"))
-    assert prove.adopt(image, Fake(), folder, keep=True) == report.exit_code(verdict)
+    assert adoption.adopt(image, Fake(), folder, keep=True) == report.exit_code(verdict)
     assert left(image)["verdict"] == verdict
     assert nothing_is_kept(image)
 
@@ -768,7 +774,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[int]], list[Cal
             made.append((image.tag, options, keep))
             return rest.pop(0)
 
-        monkeypatch.setattr(builder, "detect", lambda: None)
+        monkeypatch.setattr(builders, "detect", lambda: None)
         monkeypatch.setattr(prove, "prove", proved)
         return made
 
@@ -852,10 +858,10 @@ def test_from_takes_the_reports_of_a_folder_and_runs_nothing(
     image: Image, folder: Path, monkeypatch: pytest.MonkeyPatch, keep: list[str]
 ) -> None:
     tool = Fake()
-    monkeypatch.setattr(builder, "detect", lambda: tool)
+    monkeypatch.setattr(builders, "detect", lambda: tool)
     assert prove.main(["vllm-0.12", "--from", str(folder), *keep]) == 0
     assert left(image)["verdict"] == "proved"
-    assert prove.kept(image).exists() == bool(keep)
+    assert proofs.kept(image).exists() == bool(keep)
     assert tool.ran == []
 
 
@@ -880,7 +886,7 @@ def test_from_takes_one_image_one_folder_and_nothing_else(
 ) -> None:
     for tag in ("a", "b"):
         checkout.image(tag=tag)
-    monkeypatch.delattr(builder, "detect")  # nothing is built
+    monkeypatch.delattr(builders, "detect")  # nothing is built
     with pytest.raises(Problem, match="--from FOLDER takes one REF before it") as caught:
         prove.main([argument.format(folder=tmp_path) for argument in arguments])
     assert caught.value.code == 2

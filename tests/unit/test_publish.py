@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from images import catalog, host
-from images.building import build, builder, layers
+from images.building import build, builders, layers
 from images.building.contents import Summary
+from images.building.docker import Docker
 from images.catalog import Image
-from images.proving import prove
+from images.proving import proofs
 from images.publishing import failures, oci, promotion, proof, publish, registry, tags
 from images.publishing.failures import Broken
 from images.publishing.registry import Registry
@@ -138,9 +139,9 @@ def passing(image: Image) -> tuple[Path, bytes]:
 
 
 def test_the_report_of_the_last_run_comes_before_the_kept_one(image: Image) -> None:
-    kept = leave(image, prove.kept(image))
+    kept = leave(image, proofs.kept(image))
     assert passing(image) == (kept, kept.read_bytes())
-    last = leave(image, prove.report_path(image), device="another GPU")
+    last = leave(image, proofs.report_path(image), device="another GPU")
     assert passing(image) == (last, last.read_bytes())
 
 
@@ -150,8 +151,8 @@ ANYTHING = {"name": "anything", "status": "passed", "seconds": 1, "metrics": {},
 
 
 def test_a_run_that_failed_on_purpose_does_not_undo_a_kept_proof(image: Image) -> None:
-    kept = leave(image, prove.kept(image))
-    leave(image, prove.report_path(image), verdict="failed", checks=[FAILED])
+    kept = leave(image, proofs.kept(image))
+    leave(image, proofs.report_path(image), verdict="failed", checks=[FAILED])
     assert passing(image) == (kept, kept.read_bytes())
 
 
@@ -173,7 +174,7 @@ def test_a_run_that_failed_on_purpose_does_not_undo_a_kept_proof(image: Image) -
 def test_a_report_that_does_not_prove_these_layers_publishes_nothing(
     image: Image, changes: dict[str, Any], words: str
 ) -> None:
-    leave(image, prove.kept(image), **changes)
+    leave(image, proofs.kept(image), **changes)
     with pytest.raises(Problem, match=words) as caught:
         proof.passing(image, DIFF_IDS)
     assert caught.value.code == 1
@@ -183,7 +184,7 @@ def test_a_report_that_does_not_prove_these_layers_publishes_nothing(
 
 
 def test_the_report_of_verify_alone_publishes_nothing(image: Image) -> None:
-    host.write(prove.kept(image), json.dumps(reports.verified(image, DIFF_IDS)))
+    host.write(proofs.kept(image), json.dumps(reports.verified(image, DIFF_IDS)))
     with pytest.raises(Problem, match="its report lacks start, refit, generation"):
         proof.passing(image, DIFF_IDS)
 
@@ -192,7 +193,7 @@ def test_what_is_proved_in_part_is_published_where_the_catalog_says_why(
     checkout: Checkout, image: Image
 ) -> None:
     data = reports.alone(image, DIFF_IDS, {"sleep-2": "no room"})
-    host.write(prove.kept(image), json.dumps(data))
+    host.write(proofs.kept(image), json.dumps(data))
     with pytest.raises(Problem, match=r"\[not-shown\] of the catalog has no reason for sleep-2"):
         proof.passing(image, DIFF_IDS)
     told = catalog.parse(checkout.file({"not-shown": '{ sleep-2 = "it takes two GPUs" }'}))
@@ -212,7 +213,7 @@ def test_a_manifest_says_what_a_proof_does_not_show() -> None:
 
 
 def test_a_report_of_inputs_that_have_changed_publishes_nothing(image: Image) -> None:
-    leave(image, prove.kept(image))
+    leave(image, proofs.kept(image))
     text = image.dockerfile.read_text()
     image.dockerfile.write_text(text.replace("1000:0", "1001:0"))
     with pytest.raises(Problem, match="is not of these inputs and layers"):
@@ -220,12 +221,12 @@ def test_a_report_of_inputs_that_have_changed_publishes_nothing(image: Image) ->
 
 
 def test_a_damaged_report_is_no_proof(image: Image) -> None:
-    prove.kept(image).parent.mkdir(parents=True)
-    prove.kept(image).write_bytes(b"\xff{")
+    proofs.kept(image).parent.mkdir(parents=True)
+    proofs.kept(image).write_bytes(b"\xff{")
     with pytest.raises(Problem, match="is not UTF-8"):
         proof.passing(image, DIFF_IDS)
-    prove.kept(image).unlink()
-    prove.kept(image).symlink_to("nowhere")
+    proofs.kept(image).unlink()
+    proofs.kept(image).symlink_to("nowhere")
     with pytest.raises(Problem, match="is a link"):
         proof.passing(image, DIFF_IDS)
 
@@ -404,7 +405,7 @@ def test_wrong_usage_is_told_before_anything_runs(
     arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "require", lambda *_: None)
-    monkeypatch.setattr(builder, "detect", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(builders, "detect", lambda *_: pytest.fail("it went on"))
     with pytest.raises(Problem, match=words) as caught:
         publish.main(arguments)
     assert caught.value.code == 2
@@ -412,7 +413,7 @@ def test_wrong_usage_is_told_before_anything_runs(
 
 def test_images_of_docker_are_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "require", lambda *_: None)
-    monkeypatch.setattr(builder, "detect", lambda *_: builder.Docker())
+    monkeypatch.setattr(builders, "detect", lambda *_: Docker())
     with pytest.raises(Problem, match="only images of buildah") as caught:
         publish.main([catalog.DEFAULT, "--to", "localhost"])
     assert caught.value.code == 2

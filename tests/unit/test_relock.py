@@ -8,7 +8,7 @@ import pytest
 
 from images import catalog
 from images.catalog import ROOT
-from images.locking import base, lock, relock
+from images.locking import base, locks, relock, resolution
 from images.locking.debian import Deb
 from images.locking.relock import Move, Pin
 from rollout.problem import Problem
@@ -104,7 +104,7 @@ def test_every_lock_of_this_repository_is_understood_to_its_last_hash(path: Path
 
 
 @pytest.fixture
-def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def lockfiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of locks, and stations that resolve to something newer."""
     folder = tmp_path / "lockfiles"
     folder.mkdir()
@@ -114,23 +114,23 @@ def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(catalog, "load", list)
     monkeypatch.setattr(relock, "ROOT", tmp_path)
     monkeypatch.setattr(relock, "LOCKFILES", folder)
-    monkeypatch.setattr(lock, "DEV_LOCK", folder / "dev.lock")
+    monkeypatch.setattr(resolution, "DEV_LOCK", folder / "dev.lock")
 
     def newer(arguments: list[str]) -> int:
         if "dev" in arguments:
             # uv would keep what an existing lock says.
-            assert not lock.DEV_LOCK.exists()
-            lock.DEV_LOCK.write_text(pinned("ruff==2 b"))
+            assert not resolution.DEV_LOCK.exists()
+            resolution.DEV_LOCK.write_text(pinned("ruff==2 b"))
         if "base" in arguments:
             (folder / "base.lock").write_text(debs("gcc=13"))
         return 0
 
-    monkeypatch.setattr(lock, "main", newer)
+    monkeypatch.setattr(locks, "main", newer)
     return folder
 
 
 def test_tools_and_base_are_locked_anew_and_told(
-    locks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    lockfiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert relock.main(["--report", str(tmp_path / "new/moved.md")]) == 0
     rows = (tmp_path / "new/moved.md").read_text().splitlines()[2:]
@@ -139,33 +139,36 @@ def test_tools_and_base_are_locked_anew_and_told(
         "| lockfiles/dev.lock | ruff | 1 | 2 |",
     ]
     assert "\n".join(rows) in capsys.readouterr().out
-    assert (locks / "dev.lock").read_text() == pinned("ruff==2 b")
+    assert (lockfiles / "dev.lock").read_text() == pinned("ruff==2 b")
 
 
 @pytest.mark.parametrize("error", [Problem("no index"), KeyboardInterrupt()], ids=["fails", "ends"])
 def test_the_lock_of_the_tools_survives_a_failure(
-    locks: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    lockfiles: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     def broken(arguments: list[str]) -> int:
         if "dev" in arguments:
             raise error
         return 0
 
-    monkeypatch.setattr(lock, "main", broken)
+    monkeypatch.setattr(locks, "main", broken)
     with pytest.raises(type(error)):
         relock.main([])
-    assert (locks / "dev.lock").read_text() == pinned("ruff==1 a")
+    assert (lockfiles / "dev.lock").read_text() == pinned("ruff==1 a")
 
 
 def test_since_a_revision_compares_and_locks_nothing(
-    locks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    lockfiles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = relock.texts()
     asked: list[str] = []
 
     def at(revision: str) -> dict[Path, str]:
         asked.append(revision)
-        return {locks / "dev.lock": pinned("ruff==0 z"), locks / "base.lock": debs("gcc=12")}
+        return {
+            lockfiles / "dev.lock": pinned("ruff==0 z"),
+            lockfiles / "base.lock": debs("gcc=12"),
+        }
 
     monkeypatch.setattr(relock, "texts_at", at)
     monkeypatch.setattr(relock, "relock", lambda: pytest.fail("it was asked to compare alone"))

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from images import catalog, host
-from images.building import build, builder, contents, context, layering, layers
+from images.building import build, builders, contents, context, layering, layers, streaming
+from images.building.buildah import Buildah
 from images.building.builder import Built
 from images.building.contents import Entry, Part, Summary
 from images.building.layers import Layer, Record
@@ -197,8 +198,7 @@ def test_a_copy_of_the_checkout_has_what_git_has_and_nothing_that_builds_left(
     monkeypatch.setattr(reproduce, "ROOT", root)
     target = tmp_path / "a copy" / "deep"
     reproduce.copy_checkout(target)
-    assert [name for name in listed(target) if "_cache" not in name] == sorted(kept)
-    assert not [name for name in listed(target / "images") if "cache" in name]
+    assert listed(target) == sorted(kept)
     assert (target / "README.md").read_text() == "README.md"
     assert (target / "images/recipes/install").stat().st_mode & 0o777 == 0o755
 
@@ -292,15 +292,15 @@ def machine(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Machine:
         made.streams.append({"argv": argv, "env": env, "cwd": cwd, "umask": umask})
         put(Path(env["UV_CACHE_DIR"]), "wheels/a.whl")
 
-    def inspect(_: builder.Buildah, name: str) -> Built | None:
+    def inspect(_: Buildah, name: str) -> Built | None:
         assert name == "localhost/verl-rollout:vllm-0.12"
         made.storages.append(os.environ["CONTAINERS_STORAGE_CONF"])
         return made.image
 
     (checkout.root / "README.md").write_text("of this checkout")
     monkeypatch.setattr(reproduce, "ROOT", checkout.root)
-    monkeypatch.setattr(builder, "stream", stream)
-    monkeypatch.setattr(builder.Buildah, "inspect", inspect)
+    monkeypatch.setattr(streaming, "run", stream)
+    monkeypatch.setattr(Buildah, "inspect", inspect)
     return made
 
 
@@ -352,13 +352,13 @@ def test_a_build_that_leaves_no_image_is_no_outcome(
 def test_the_layers_of_a_build_are_read_from_its_own_storage(
     checkout: Checkout, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def blobs(_: builder.Buildah, name: str, folder: Path) -> list[Path]:
+    def blobs(_: Buildah, name: str, folder: Path) -> list[Path]:
         assert name == "localhost/verl-rollout:vllm-0.12"
         assert os.environ["CONTAINERS_STORAGE_CONF"] == str(work / "first-own/storage.conf")
         assert folder.is_relative_to(work)
         return [Path("lower"), Path("upper")]
 
-    monkeypatch.setattr(builder.Buildah, "blobs", blobs)
+    monkeypatch.setattr(Buildah, "blobs", blobs)
     monkeypatch.setattr(contents, "load", lambda path: ([entry(f"of {path}")], {}))
     found = reproduce.look(checkout.image(), Outcome(BUILT, 1.0, work / "first-own"), work)
     assert found == [[entry("of lower")], [entry("of upper")]]
@@ -405,7 +405,7 @@ def two(checkout: Checkout, work: Path, monkeypatch: pytest.MonkeyPatch) -> Two:
         files = made.first if outcome.storage.name == "first-own" else made.second
         return [files.get(name, [entry(f"opt/{name}")]) for name in NAMES]
 
-    def recorded(image: Image, _: builder.Buildah, __: Built) -> Record:
+    def recorded(image: Image, _: Buildah, __: Built) -> Record:
         made.recorded.append(os.environ["CONTAINERS_STORAGE_CONF"])
         return record(image, made.one)
 
@@ -413,7 +413,7 @@ def two(checkout: Checkout, work: Path, monkeypatch: pytest.MonkeyPatch) -> Two:
     monkeypatch.setattr(reproduce, "build_once", build_once)
     monkeypatch.setattr(reproduce, "look", look)
     monkeypatch.setattr(build, "record", recorded)
-    monkeypatch.setattr(builder.Buildah, "version", lambda _: BUILDAH)
+    monkeypatch.setattr(Buildah, "version", lambda _: BUILDAH)
     assert layering.layer_names(checkout.image(), lock.read(checkout.image())) == NAMES
     return made
 
@@ -651,7 +651,7 @@ def session(checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     checkout.image()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(builder, "detect", lambda _: builder.Buildah())
+    monkeypatch.setattr(builders, "detect", lambda _: Buildah())
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(build, "check_disk", lambda *_: None)
     monkeypatch.setattr(reproduce, "reproduce", reproduced)
@@ -724,7 +724,7 @@ def test_a_user_who_is_not_root_is_told_so(
 def test_an_unknown_image_is_answered_before_anything_is_installed(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(builder, "detect")
+    monkeypatch.delattr(builders, "detect")
     with pytest.raises(Problem) as caught:
         reproduce.main(["vllm-0.21"])
     assert caught.value.code == 2

@@ -6,11 +6,12 @@ import re
 
 import pytest
 
-from images.building import layers, sizes
+from images.building import layers
 from images.building.contents import Part, Summary
 from images.building.layers import Layer, Record
 from images.catalog import Image
 from images.proving import measure
+from images.telling import sizes
 
 from ..conftest import Checkout
 
@@ -39,12 +40,6 @@ def images(checkout: Checkout) -> list[Image]:
     return found
 
 
-def test_a_shared_layer_is_counted_once_in_a_registry(images: list[Image]) -> None:
-    found = sizes.shared(sizes.recorded(images))
-    assert (found.registry, found.whole) == (1_500_000_000, 2_500_000_000)
-    assert found.ratio == pytest.approx(0.6)
-
-
 def test_the_table_says_who_carries_a_layer_and_what_sharing_saves(images: list[Image]) -> None:
     table = sizes.layer_table(images)
     assert table.count("\n| torch |") == 1
@@ -55,7 +50,6 @@ def test_the_table_says_who_carries_a_layer_and_what_sharing_saves(images: list[
 
 def test_without_a_record_the_table_names_the_command_that_makes_one(checkout: Checkout) -> None:
     assert "nox -s reproduce -- REF --keep" in sizes.layer_table([checkout.image()])
-    assert sizes.shared({}).ratio == 1
 
 
 def test_the_largest_folders_come_first_with_what_needs_them(images: list[Image]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from images.catalog import Image
-from images.proving import prove, standing
+from images.proving import proofs, standing
 from images.proving.standing import EARLIER, IN_PART, PROVED, STALE, UNPROVED, Standing, Today
 from rollout import report
 from rollout.checks import rate
@@ -32,7 +32,7 @@ def image(checkout: Checkout) -> Image:
 
 @pytest.fixture
 def today(image: Image) -> Today:
-    return prove.today(image, LAYERS)
+    return proofs.today(image, LAYERS)
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_a_check_that_asks_something_else_today_is_named_with_the_day(
     other = replace(today, program={**today.program, "server": sha256("another bound")})
     found = judged(sound, other)
     assert found == Standing(
-        *(EARLIER, "by the checks of 2026-01-02; asked otherwise today: server", {}),
+        *(EARLIER, "by the checks of 2026-01-02; changed since: server", {}),
         "2026-01-02",
     )
 
@@ -283,7 +283,7 @@ def test_a_check_that_asks_something_else_today_is_named_with_the_day(
 def test_a_program_that_nobody_knows_is_an_earlier_one(sound: dict[str, Any], today: Today) -> None:
     found = judged(sound | {"program": None}, today)
     assert (found.word, found.since) == (EARLIER, "2026-01-02")
-    assert found.sentence == "by the checks of 2026-01-02; asked otherwise today: all of them"
+    assert found.sentence == "by the checks of 2026-01-02; changed since: all of them"
 
 
 def test_what_an_earlier_program_did_not_show_is_named(sound: dict[str, Any], today: Today) -> None:

@@ -230,7 +230,7 @@ def test_a_version_is_written_by_hand_in_the_catalog_alone(image: Image) -> None
 def test_the_stations_and_dockerfiles_are_looked_at() -> None:
     names = {str(path.relative_to(ROOT)) for path in handwritten()}
     assert {
-        "images/locking/lock.py",
+        "images/locking/resolution.py",
         "images/recipes/Dockerfile",
         "images/recipes/base.Dockerfile",
         "images/recipes/install",

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from images import host
-from images.building import build, builder, payload, storage
+from images.building import build, payload, storage
+from images.building.buildah import Buildah
 from images.building.builder import Built
 from images.catalog import Image
 from images.host import owner
@@ -22,7 +23,7 @@ OLD, NEW = (Built(sha256(name), {}, ("sha256:a",), "sha256:m") for name in ("old
 
 
 @dataclass
-class Store(builder.Buildah):
+class Store(Buildah):
     """A storage with images by name and id."""
 
     folder: Path
@@ -70,7 +71,7 @@ def test_the_image_of_todays_inputs_is_found_whatever_its_name_says(
     ("there", "said"),
     [
         ({}, "is not built here"),
-        ({"localhost/verl-rollout:vllm-0.12": OLD}, "as built from other inputs than today's"),
+        ({"localhost/verl-rollout:vllm-0.12": OLD}, "but built from other inputs than today's"),
     ],
     ids=["never built", "stale"],
 )
@@ -121,9 +122,10 @@ def test_a_change_of_an_entrypoint_or_a_variable_makes_an_image_stale(
 HOLD = """
 import sys
 from pathlib import Path
-from images.building import builder, storage
+from images.building import storage
+from images.building.buildah import Buildah
 
-class Store(builder.Buildah):
+class Store(Buildah):
     def storage(self):
         return Path(sys.argv[1])
 

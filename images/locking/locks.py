@@ -1,0 +1,69 @@
+"""All locks: made of their inputs, or checked against them."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from images import catalog, host
+from images.catalog import shown
+from images.locking import base, lock, resolution
+from rollout.problem import Problem
+
+
+def drift(path: Path, text: str) -> str:
+    """A unified diff from the file to the text that it should hold; empty where they agree."""
+    current = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = difflib.unified_diff(
+        current.splitlines(keepends=True),
+        text.splitlines(keepends=True),
+        f"{shown(path)} (committed)",
+        f"{shown(path)} (resolved now)",
+    )
+    return "".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``nox -s lock [-- REF … | base | dev | --check]``."""
+    parser = argparse.ArgumentParser(prog="nox -s lock --", description="Resolve or check locks.")
+    parser.add_argument("refs", nargs="*", metavar="REF", help="an image, 'base' or 'dev'")
+    parser.add_argument("--check", action="store_true", help="resolve again and compare")
+    parser.add_argument("--snapshot", metavar="DATE", help="base: Debian as of 20260101T000000Z")
+    given = parser.parse_args(list(arguments))
+    images = catalog.load()
+    named = [catalog.find(n, images) for n in given.refs if n not in ("base", "dev")]
+    chosen = named if given.refs else images
+    dev = not given.refs or "dev" in given.refs
+    if given.check:
+        diffs = ""
+        for image in chosen:
+            lock.read(image)
+            diffs += drift(image.lock, resolution.resolve(image))
+        diffs += drift(resolution.DEV_LOCK, resolution.resolve_dev()) if dev else ""
+        if not given.refs or "base" in given.refs:
+            base.check()
+        sys.stdout.write(diffs)
+        if diffs:
+            raise Problem("locks have drifted (diff above); remake them with 'nox -s lock'")
+        host.say("locks are what their inputs resolve to")
+        return 0
+    for image in chosen:
+        text = resolution.resolve(image)
+        count = len(lock.claimed(image, text))
+        host.write(image.lock, text)
+        host.say(f"{shown(image.lock)}: {count} distributions")
+    if dev:
+        host.write(resolution.DEV_LOCK, resolution.resolve_dev())
+        host.say(shown(resolution.DEV_LOCK))
+    # Only when asked for: Debian's archive moves on, and a lock of it cannot be made again by date
+    # without a snapshot.
+    if "base" in given.refs:
+        base.relock(snapshot=given.snapshot)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(host.guarded(main, sys.argv[1:]))
