@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from images import catalog
 from images.building import layers
 from images.catalog import ROOT
-from images.locking import base, lock
+from images.locking import apt_sources, base, lock
 from rollout import report
 from rollout.problem import Problem
 
@@ -201,3 +201,16 @@ def test_a_lock_of_the_base_that_was_damaged_anywhere(tmp_path: Path, edits: Edi
     path = tmp_path / "base.lock"
     path.write_bytes(damaged(base.LOCK.read_bytes(), edits))
     one_sentence(lambda: base.read(path))
+
+
+# apt's sources ------------------------------------------------------------------------------------
+
+STANZA = b"Types: deb\nURIs: http://mirror.example/debian\nSuites: bookworm\nComponents: main\n"
+SOURCES = b"# ours\n" + STANZA + b"Signed-By:\n -----BEGIN\n .\n abc\n\n" + STANZA
+
+
+@STEADY
+@given(EDITS)
+def test_sources_of_apt_that_were_damaged_anywhere(edits: Edits) -> None:
+    text = damaged(SOURCES, edits).decode(errors="replace")
+    one_sentence(lambda: apt_sources.host_sources({"/etc/apt/sources.list.d/a.sources": text}))
