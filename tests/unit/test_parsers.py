@@ -20,6 +20,7 @@ from images import catalog
 from images.building import layers
 from images.catalog import ROOT
 from images.locking import apt_sources, base, lock
+from images.proving import report_file
 from rollout import report
 from rollout.problem import Problem
 
@@ -73,6 +74,7 @@ def one_sentence(action: Callable[[], object]) -> None:
 
 # Reports ------------------------------------------------------------------------------------------
 
+READERS: tuple[Any, ...] = (report, report_file)
 # A report as a run leaves it.
 REPORT = next(
     data
@@ -101,10 +103,11 @@ def told(sentences: list[str]) -> None:
 @STEADY
 @given(EDITS)
 def test_a_report_that_was_damaged_anywhere(edits: Edits) -> None:
-    try:
-        told(report.validate(report.parse(damaged(json.dumps(REPORT).encode(), edits))))
-    except ValueError as error:
-        told([str(error)])
+    for reader in READERS:
+        try:
+            told(reader.validate(reader.parse(damaged(json.dumps(REPORT).encode(), edits))))
+        except ValueError as error:
+            told([str(error)])
 
 
 @STEADY
@@ -120,17 +123,19 @@ def test_a_report_with_any_value_anywhere(steps: list[int], value: Any) -> None:
         place, keys = inside, list(inside) if isinstance(inside, dict) else range(len(inside))
         key = keys[step % len(keys)]
     place[key] = value
-    told(report.validate(data))
+    for reader in READERS:
+        told(reader.validate(data))
 
 
 @STEADY
 @given(JSON)
 def test_what_is_no_report_at_all(value: Any) -> None:
-    told(report.validate(value) if isinstance(value, dict) else [])
-    try:
-        report.parse(json.dumps(value).encode())
-    except ValueError as error:
-        told([str(error)])
+    for reader in READERS:
+        told(reader.validate(value) if isinstance(value, dict) else [])
+        try:
+            reader.parse(json.dumps(value).encode())
+        except ValueError as error:
+            told([str(error)])
 
 
 # Catalog files ------------------------------------------------------------------------------------
