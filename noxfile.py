@@ -13,6 +13,12 @@ nox.options.sessions = ["lint", "tests"]
 if sys.version_info < (3, 11):  # noqa: UP036 - whoever has an older one reads this sentence
     raise SystemExit("rollout images need Python 3.11 or newer to run nox; this is an older one")
 
+# Each gets the files of workflows behind its options.
+WORKFLOW_LINTERS = (
+    ("zizmor", "--offline", "--quiet", "--strict-collection", "--persona", "pedantic"),
+    ("check-jsonschema", "--builtin-schema", "vendor.github-workflows"),
+)
+
 
 def station(session: nox.Session, module: str, *arguments: str) -> None:
     """Run one station with the locked tools."""
@@ -113,8 +119,8 @@ def lint(session: nox.Session) -> None:
     session.run("mypy")
     session.run("python", "-m", "images.telling.docs", "--check")
     session.run("shellcheck", "--severity=warning", *shell_scripts())
-    zizmor = ("zizmor", "--offline", "--quiet", "--strict-collection", "--persona", "pedantic")
-    session.run(*zizmor, ".github/workflows")
+    for linter in WORKFLOW_LINTERS:
+        session.run(*linter, *sorted(str(path) for path in Path(".github/workflows").iterdir()))
 
 
 @nox.session

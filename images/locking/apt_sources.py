@@ -21,6 +21,8 @@ SUITE = "bookworm"
 ARCHITECTURE = "amd64"
 SNAPSHOT = re.compile(r"\d{8}T\d{6}Z")
 
+_FIELD = re.compile(r"[^\s:]+\s*:")
+_OFF = ("no", "false", "off", "disable", "without", "0")  # to apt, everything else is a yes
 _SUITES = (SUITE, f"{SUITE}-updates", f"{SUITE}-security")
 
 
@@ -57,13 +59,34 @@ def one_line_sources(text: str) -> list[Source]:
 
 
 def deb822_sources(text: str) -> list[Source]:
-    """The Debian 12 entries of a file in .sources form."""
+    """The Debian 12 entries of a file in .sources form.
+
+    Raises:
+        ValueError: a line is no field of a stanza; the message says which, as a clause.
+    """
+    lines = text.splitlines()
+    _only_fields(lines)
     found = []
-    for fields in Deb822.iter_paragraphs(text.splitlines()):
-        enabled = fields.get("Enabled", "yes").lower() in ("yes", "true", "1")
+    # Lines and no text: a text of one line would be taken for the name of a file.
+    for fields in Deb822.iter_paragraphs(lines):
+        enabled = fields.get("Enabled", "").lower() not in _OFF
         if enabled and "deb" in fields.get("Types", "").split():
             found += _debian(fields)
     return found
+
+
+def _only_fields(lines: Sequence[str]) -> None:
+    """Refuse what is no line of a stanza: python-debian passes over it, or ends there."""
+    inside = False
+    for number, line in enumerate(lines, 1):
+        if line.startswith("#"):
+            continue
+        if not line.strip(" \t"):
+            inside = False
+        elif _FIELD.match(line):
+            inside = True
+        elif not (inside and line[0].isspace()):
+            raise ValueError(f"has a line {number} that is no field: {line[:60]!a}")
 
 
 def _debian(fields: Mapping[str, str]) -> list[Source]:
@@ -93,13 +116,19 @@ def host_sources(files: Mapping[str, str]) -> list[Source]:
     """The Debian 12 entries among a machine's apt sources: file name -> content.
 
     Empty where they lack Debian 12 itself, so that the caller falls back on the default.
+
+    Raises:
+        Problem: a file is malformed.
     """
     found: list[Source] = []
     for name in sorted(files):
         if name.endswith(".list"):
             found += one_line_sources(files[name])
         elif name.endswith(".sources"):
-            found += deb822_sources(files[name])
+            try:
+                found += deb822_sources(files[name])
+            except ValueError as error:
+                raise Problem(f"{name} {error}; mend or remove that line", 2) from None
     distinct = list(dict.fromkeys(found))
     return distinct if any(s.suite == SUITE for s in distinct) else []
 

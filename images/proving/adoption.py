@@ -17,7 +17,7 @@ from images.building import build
 from images.building.builder import Builder
 from images.catalog import Image, shown
 from images.locking import lock
-from images.proving import proofs, standing
+from images.proving import proofs, report_file, standing
 from images.proving.standing import Today
 from rollout import calibrate, report, smoke
 from rollout.faults import unseen
@@ -54,7 +54,7 @@ def adopt(image: Image, tool: Builder, folder: Path, *, keep: bool) -> int:
     calibrated = calibration(folder / "calibration.json", image, now)
     second = folder / "warm.json"
     again = read_report(second, now) if _there(second) else None
-    wrong = report.validate(whole)  # a check may be in both
+    wrong = report_file.validate(whole)  # a check may be in both
     if wrong:
         raise Problem(f"--from: {folder}: verify.json and smoke.json are no pair: {wrong[0]}", 2)
     found = standing.judge(whole, now)

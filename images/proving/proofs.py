@@ -13,9 +13,9 @@ from images.building.buildah import Buildah
 from images.building.builder import Builder, Built
 from images.catalog import ROOT, Image, shown
 from images.locking import lock
-from images.proving import standing
+from images.proving import report_file, standing
 from images.proving.standing import Standing, Today
-from rollout import report, smoke
+from rollout import smoke
 from rollout.faults import find
 from rollout.problem import Problem
 
@@ -66,7 +66,7 @@ def read(path: Path, named: str) -> dict[str, Any]:
         Problem: exit code 2 where that file is no report.
     """
     try:
-        return report.read(path)
+        return report_file.read(path)
     except ValueError as error:
         raise Problem(f"{named} {error}", 2) from None
 
@@ -150,7 +150,7 @@ def leave(image: Image, data: Mapping[str, Any]) -> None:
     Raises:
         Problem: it is no report.
     """
-    wrong = report.validate(data)
+    wrong = report_file.validate(data)
     if wrong:
         raise Problem(f"the report breaks its own schema: {'; '.join(wrong[:3])}")
     host.write_json(report_path(image), data)

@@ -7,14 +7,13 @@ one signature holds for all of them. Whoever has read published.py knows whose w
 from __future__ import annotations
 
 from images.building import labels
-from images.proving import standing
+from images.proving import report_file, standing
 from images.proving.standing import Today
 from images.publishing import oci, provenance, sbom
 from images.publishing.attestations import REPORT, SBOM, STATEMENT, Attestation
 from images.publishing.oci import Descriptor, Manifest
 from images.publishing.provenance import Origin
 from images.publishing.published import UNPROVED, Metrics, Published, counted
-from rollout import report
 from rollout.problem import Problem
 
 
@@ -110,7 +109,7 @@ def check_report(image: Published) -> Metrics:
     reports = []
     for one in found:
         try:
-            data = report.parse(one.data)
+            data = report_file.parse(one.data)
         except ValueError as error:
             raise Problem(f"the smoke report {error}") from None
         now = today(image, next(o for o in image.origins if one.sha256 in o.named(REPORT)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from images.building import layers
 from images.catalog import Image, shown
-from images.proving import proofs, standing
+from images.proving import proofs, report_file, standing
 from images.proving.standing import Standing
 from rollout import report
 from rollout.problem import Problem
@@ -31,7 +31,7 @@ def fitting(path: Path, image: Image, diff_ids: Sequence[str]) -> Proof:
     """
     try:
         data = report.content(path)
-        found = report.parse(data)
+        found = report_file.parse(data)
     except ValueError as error:
         raise ValueError(f"{shown(path)} {error}") from None
     now = proofs.today(image, diff_ids)

@@ -81,6 +81,43 @@ def test_only_debians_own_entries_are_taken_from_deb822_sources() -> None:
     ]
 
 
+ONE = "Types: deb\nURIs: http://mirror.example/debian\nSuites: bookworm\nComponents: main\n"
+
+
+@pytest.mark.parametrize("word", ["yes", "TRUE", "on", "enable", "with", "1", "", "perhaps"])
+def test_an_entry_is_on_by_every_word_that_apt_takes_for_a_yes(word: str) -> None:
+    assert len(apt_sources.deb822_sources(f"{ONE}Enabled: {word}\n")) == 1
+
+
+@pytest.mark.parametrize("word", ["no", "false", "Off", "disable", "without", "0"])
+def test_an_entry_is_off_by_every_word_that_apt_takes_for_a_no(word: str) -> None:
+    assert len(apt_sources.deb822_sources(f"{ONE}enabled:{word}\n\n{ONE}")) == 1
+
+
+def test_names_of_fields_are_read_in_any_case() -> None:
+    assert apt_sources.deb822_sources(ONE.lower()) == apt_sources.deb822_sources(ONE)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (f"{ONE}some words\n", "line 5 that is no field: 'some words'"),
+        (f"some words\n\n{ONE}", "line 1 that is no field: 'some words'"),
+        (f"# a comment\n a value without a name\n\n{ONE}", "line 2 that is no field: ' a value"),
+        (f"{ONE}\n: x\n\n{ONE}", "line 6 that is no field: ': x'"),
+        ("/etc/hostname", "line 1 that is no field: '/etc/hostname'"),
+        (f"{ONE}\x1b[2J\n", r"line 5 that is no field: '\x1b[2J'"),
+    ],
+)
+def test_a_line_that_is_no_field_is_refused_with_its_file_and_number(text: str, line: str) -> None:
+    with pytest.raises(Problem) as caught:
+        apt_sources.host_sources({"/etc/apt/sources.list.d/a.sources": text})
+    assert caught.value.code == 2
+    said = caught.value.sentence
+    assert said.startswith(f"/etc/apt/sources.list.d/a.sources has a {line}")
+    assert said.endswith("; mend or remove that line")
+
+
 def test_only_debians_own_entries_are_taken_from_one_line_sources() -> None:
     found = apt_sources.one_line_sources(ONE_LINE)
     assert [(s.uri, s.suite) for s in found] == [

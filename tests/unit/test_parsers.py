@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from images import catalog
 from images.building import layers
 from images.catalog import ROOT
-from images.locking import base, lock
+from images.locking import apt_sources, base, lock
+from images.proving import report_file
 from rollout import report
 from rollout.problem import Problem
 
@@ -73,6 +74,7 @@ def one_sentence(action: Callable[[], object]) -> None:
 
 # Reports ------------------------------------------------------------------------------------------
 
+READERS: tuple[Any, ...] = (report, report_file)
 # A report as a run leaves it.
 REPORT = next(
     data
@@ -101,10 +103,11 @@ def told(sentences: list[str]) -> None:
 @STEADY
 @given(EDITS)
 def test_a_report_that_was_damaged_anywhere(edits: Edits) -> None:
-    try:
-        told(report.validate(report.parse(damaged(json.dumps(REPORT).encode(), edits))))
-    except ValueError as error:
-        told([str(error)])
+    for reader in READERS:
+        try:
+            told(reader.validate(reader.parse(damaged(json.dumps(REPORT).encode(), edits))))
+        except ValueError as error:
+            told([str(error)])
 
 
 @STEADY
@@ -120,17 +123,19 @@ def test_a_report_with_any_value_anywhere(steps: list[int], value: Any) -> None:
         place, keys = inside, list(inside) if isinstance(inside, dict) else range(len(inside))
         key = keys[step % len(keys)]
     place[key] = value
-    told(report.validate(data))
+    for reader in READERS:
+        told(reader.validate(data))
 
 
 @STEADY
 @given(JSON)
 def test_what_is_no_report_at_all(value: Any) -> None:
-    told(report.validate(value) if isinstance(value, dict) else [])
-    try:
-        report.parse(json.dumps(value).encode())
-    except ValueError as error:
-        told([str(error)])
+    for reader in READERS:
+        told(reader.validate(value) if isinstance(value, dict) else [])
+        try:
+            reader.parse(json.dumps(value).encode())
+        except ValueError as error:
+            told([str(error)])
 
 
 # Catalog files ------------------------------------------------------------------------------------
@@ -201,3 +206,16 @@ def test_a_lock_of_the_base_that_was_damaged_anywhere(tmp_path: Path, edits: Edi
     path = tmp_path / "base.lock"
     path.write_bytes(damaged(base.LOCK.read_bytes(), edits))
     one_sentence(lambda: base.read(path))
+
+
+# apt's sources ------------------------------------------------------------------------------------
+
+STANZA = b"Types: deb\nURIs: http://mirror.example/debian\nSuites: bookworm\nComponents: main\n"
+SOURCES = b"# ours\n" + STANZA + b"Signed-By:\n -----BEGIN\n .\n abc\n\n" + STANZA
+
+
+@STEADY
+@given(EDITS)
+def test_sources_of_apt_that_were_damaged_anywhere(edits: Edits) -> None:
+    text = damaged(SOURCES, edits).decode(errors="replace")
+    one_sentence(lambda: apt_sources.host_sources({"/etc/apt/sources.list.d/a.sources": text}))

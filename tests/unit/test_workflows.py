@@ -1,4 +1,4 @@
-"""What the workflows promise beyond their linter, and their scripts run against stand-ins.
+"""What the workflows promise beyond their linters, and their scripts run against stand-ins.
 
 They never ran on GitHub. What a script says to git is said to a real one here; docker, skopeo,
 cosign, gh and nox are stand-ins that write down what they were asked.
@@ -6,30 +6,33 @@ cosign, gh and nox are stand-ins that write down what they were asked.
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
-import textwrap
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from nox import registry
 
+import noxfile
 from images import catalog
 from images.catalog import ROOT
 from images.locking import lock
-from images.publishing import provenance, publish, verify_published
+from images.publishing import publish, verify_published
 
 from ..conftest import sha256
 
 FOLDER = ROOT / ".github" / "workflows"
+# Comments are in the text alone; all else is read as YAML, where the key `on` is True.
 FILES = {path.name: path.read_text(encoding="utf-8") for path in sorted(FOLDER.iterdir())}
+TEXT = "".join(FILES.values())
+WORKFLOWS = {file: yaml.safe_load(text) for file, text in FILES.items()}
 IMAGES = catalog.load()
-EXPRESSION = "${{"
 # Jobs that only carry, sign or name what sessions have made: in them there is nothing to run here.
 CARRIERS = {
     "prove.yml/prove": "the image's own commands, as the README gives them for docker",
@@ -39,124 +42,68 @@ CARRIERS = {
     "relock.yml/propose": "has a token that writes, so nothing of this repository runs in it",
 }
 
-
-# A reader of the YAML that these files are written in: two blanks a level, no anchors.
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step: its text, and the script that it runs if it runs one."""
-
-    text: str
-
-    @property
-    def name(self) -> str:
-        found = re.search(r"^ +(?:- )?name: (.+)$", self.text, re.MULTILINE)
-        return found[1] if found else ""
-
-    @property
-    def script(self) -> str:
-        found = re.search(r"^( +)(- )?run: (.*)\n((?:\1 .*\n|\n)*)", self.text, re.MULTILINE)
-        if not found:
-            return ""
-        return textwrap.dedent(found[4]) if found[3] == "|" else found[3] + "\n"
+Step = dict[str, Any]
+Job = dict[str, Any]
+JOBS: dict[str, Job] = {
+    f"{file}/{key}": job for file, whole in WORKFLOWS.items() for key, job in whole["jobs"].items()
+}
+STEPS = [(path, step) for path, job in JOBS.items() for step in job.get("steps", [])]
+SCRIPTS = [(path, step) for path, step in STEPS if "run" in step]
+IN_DEBIAN = {path: job for path, job in JOBS.items() if "container" in job}
+EVERY_JOB = pytest.mark.parametrize("path", JOBS)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One job, and the file that it stands in."""
-
-    file: str
-    key: str
-    text: str
-
-    @property
-    def path(self) -> str:
-        return f"{self.file}/{self.key}"
-
-    @property
-    def steps(self) -> list[Step]:
-        _, _, tail = self.text.partition("    steps:\n")
-        return [Step(part) for part in re.split(r"^(?=      - )", tail, flags=re.MULTILINE) if part]
-
-    def has(self, key: str) -> bool:
-        return re.search(rf"^    {key}:", self.text, re.MULTILINE) is not None
-
-    def step(self, name: str) -> Step:
-        return next(step for step in self.steps if step.name == name)
+def scripts(path: str) -> list[Step]:
+    """The steps of a job that run a script."""
+    return [step for at, step in SCRIPTS if at == path]
 
 
-def jobs(file: str, text: str) -> Iterator[Job]:
-    _, _, tail = text.partition("\njobs:\n")
-    parts = re.split(r"^  ([a-z-]+):\n", tail, flags=re.MULTILINE)
-    for key, body in zip(parts[1::2], parts[2::2], strict=True):
-        yield Job(file, key, body)
+def said(path: str) -> str:
+    """All scripts of a job."""
+    return "\n".join(step["run"] for step in scripts(path))
 
 
-JOBS = {job.path: job for file, text in FILES.items() for job in jobs(file, text)}
-STEPS = [(job, step) for job in JOBS.values() for step in job.steps]
-EVERY_FILE = pytest.mark.parametrize("file", FILES)
-EVERY_JOB = pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
+def step_of(path: str, words: str) -> Step:
+    """The step of a job with this name, or with these words in its script."""
+    return next(s for s in scripts(path) if s["name"] == words or words in s["run"])
 
 
-def test_the_reader_sees_everything_there_is() -> None:
-    assert set(FILES) == {"checks.yml", "prove.yml", "publish.yml", "release.yml", "relock.yml"}
-    whole = "".join(FILES.values())
-    assert len(re.findall(r"^    runs-on: |^    uses: ", whole, re.MULTILINE)) == len(JOBS)
-    assert len(re.findall(r"\brun: ", whole)) == len([s for _, s in STEPS if s.script])
-    assert len(re.findall(r"^      - ", whole, re.MULTILINE)) >= len(STEPS)
-    assert all(step.script or "uses: " in step.text for _, step in STEPS)
-    sample = "x:\n\njobs:\n  a:\n    steps:\n      - run: |\n          one\n\n          two\n"
-    (job,) = jobs("file", sample)
-    assert [step.script for step in job.steps] == ["one\n\ntwo\n"]
+def asked(text: str) -> list[str]:
+    """The sessions that a text runs."""
+    return re.findall(r"-m nox --session ([a-z-]+)", text)
 
 
 # what runs, and with which rights
 
 
-@EVERY_FILE
-def test_a_workflow_has_no_right_but_what_a_job_asks_for(file: str) -> None:
-    assert re.findall(r"^permissions:.*$", FILES[file], re.MULTILINE) == ["permissions: {}"]
-
-
-@EVERY_FILE
-def test_a_workflow_says_what_happens_to_two_of_it(file: str) -> None:
-    block = re.search(r"^concurrency:\n((?:  .*\n)+)", FILES[file], re.MULTILINE)
-    assert block
-    assert "group: " in block[1]
-    assert "cancel-in-progress: " in block[1]
+@pytest.mark.parametrize("file", FILES)
+def test_a_workflow_has_no_right_of_its_own_and_says_what_happens_to_two_of_it(file: str) -> None:
+    assert WORKFLOWS[file]["permissions"] == {}
+    assert set(WORKFLOWS[file]["concurrency"]) == {"group", "cancel-in-progress"}
 
 
 @EVERY_JOB
-def test_a_job_names_its_rights_and_its_end(job: Job) -> None:
-    assert job.has("permissions")
+def test_a_job_names_its_rights_and_its_end(path: str) -> None:
+    assert "permissions" in JOBS[path]
     # A job that calls a workflow takes the time that its jobs have.
-    assert job.has("timeout-minutes") != job.has("uses")
+    assert ("timeout-minutes" in JOBS[path]) != ("uses" in JOBS[path])
 
 
-@EVERY_FILE
-def test_an_action_is_named_by_its_commit_with_its_version_beside(file: str) -> None:
-    for line in re.findall(r"uses: .*", FILES[file]):
-        own = re.fullmatch(r"uses: \$/\.github/workflows/([a-z]+\.yml)", line)
-        if own:
-            assert own[1] in FILES
-            continue
-        assert re.fullmatch(r"uses: [\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
-
-
-def test_an_action_has_one_commit_everywhere() -> None:
-    used: dict[str, set[str]] = {}
-    for name, rest in re.findall(r"uses: ([\w-]+/[\w-]+)@(.*)", "".join(FILES.values())):
-        used.setdefault(name, set()).add(rest)
-    assert len(used) > 1
-    assert {name: found for name, found in used.items() if len(found) > 1} == {}
+def test_an_action_has_one_commit_everywhere_with_its_version_beside() -> None:
+    used = {step["uses"] for _, step in STEPS if "uses" in step}
+    assert len(used) == len({use.partition("@")[0] for use in used}) > 1
+    lines = {line.partition("uses: ")[2] for line in TEXT.splitlines() if "uses: " in line}
+    own = {f"$/.github/workflows/{file}" for file in FILES}
+    assert {job["uses"] for job in JOBS.values() if "uses" in job} <= own
+    assert sorted(line.partition(" # ")[0] for line in lines - own) == sorted(used)
+    for line in lines - own:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
 
 
 def test_a_checkout_leaves_no_credentials_behind() -> None:
-    checkouts = [step for _, step in STEPS if "uses: actions/checkout@" in step.text]
+    checkouts = [s for _, s in STEPS if s.get("uses", "").startswith("actions/checkout@")]
     assert checkouts
-    for step in checkouts:
-        assert "          persist-credentials: false\n" in step.text
+    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
 
 
 @pytest.mark.parametrize("word", ["pull_request_target", "workflow_run", "secrets.", "inherit"])
@@ -165,144 +112,92 @@ def test_a_stranger_s_pull_request_meets_no_secret(word: str) -> None:
 
 
 def test_a_pull_request_gets_no_token_that_writes_and_no_machine_of_ours() -> None:
-    files = [file for file, text in FILES.items() if "\n  pull_request:" in text]
+    files = [file for file, whole in WORKFLOWS.items() if "pull_request" in whole[True]]
     assert files == ["checks.yml"]
-    for job in (job for job in JOBS.values() if job.file in files):
-        assert re.findall(r"^      [a-z-]+: (?:write|read)\b.*$", job.text, re.MULTILINE) == [
-            "      contents: read # to check out"
-        ]
-        assert "self-hosted" not in job.text
-        assert not job.has("uses")
+    for job in WORKFLOWS["checks.yml"]["jobs"].values():
+        assert job["permissions"] == {"contents": "read"}
+        assert "self-hosted" not in str(job)
+        assert "uses" not in job
 
 
-@EVERY_FILE
-def test_no_right_to_write_stands_in_a_job_that_a_resolver_or_a_gpu_runs_in(file: str) -> None:
-    for job in (job for job in JOBS.values() if job.file == file):
-        if "self-hosted" in job.text or "--session relock" in job.text:
-            assert ": write" not in job.text
+def test_the_proof_runs_on_our_label_and_neither_it_nor_a_resolver_may_write() -> None:
+    assert JOBS["prove.yml/prove"]["runs-on"] == ["self-hosted", "linux", "x64", "gpu"]
+    assert [path for path in JOBS if "self-hosted" in str(JOBS[path])] == ["prove.yml/prove"]
+    assert [path for path in JOBS if "relock" in asked(said(path))] == ["relock.yml/relock"]
+    for path in ("prove.yml/prove", "relock.yml/relock"):
+        assert "write" not in str(JOBS[path]["permissions"])
 
 
-def test_the_proof_on_a_gpu_runs_on_a_label_of_ours() -> None:
-    assert "    runs-on: [self-hosted, linux, x64, gpu]\n" in JOBS["prove.yml/prove"].text
-    others = [path for path, job in JOBS.items() if "self-hosted" in job.text]
-    assert others == ["prove.yml/prove"]
+def test_no_expression_stands_in_a_script() -> None:
+    assert {path.partition("/")[0] for path, _ in SCRIPTS} == set(FILES)
+    assert [step for _, step in SCRIPTS if "${{" in step["run"]] == []
 
 
-@EVERY_FILE
-def test_no_expression_stands_in_a_script(file: str) -> None:
-    scripts = [step.script for job, step in STEPS if job.file == file and step.script]
-    assert [script for script in scripts if EXPRESSION in script] == []
-    assert scripts or file == "release.yml"
-
-
-# their linter
-
-LINTER = re.search(r"zizmor = (\(.*?\))", (ROOT / "noxfile.py").read_text("utf-8"), re.DOTALL)
-BAD = """\
-name: Bad
-on: pull_request
-permissions: {}
-concurrency: { group: bad, cancel-in-progress: true }
-jobs:
-  job:
-    name: Job
-    runs-on: ubuntu-24.04
-    permissions:
-      contents: read # to check out
-    steps:
-      - name: Step
-        run: echo SAID
-"""
+# their linters
 
 
 @pytest.mark.parametrize(
-    ("said", "finding"),
-    [("hello", ""), ("${{ github.event.pull_request.title }}", "template-injection")],
-    ids=["without", "with"],
+    ("sound", "bad", "finding"),
+    [
+        ("", "", ""),
+        ("run: .ci/run", "run: ${{ github.event.pull_request.title }}", "template-injection"),
+        ("timeout-minutes: 15", "timeout: 15", "'timeout' was unexpected"),
+    ],
+    ids=["nothing", "an injection", "a key that GitHub does not know"],
 )
-def test_the_linter_passes_what_is_sound_and_finds_an_injection(
-    said: str, finding: str, tmp_path: Path
+def test_the_linters_pass_what_is_sound_and_find(
+    sound: str, bad: str, finding: str, tmp_path: Path
 ) -> None:
-    assert LINTER
-    program, *options = ast.literal_eval(LINTER[1])
     beside = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     path = tmp_path / ".github" / "workflows" / "bad.yml"
     path.parent.mkdir(parents=True)
-    path.write_text(BAD.replace("SAID", said), encoding="utf-8")
-    argv = [shutil.which(program, path=beside) or program, *options, str(path)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert (done.returncode != 0) == bool(finding), done.stdout + done.stderr
-    assert finding in done.stdout
+    path.write_text(FILES["checks.yml"].replace(sound, bad, 1), encoding="utf-8")
+    found = []
+    for program, *options in noxfile.WORKFLOW_LINTERS:
+        argv = [shutil.which(program, path=beside) or program, *options, str(path)]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        found += [done.stdout] if done.returncode else []
+    assert len(found) == bool(finding), found
+    assert finding in "".join(found)
 
 
 # what they say comes from the catalog and from nox
 
 
 def test_every_pull_request_is_linted_and_tested() -> None:
-    head, _, _ = FILES["checks.yml"].partition("\njobs:\n")
-    assert "\n  pull_request:\n  push:\n" in head, "no filter by path or branch"
-    assert not JOBS["checks.yml/lint"].has("if")
-    assert not JOBS["checks.yml/tests"].has("if")
-    assert "--session lint" in JOBS["checks.yml/lint"].text
-    assert JOBS["checks.yml/tests"].steps[-1].script == ".ci/run\n"
+    events = WORKFLOWS["checks.yml"][True]
+    assert events == {"pull_request": None, "push": {"branches": ["main"]}}, "no filter by path"
+    assert "if" not in {**JOBS["checks.yml/lint"], **JOBS["checks.yml/tests"]}
+    assert asked(said("checks.yml/lint")) == ["lint"]
+    assert JOBS["checks.yml/tests"]["steps"][-1]["run"] == ".ci/run"
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-def sessions() -> set[str]:
-    """The names of the sessions in noxfile.py."""
-    tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    return {f.name.replace("_", "-") for f in functions if f.decorator_list} | {
-        keyword.value.value
-        for f in functions
-        for call in f.decorator_list
-        if isinstance(call, ast.Call)
-        for keyword in call.keywords
-        if keyword.arg == "name" and isinstance(keyword.value, ast.Constant)
-    }
-
-
-def asked(text: str) -> list[str]:
-    """The sessions that a text runs."""
-    return re.findall(r"-m nox --session ([a-z-]+)", text)
-
-
 def test_every_session_that_a_workflow_names_exists() -> None:
-    wanted = set(asked("".join(FILES.values())))
+    wanted = set(asked(TEXT))
     assert {"build", "lint", "matrix", "publish", "relock", "reproduce"} <= wanted
-    assert wanted <= sessions()
+    assert wanted <= set(registry.get())
 
 
 @EVERY_JOB
-def test_a_job_runs_sessions_that_anybody_can_run(job: Job) -> None:
-    runs = bool(asked(job.text)) or ".ci/run" in job.text or job.has("uses")
-    assert runs != (job.path in CARRIERS)
+def test_a_job_runs_sessions_that_anybody_can_run(path: str) -> None:
+    runs = bool(asked(said(path))) or ".ci/run" in said(path) or "uses" in JOBS[path]
+    assert runs != (path in CARRIERS)
 
 
 def test_a_changed_image_is_built_verified_and_reproduced() -> None:
-    text = JOBS["checks.yml/image"].text
-    order = ["--session build", "rollout verify", "--session reproduce"]
-    places = [text.index(word) for word in order]
-    assert places == sorted(places)
+    order = r"--session build.*rollout verify.*--session reproduce"
+    assert re.search(order, said("checks.yml/image"), re.DOTALL)
 
 
-def test_a_matrix_is_what_a_session_computed() -> None:
-    found = re.findall(
-        r"^      matrix:\n((?:        .*\n)+)", "".join(FILES.values()), re.MULTILINE
-    )
+def test_a_matrix_is_what_a_session_computed_and_without_an_image_it_is_skipped() -> None:
+    found = {path: job for path, job in JOBS.items() if "matrix" in job.get("strategy", {})}
     assert len(found) > 1
-    for block in found:
-        derived = r"        reference: \${{ fromJSON\(needs\.([a-z]+)\.outputs\.references\) }}\n"
-        match = re.fullmatch(derived, block)
-        assert match, block
-        producers = [job for job in JOBS.values() if job.key == match[1]]
-        assert [asked(job.text) for job in producers] == [["matrix"]]
-
-
-def test_a_matrix_without_an_image_is_skipped_not_an_error() -> None:
-    for job in JOBS.values():
-        if "      matrix:\n" in job.text:
-            assert re.search(r"^    if: needs\.\w+\.outputs\.references != '\[\]'$", job.text, re.M)
+    for path, job in found.items():
+        given = f"needs.{job['needs']}.outputs.references"
+        assert job["strategy"]["matrix"] == {"reference": f"${{{{ fromJSON({given}) }}}}"}
+        assert job["if"] == f"{given} != '[]'"
+        assert asked(said(f"{path.partition('/')[0]}/{job['needs']}")) == ["matrix"]
 
 
 def test_no_workflow_names_an_image_or_a_version_of_an_engine() -> None:
@@ -310,80 +205,69 @@ def test_no_workflow_names_an_image_or_a_version_of_an_engine() -> None:
     for image in IMAGES:
         versions = {entry.name: entry.version for entry in lock.read(image)}
         names |= {versions[image.engine], versions["torch"], *image.expect.values()}
-    words = "".join(FILES.values())
-    found = [n for n in names if re.search(rf"(?<![\w.@]){re.escape(n)}(?![\w.])", words)]
     assert names
-    assert found == []
+    assert [n for n in names if re.search(rf"(?<![\w.@]){re.escape(n)}(?![\w.])", TEXT)] == []
 
 
 def test_the_registry_is_a_variable_and_no_name() -> None:
-    text = "".join(FILES.values())
-    assert set(re.findall(r"REGISTRY: (.*)", text)) == {"${{ vars.REGISTRY }}"}
-    pushed = re.findall(r'--(?:to|from) "([^"]*)"', text)
+    assert set(re.findall(r"REGISTRY: (.*)", TEXT)) == {"${{ vars.REGISTRY }}"}
+    pushed = re.findall(r'--(?:to|from) "([^"]*)"', TEXT)
     assert len(pushed) > 2
     assert all(place.startswith("$REGISTRY") for place in pushed)
+
+
+def test_the_workflow_that_builds_names_itself_as_the_builder() -> None:
+    """GitHub's own variable names release.yml where that calls it; cosign certifies this file."""
+    builder = WORKFLOWS["publish.yml"]["env"][attestations.WORKFLOW]
+    assert builder == ".github/workflows/publish.yml"
 
 
 # disks, and the machine that layers are promised for
 
 
-def in_debian() -> list[Job]:
-    return [job for job in JOBS.values() if job.has("container")]
-
-
 def test_every_build_runs_on_the_machine_that_digests_are_promised_for() -> None:
-    builders = {
-        job.path
-        for job in JOBS.values()
-        if {"build", "reproduce", "relock"} & set(asked(job.text)) or ".ci/run" in job.text
-    }
-    assert {job.path for job in in_debian()} == builders
-
-
-def test_that_machine_is_named_by_its_digest_and_made_ready_in_one_way() -> None:
-    blocks = set()
-    for job in in_debian():
-        block = re.search(r"^    container:\n(?:      .*\n)+", job.text, re.MULTILINE)
-        assert block
-        assert re.search(r"image: debian:12@sha256:[0-9a-f]{64}\n", block[0])
-        blocks.add((block[0], *(step.text for step in job.steps[:2])))
-    assert len(blocks) == 1
+    makers = {"build", "reproduce", "relock"}
+    builders = {p for p in JOBS if makers & set(asked(said(p))) or ".ci/run" in said(p)}
+    assert set(IN_DEBIAN) == builders
+    first, *others = [(job["container"], job["steps"][:2]) for job in IN_DEBIAN.values()]
+    assert re.fullmatch(r"debian:12@sha256:[0-9a-f]{64}", first[0]["image"])
+    assert all(other == first for other in others), "made ready in one way"
 
 
 def test_room_is_made_on_hosted_runners_alone_and_told_before_and_after() -> None:
-    for job in in_debian():
-        first = job.steps[0]
-        assert "if: runner.environment == 'github-hosted'\n" in first.text
-        assert [line.split()[0] for line in first.script.splitlines()] == ["df", "find", "df"]
-        mounted = re.findall(r"- /\S+:(/\S+)", job.text)
+    for job in IN_DEBIAN.values():
+        first = job["steps"][0]
+        assert first["if"] == "runner.environment == 'github-hosted'"
+        assert [line.split()[0] for line in first["run"].splitlines()] == ["df", "find", "df"]
+        mounted = [volume.split(":")[1] for volume in job["container"]["volumes"]]
         # What is deleted lies below /host, and what builds need does not.
-        assert [path for path in mounted if not path.startswith("/host/")] == [
-            "/var/lib/containers"
-        ]
-    assert in_debian()
+        assert [p for p in mounted if not p.startswith("/host/")] == ["/var/lib/containers"]
+    assert IN_DEBIAN
 
 
 # their scripts, run
 
 
 @pytest.mark.parametrize(
-    ("job", "step"),
-    [(job, step) for job, step in STEPS if step.script],
-    ids=[f"{job.path}: {step.name}" for job, step in STEPS if step.script],
+    ("path", "step"), SCRIPTS, ids=[f"{p}: {s.get('name')}" for p, s in SCRIPTS]
 )
-def test_a_script_is_one_that_bash_reads(job: Job, step: Step) -> None:
-    assert step.name, f"{job.path}: what does it do?"
-    done = subprocess.run(["bash", "-n"], input=step.script, capture_output=True, text=True)
+def test_a_script_has_a_name_and_is_one_that_bash_reads(path: str, step: Step) -> None:
+    assert step["name"], path
+    done = subprocess.run(["bash", "-n"], input=step["run"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 DIGEST = "sha256:" + "5" * 64
+STAGED = f"staging/verl-rollout@{DIGEST}"
+PUBLIC = "public\n"  # the key of a run, and what is signed of it
+SIGNED = sha256(PUBLIC)
+BROKEN = "#!/bin/bash\nexit 1\n"
 # What stand-ins answer; all of them write down what they were asked.
 ANSWERS = {
     "skopeo": f'if [ "$1" = inspect ]; then echo "${{RELEASED-@{DIGEST}}}"; fi',
     "docker": 'if [ "$1" = image ] && [ "$2" = inspect ]; then echo sha256:a,sha256:b; fi',
     "cosign": "",
-    "gh": "",
+    "gh": 'if [ "$2" = list ]; then echo "$OPEN"; fi',
     "python3": f"""case "$*" in
       *"--session matrix"*) echo; echo '["x:y"]' ;;
       *"--new-key"*) for file; do :; done; echo secret >"$file"; echo public >"$file.pub" ;;
@@ -401,23 +285,26 @@ class Runner:
 
     def run(self, step: Step, **env: str) -> subprocess.CompletedProcess[str]:
         script = self.folder / "script"
-        script.write_text(step.script, encoding="utf-8")
+        script.write_text(step["run"], encoding="utf-8")
         argv = ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)]
-        return subprocess.run(
-            argv,
-            env={**self.env, **env},
-            cwd=self.folder / "work",
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        work, env = self.folder / "work", {**self.env, **env}
+        return subprocess.run(argv, env=env, cwd=work, capture_output=True, text=True, check=False)
 
-    def output(self, name: str) -> str:
-        """What a step has left for the next ones."""
-        lines = Path(self.env["GITHUB_OUTPUT"]).read_text(encoding="utf-8").splitlines()
-        return next(
-            value for key, _, value in (line.partition("=") for line in lines) if key == name
-        )
+    def good(self, step: Step, **env: str) -> None:
+        done = self.run(step, **env)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """What steps have left for the next ones."""
+        text = Path(self.env["GITHUB_OUTPUT"]).read_text(encoding="utf-8")
+        return dict(line.split("=", 1) for line in text.splitlines())
+
+    def public_key(self, text: str) -> None:
+        """The public key, as an artifact brings it."""
+        key = self.folder / "work" / "build" / "key" / "key.pub"
+        key.parent.mkdir(parents=True)
+        key.write_text(text)
 
     @property
     def asked(self) -> list[str]:
@@ -432,8 +319,7 @@ def runner(tmp_path: Path) -> Runner:
         (tmp_path / name).mkdir()
     for name, answer in ANSWERS.items():
         path = tmp_path / "bin" / name
-        log = f'echo "{name} $*" >>"{tmp_path}/log"'
-        path.write_text(f"#!/bin/bash\n{log}\n{answer}\n", encoding="utf-8")
+        path.write_text(f'#!/bin/bash\necho "{name} $*" >>"{tmp_path}/log"\n{answer}\n')
         path.chmod(0o755)
     env = {
         "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin",
@@ -452,72 +338,61 @@ def runner(tmp_path: Path) -> Runner:
     return Runner(tmp_path, env)
 
 
-def good(done: subprocess.CompletedProcess[str]) -> None:
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.parametrize("path", ["checks.yml/changed", "release.yml/proved"])
-def test_the_list_of_images_becomes_an_output(runner: Runner, path: str) -> None:
-    step = next(step for step in JOBS[path].steps if "--session matrix" in step.script)
-    good(runner.run(step, BEFORE="HEAD^1"))
-    assert runner.output("references") == '["x:y"]'
-
-
-@pytest.mark.parametrize("path", ["checks.yml/changed", "release.yml/proved"])
-def test_a_list_that_cannot_be_made_ends_the_job(runner: Runner, path: str) -> None:
-    (runner.folder / "bin" / "python3").write_text("#!/bin/bash\nexit 1\n")
-    step = next(step for step in JOBS[path].steps if "--session matrix" in step.script)
+def test_the_list_of_images_becomes_an_output_or_ends_the_job(runner: Runner, path: str) -> None:
+    step = step_of(path, "--session matrix")
+    runner.good(step, BEFORE="HEAD^1")
+    assert runner.outputs["references"] == '["x:y"]'
+    Path(runner.env["GITHUB_OUTPUT"]).unlink()
+    (runner.folder / "bin" / "python3").write_text(BROKEN)
     assert runner.run(step, BEFORE="HEAD^1").returncode != 0
     assert not Path(runner.env["GITHUB_OUTPUT"]).exists()
 
 
-def scripts(path: str) -> Iterator[Step]:
-    """The steps of a job that run a script."""
-    return (step for step in JOBS[path].steps if step.script)
+STAGE = "publish.yml/stage"
+LOG_IN, KEY = "Log in to the registry", "Make a key for this run alone"
+PUBLISH, NOTE = "Publish to staging", "Note the digest that everything after this is about"
 
 
 def stage(runner: Runner, **env: str) -> dict[str, str]:
     """Stage as the workflow does; returns what every later job is given."""
-    job = JOBS["publish.yml/stage"]
     (runner.folder / "work" / "build").mkdir()
-    names = ["Log in to the registry", "Make a key for this run alone", "Publish to staging"]
-    names.append("Note the digest that everything after this is about")
-    assert [step.name for step in job.steps if step.name in names] == names
-    for name in names:
-        good(runner.run(job.step(name), **env))
-    outputs = {name: runner.output(name) for name in ("image", "hex", "key")}
-    assert all(
-        f"      {name}: ${{{{ steps.staged.outputs.{name} }}}}" in job.text for name in outputs
-    )
-    return outputs
+    steps = [s for s in scripts(STAGE) if s["name"] in (LOG_IN, KEY, PUBLISH, NOTE)]
+    assert [step["name"] for step in steps] == [LOG_IN, KEY, PUBLISH, NOTE]
+    for step in steps:
+        runner.good(step, **env)
+    left = {name: f"${{{{ steps.{steps[-1]['id']}.outputs.{name} }}}}" for name in runner.outputs}
+    assert JOBS[STAGE]["outputs"] == left
+    return runner.outputs
+
+
+@pytest.fixture
+def released(runner: Runner) -> Runner:
+    """What was asked for one image, from its build to its public tag."""
+    outputs = stage(runner, RELEASED="@sha256:another")
+    assert outputs == {"image": STAGED, "hex": DIGEST.removeprefix("sha256:"), "key": SIGNED}
+    runner.public_key(PUBLIC)
+    given = {"STAGED": STAGED, "IMAGE": STAGED, "KEY": SIGNED, "RELEASED": DIGEST}
+    for name in ("sign-staged", "prove", "promote", "sign-released"):
+        for step in scripts("prove.yml/prove" if name == "prove" else f"publish.yml/{name}"):
+            runner.good(step, **given)
+    return runner
 
 
 def test_what_is_staged_signed_proved_promoted_and_signed_again_is_one_digest(
-    runner: Runner,
+    released: Runner,
 ) -> None:
-    outputs = stage(runner, RELEASED="@sha256:another")
-    staged = outputs["image"]
-    assert staged == f"staging/verl-rollout@{DIGEST}"
-    assert outputs["hex"] == DIGEST.removeprefix("sha256:")
-    key = runner.folder / "work" / "build" / "key"
-    key.mkdir()
-    key.with_suffix(".pub").rename(key / "key.pub")  # by way of the artifact
-    given = {"STAGED": staged, "IMAGE": staged, "KEY": outputs["key"], "RELEASED": DIGEST}
-    order = ("publish.yml/sign-staged", "prove.yml/prove", "publish.yml/promote")
-    for path in (*order, "publish.yml/sign-released"):
-        for step in scripts(path):
-            good(runner.run(step, **given))
-    said = "\n".join(runner.asked)
-    place, signed = "registry.example/owner", outputs["key"]
+    said = "\n".join(released.asked)
+    place, signed = "registry.example/owner", f"rollout.key={SIGNED}"
     for line in (
         f"nox --session publish -- verl-rollout:x-1.0 --to {place}/staging --authfile",
-        f"cosign sign --yes --annotations rollout.key={signed} {place}/{staged}\n",
-        f"pull {place}/{staged}\n",
-        f"cosign verify {place}/{staged} --annotations rollout.key={signed} ",
+        f"cosign sign --yes --annotations {signed} {place}/{STAGED}\n",
+        f"pull {place}/{STAGED}\n",
+        f"cosign verify {place}/{STAGED} --annotations {signed} ",
         f"nox --session publish -- verl-rollout:x-1.0 --to {place} --promote "
-        f"--from {place}/{staged} --trust build/key/key.pub ",
+        f"--from {place}/{STAGED} --trust build/key/key.pub ",
         f"nox --session verify-published -- {place}/verl-rollout:x-1.0 --key build/key/key.pub ",
-        f"cosign sign --yes --annotations rollout.key={signed} {place}/verl-rollout@{DIGEST}",
+        f"cosign sign --yes --annotations {signed} {place}/verl-rollout@{DIGEST}",
     ):
         assert said.count(line) == 1, line
     assert "--session build" not in said
@@ -525,47 +400,51 @@ def test_what_is_staged_signed_proved_promoted_and_signed_again_is_one_digest(
     assert "a-token" not in said, "a token travels by standard input, where no process list has it"
 
 
+def test_sessions_know_the_options_that_they_are_given(released: Runner) -> None:
+    parsers = {"publish": publish.parser(), "verify-published": verify_published.parser()}
+    given = re.findall(r"nox --session (\S+) -- (.*)", "\n".join(released.asked))
+    assert [session for session, _ in given] == [*["publish"] * 3, "verify-published"]
+    for session, options in given:
+        parsers[session].parse_args(options.split())
+
+
 def test_the_key_of_a_run_ends_with_the_job_and_its_public_half_stays(runner: Runner) -> None:
-    outputs = stage(runner)
+    assert stage(runner)["key"] == SIGNED
     assert list((runner.folder / "temp").iterdir()) == []
-    public = runner.folder / "work" / "build" / "key.pub"
-    assert public.read_text() == "public\n"
-    assert outputs["key"] == sha256("public\n")
-    kept = [step for step in JOBS["publish.yml/stage"].steps if "upload-artifact" in step.text]
-    assert [re.findall(r"path: (.*)", step.text) for step in kept] == [["build/key.pub"]]
+    assert (runner.folder / "work" / "build" / "key.pub").read_text() == PUBLIC
+    kept = [step["with"] for step in JOBS[STAGE]["steps"] if "upload-artifact" in str(step)]
+    assert [given["path"] for given in kept] == ["build/key.pub"]
 
 
 def test_another_public_key_than_the_signed_one_ends_the_job(runner: Runner) -> None:
-    key = runner.folder / "work" / "build" / "key" / "key.pub"
-    key.parent.mkdir(parents=True)
-    key.write_text("another\n")
-    step = JOBS["publish.yml/promote"].step("See that this workflow signed it, and its key")
-    staged = f"staging/x@{DIGEST}"
-    assert runner.run(step, STAGED=staged, KEY=sha256("public\n")).returncode != 0
-    assert runner.run(step, STAGED=staged, KEY=sha256("another\n")).returncode == 0
+    runner.public_key("another\n")
+    step = step_of("publish.yml/promote", "See that this workflow signed it, and its key")
+    assert runner.run(step, STAGED=STAGED, KEY=SIGNED).returncode != 0
+    assert runner.run(step, STAGED=STAGED, KEY=sha256("another\n")).returncode == 0
 
 
 def test_a_release_that_ended_half_way_is_finished_by_the_next_run() -> None:
     # Nothing is skipped for what is there already: its key ended with the run that made it.
-    for name in ("sign-staged", "prove", "promote", "sign-released", "key"):
-        text = JOBS[f"publish.yml/{name}"].text.partition("    steps:")[0]
-        conditions = re.findall(r"^    if: (.*)$", text, re.MULTILINE)
-        assert conditions in ([], ["${{ !inputs.candidate }}"], ["github.event_name == 'release'"])
-    order = (("prove", "[stage, sign-staged]"), ("promote", "[stage, prove]"))
-    for name, needs in (*order, ("sign-released", "[stage, promote]"), ("key", "[stage, promote]")):
-        assert f"    needs: {needs}\n" in JOBS[f"publish.yml/{name}"].text
+    jobs = WORKFLOWS["publish.yml"]["jobs"]
+    assert {name: (job.get("needs"), job.get("if")) for name, job in jobs.items()} == {
+        "stage": (None, None),
+        "sign-staged": ("stage", None),
+        "prove": (["stage", "sign-staged"], None),
+        "promote": (["stage", "prove"], "${{ !inputs.candidate }}"),
+        "sign-released": (["stage", "promote"], None),
+        "key": (["stage", "promote"], "github.event_name == 'release'"),
+    }
 
 
 def test_who_signs_keyless_passes_an_environment_and_stands_on_main_or_a_tag() -> None:
-    signers = [
-        job for job in JOBS.values() if "id-token: write" in job.text and not job.has("uses")
-    ]
-    assert {job.path for job in signers} == {"publish.yml/sign-staged", "publish.yml/sign-released"}
-    for job in signers:
-        assert re.search(r"^    environment: (staging|release)$", job.text, re.MULTILINE), job.path
-    signer = re.search(r"SIGNER: (.*)", JOBS["publish.yml/promote"].text)
-    assert signer
-    pattern = signer[1].replace("${{ github.repository }}", "some/project")
+    signing = {p: job for p, job in JOBS.items() if "id-token" in job["permissions"]}
+    signers = {path: job["environment"] for path, job in signing.items() if "uses" not in job}
+    assert signers == {
+        "publish.yml/sign-staged": "staging",
+        "publish.yml/sign-released": "release",
+    }
+    step = step_of("publish.yml/promote", "cosign verify")
+    pattern = step["env"]["SIGNER"].replace("${{ github.repository }}", "some/project")
     place = "https://github.com/some/project/.github/workflows/publish.yml"
     for ref in ("refs/tags/2026.1", "refs/heads/main"):
         assert re.search(pattern, f"{place}@{ref}")
@@ -579,81 +458,54 @@ def test_who_signs_keyless_passes_an_environment_and_stands_on_main_or_a_tag() -
 
 
 def test_where_nothing_was_published_the_job_ends(runner: Runner) -> None:
-    (runner.folder / "bin" / "python3").write_text("#!/bin/bash\nexit 1\n")
+    (runner.folder / "bin" / "python3").write_text(BROKEN)
     (runner.folder / "work" / "build").mkdir()
-    job = JOBS["publish.yml/stage"]
-    for name in ("Make a key for this run alone", "Publish to staging"):
-        assert runner.run(job.step(name)).returncode != 0
-    step = job.step("Note the digest that everything after this is about")
-    assert runner.run(step).returncode != 0
+    for name in (KEY, PUBLISH, NOTE):
+        assert runner.run(step_of(STAGE, name)).returncode != 0
 
 
-def test_a_candidate_says_that_it_is_unproved_and_is_never_promoted(runner: Runner) -> None:
+def test_a_candidate_says_that_it_is_unproved(runner: Runner) -> None:
+    # And it is never promoted: see the conditions of the jobs above.
     staged = stage(runner, UNPROVED="--unproved", STAGING="candidates")["image"]
     assert staged == f"candidates/verl-rollout@{DIGEST}"
     assert any(line.endswith(" --unproved") for line in runner.asked)
-    assert "    if: ${{ !inputs.candidate }}\n" in JOBS["publish.yml/promote"].text
 
 
 def test_the_public_key_goes_to_the_release_under_the_name_of_its_image(runner: Runner) -> None:
-    key = runner.folder / "work" / "build" / "key" / "key.pub"
-    key.parent.mkdir(parents=True)
-    key.write_text("public\n")
+    runner.public_key(PUBLIC)
     (step,) = scripts("publish.yml/key")
-    good(runner.run(step, GITHUB_REF_NAME="v1"))
+    runner.good(step, GITHUB_REF_NAME="v1")
     assert runner.asked == ["gh release upload v1 verl-rollout-x-1.0.pub --clobber"]
-    assert "    if: github.event_name == 'release'\n" in JOBS["publish.yml/key"].text
 
 
 def test_another_digest_under_the_public_tag_ends_the_job(runner: Runner) -> None:
-    step = JOBS["publish.yml/promote"].step("See that the public tag is the digest that was proved")
-    staged = f"staging/verl-rollout@{DIGEST}"
-    assert runner.run(step, STAGED=staged, RELEASED=DIGEST).returncode == 0
-    assert runner.run(step, STAGED=staged, RELEASED=f"sha256:{'6' * 64}").returncode != 0
-
-
-def test_sessions_know_the_options_that_they_are_given(runner: Runner) -> None:
-    stage(runner)
-    for step in scripts("publish.yml/promote"):
-        if "nox" in step.script:
-            good(runner.run(step, STAGED=f"staging/x@{DIGEST}"))
-    parsers = {"publish": publish.parser(), "verify-published": verify_published.parser()}
-    parsed = []
-    for line in runner.asked:
-        found = re.search(r"nox --session (\S+) -- (.*)", line)
-        if found:
-            parsers[found[1]].parse_args(found[2].split())
-            parsed.append(found[1])
-    assert parsed == ["publish", "publish", "publish", "verify-published"]
+    step = step_of("publish.yml/promote", "See that the public tag is the digest that was proved")
+    assert runner.run(step, STAGED=STAGED, RELEASED=DIGEST).returncode == 0
+    assert runner.run(step, STAGED=STAGED, RELEASED=f"sha256:{'6' * 64}").returncode != 0
 
 
 @pytest.mark.parametrize(
     "image",
-    [
-        "verl-rollout:x-1.0",
-        f"verl-rollout:x@{DIGEST}",
-        f"a b@{DIGEST}",
-        f"{DIGEST}",
-        f"x@{DIGEST}0",
-    ],
+    ["verl-rollout:x-1.0", f"verl-rollout:x@{DIGEST}", f"a b@{DIGEST}", DIGEST, f"x@{DIGEST}0"],
 )
 def test_a_gpu_runs_nothing_that_is_not_named_by_its_digest(runner: Runner, image: str) -> None:
-    assert runner.run(JOBS["prove.yml/prove"].steps[0], IMAGE=image).returncode == 2
+    assert runner.run(JOBS["prove.yml/prove"]["steps"][0], IMAGE=image).returncode == 2
     assert runner.asked == []
 
 
-@pytest.mark.parametrize("path", ["publish.yml/stage", "publish.yml/promote", "prove.yml/prove"])
+@pytest.mark.parametrize("path", [STAGE, "publish.yml/promote", "prove.yml/prove"])
 def test_a_repository_without_a_registry_is_told(runner: Runner, path: str) -> None:
-    step = next(step for step in JOBS[path].steps if "${REGISTRY:?" in step.script)
-    done = runner.run(step, REGISTRY="", IMAGE=f"x@{DIGEST}")
+    done = runner.run(step_of(path, "${REGISTRY:?"), REGISTRY="", IMAGE=f"x@{DIGEST}")
     assert done.returncode != 0
     assert "set the variable REGISTRY of this repository to HOST/PREFIX" in done.stderr
     assert runner.asked == []
 
 
+SMOKE = step_of("prove.yml/prove", "Verify and smoke, as the README's user would")
+
+
 def test_a_proof_runs_both_commands_of_the_image_and_names_its_layers(runner: Runner) -> None:
-    step = JOBS["prove.yml/prove"].step("Verify and smoke, as the README's user would")
-    good(runner.run(step, IMAGE=f"staging/x@{DIGEST}"))
+    runner.good(SMOKE, IMAGE=f"staging/x@{DIGEST}")
     ran = [line for line in runner.asked if line.startswith("docker run ")]
     assert [line.split()[-3] for line in ran] == ["verify", "smoke"]
     for line in ran:
@@ -666,8 +518,7 @@ def test_a_proof_runs_both_commands_of_the_image_and_names_its_layers(runner: Ru
 def test_a_proof_whose_first_command_fails_has_failed(runner: Runner) -> None:
     path = runner.folder / "bin" / "docker"
     path.write_text(path.read_text() + 'case "$*" in *" verify "*) exit 1 ;; esac\n')
-    step = JOBS["prove.yml/prove"].step("Verify and smoke, as the README's user would")
-    assert runner.run(step, IMAGE=f"staging/x@{DIGEST}").returncode == 1
+    assert runner.run(SMOKE, IMAGE=f"staging/x@{DIGEST}").returncode == 1
     assert not [line for line in runner.asked if " smoke " in line]
 
 
@@ -680,43 +531,51 @@ def git(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+BEFORE = {
+    ".gitignore": "/build/\n",
+    "lockfiles/some/a.lock": "a==1\n",
+    "README.md": "1\n",
+    ".github/workflows/x.yml": "1\n",
+}
+
+
+def write(work: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text(text)
+
+
 @pytest.fixture
 def relocked(runner: Runner) -> Runner:
-    """A checkout with a remote, in which locks have moved, and as much else as could."""
+    """A checkout with a remote, in which locks can move, and as much else as could."""
     work = runner.folder / "work"
     git(runner.folder, "init", "--quiet", "--bare", "remote")
     git(runner.folder, "init", "--quiet", "--initial-branch", "main", "work")
-    before: Mapping[str, str] = {
-        ".gitignore": "/build/\n",
-        "lockfiles/some/a.lock": "a==1\n",
-        "README.md": "1\n",
-        ".github/workflows/x.yml": "1\n",
-    }
-    for name, text in before.items():
-        (work / name).parent.mkdir(parents=True, exist_ok=True)
-        (work / name).write_text(text)
+    write(work, BEFORE)
     git(work, "add", "--all")
     git(work, "commit", "--quiet", "--message", "before")
     git(work, "remote", "add", "origin", "../remote")
     git(work, "push", "--quiet", "origin", "main")
-    (work / "build/relock").mkdir(parents=True)
-    (work / "build/relock/moved.md").write_text("| a.lock | a | 1 | 2 |\n")
+    write(work, {"build/relock/moved.md": "| a.lock | a | 1 | 2 |\n"})
     return runner
 
 
-def keep(runner: Runner) -> Path:
+def keep(runner: Runner, files: dict[str, str]) -> Path:
     """The patch of the first job, as the second one finds it; the checkout is fresh again."""
-    good(runner.run(JOBS["relock.yml/relock"].step("Keep it as a patch")))
     work = runner.folder / "work"
+    write(work, files)
+    runner.good(step_of("relock.yml/relock", "Keep it as a patch"))
     (work / "build/relock").rename(runner.folder / "temp/relock")
     git(work, "reset", "--quiet", "--hard")
     git(work, "clean", "--quiet", "--force", "-d")
     return runner.folder / "temp/relock/moved.patch"
 
 
-def propose(runner: Runner) -> None:
-    step = JOBS["relock.yml/propose"].step("Push a branch and open a pull request")
-    good(runner.run(step, BASE="main", GH_TOKEN="a-token"))  # noqa: S106 - a stand-in
+def propose(runner: Runner, number: str = "") -> list[str]:
+    """What is asked of GitHub where a proposal of this number is open."""
+    step = step_of("relock.yml/propose", "Push a branch and open a pull request")
+    runner.good(step, BASE="main", GH_TOKEN="a-token", OPEN=number)  # noqa: S106 - a stand-in
+    return [line.removeprefix("gh pr ") for line in runner.asked if line.startswith("gh pr ")]
 
 
 def moved(runner: Runner) -> dict[str, str]:
@@ -726,57 +585,38 @@ def moved(runner: Runner) -> dict[str, str]:
     return {name: git(remote, "show", f"relock:{name}") for name in names}
 
 
-def test_what_moved_is_pushed_to_a_branch_and_proposed(relocked: Runner) -> None:
-    work = relocked.folder / "work"
-    (work / "lockfiles/some/a.lock").write_text("a==2\n")
-    (work / "lockfiles/some/new.lock").write_text("b==1\n")
-    (work / "README.md").write_text("2\n")
-    keep(relocked)
-    assert relocked.output("moved") == "yes"
-    propose(relocked)
-    expected = {
-        "README.md": "2\n",
-        "lockfiles/some/a.lock": "a==2\n",
-        "lockfiles/some/new.lock": "b==1\n",
-    }
-    assert moved(relocked) == expected
-    created = [line for line in relocked.asked if line.startswith("gh pr create")]
-    assert len(created) == 1
-    assert "--base main --head relock" in created[0]
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [("", "create --base main --head relock "), ("7", "edit 7 ")],
+    ids=["a new one", "the one that is open"],
+)
+def test_what_moved_is_pushed_to_a_branch_and_proposed(
+    relocked: Runner, number: str, said: str
+) -> None:
+    changed = {f"lockfiles/some/{name}.lock": "a==2\n" for name in ("a", "new")}
+    changed["README.md"] = "2\n"
+    keep(relocked, changed)
+    assert relocked.outputs["moved"] == "yes"
+    listed, proposed = propose(relocked, number)
+    assert listed.startswith("list --head relock ")
+    assert proposed.startswith(said)
+    assert moved(relocked) == changed
     body = (relocked.folder / "temp/body.md").read_text()
     assert body.endswith("\n\n| a.lock | a | 1 | 2 |\n")
 
 
-def test_a_second_week_renews_the_proposal_that_is_open(relocked: Runner) -> None:
-    path = relocked.folder / "bin" / "gh"
-    path.write_text(path.read_text() + 'if [ "$2" = list ]; then echo 7; fi\n')
-    (relocked.folder / "work/lockfiles/some/a.lock").write_text("a==2\n")
-    keep(relocked)
-    propose(relocked)
-    assert [line.split()[1:4] for line in relocked.asked if line.startswith("gh pr ")] == [
-        ["pr", "list", "--head"],
-        ["pr", "edit", "7"],
-    ]
-
-
 def test_where_nothing_moved_nothing_is_proposed(relocked: Runner) -> None:
-    assert keep(relocked).read_text() == ""
-    assert relocked.output("moved") == "no"
-    assert "    if: needs.relock.outputs.moved == 'yes'\n" in JOBS["relock.yml/propose"].text
+    assert keep(relocked, {}).read_text() == ""
+    assert relocked.outputs["moved"] == "no"
+    assert JOBS["relock.yml/propose"]["if"] == "needs.relock.outputs.moved == 'yes'"
 
 
 def test_a_patch_that_reaches_for_a_workflow_does_not_get_there(relocked: Runner) -> None:
     # The first job runs what a resolver brings; this is what that could do to its patch.
-    work = relocked.folder / "work"
-    (work / "lockfiles/some/a.lock").write_text("a==2\n")
-    (work / ".github/workflows/x.yml").write_text("2\n")
-    patch = git(work, "diff", "--binary")
-    keep(relocked).write_text(patch)
+    files = {"lockfiles/some/a.lock": "a==2\n", ".github/workflows/x.yml": "2\n"}
+    write(relocked.folder / "work", files)
+    patch = git(relocked.folder / "work", "diff", "--binary")
     assert ".github" in patch
+    keep(relocked, files).write_text(patch)
     propose(relocked)
     assert moved(relocked) == {"lockfiles/some/a.lock": "a==2\n"}
-
-
-def test_the_workflow_that_builds_names_itself_as_the_builder() -> None:
-    """GitHub's own variable names release.yml where that calls it; cosign certifies this file."""
-    assert f"\n  {provenance.WORKFLOW}: .github/workflows/publish.yml" in FILES["publish.yml"]
