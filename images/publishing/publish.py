@@ -26,9 +26,17 @@ from images.host import leftovers
 from images.locking import lock
 from images.proving import prove, standing
 from images.proving.standing import Standing
-from images.publishing import attach, attestations, failures, oci, packing, verify_published
-from images.publishing import registry as registries
+from images.publishing import (
+    attach,
+    attestations,
+    failures,
+    oci,
+    packing,
+    skopeo,
+    verify_published,
+)
 from images.publishing.failures import Broken
+from images.publishing.names import parse_reference
 from images.publishing.oci import Descriptor
 from images.publishing.packing import Source
 from images.publishing.registry import Registry
@@ -165,7 +173,7 @@ def push(image: Copy, registry: Registry, repository: str) -> None:
     digest = image.descriptor.digest
     if missing:
         with image.upload(tuple(missing)) as (origin, plain):
-            argv = registries.copy_argv(
+            argv = skopeo.copy_argv(
                 origin,
                 f"docker://{registry.reference(repository, digest)}",
                 plain=(plain, registry.plain_http),
@@ -209,7 +217,7 @@ def upload(
 
     def once() -> None:
         try:
-            registries.copy(argv, registry.name(repository), tick)
+            skopeo.copy(argv, registry.name(repository), tick)
         except Broken:
             tick()
             found = hasty.why(repository)
@@ -599,7 +607,7 @@ def main(arguments: Sequence[str]) -> int:
     registry.name(image.repository)  # a name that is not allowed is told before anything runs
     key = attestations.read_key(given.key) if given.key else None
     if given.promote:
-        target, repository, reference = registries.parse_reference(given.origin)
+        target, repository, reference = parse_reference(given.origin)
         origin = Registry(target, authfile=given.authfile, cert_dir=given.cert_dir)
         trusted = attestations.read_public_key(given.trust)
         host.require("skopeo", "zstd")

@@ -32,8 +32,9 @@ from images.proving.standing import Today
 from images.publishing import attestations, oci
 from images.publishing.attestations import Attestation, Envelope, PublicKey
 from images.publishing.failures import Unreachable
+from images.publishing.names import parse_reference
 from images.publishing.oci import Descriptor, Manifest
-from images.publishing.registry import Registry, parse_reference
+from images.publishing.registry import Registry
 from rollout import report
 from rollout.environment import printable
 from rollout.problem import Problem

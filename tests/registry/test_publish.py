@@ -32,7 +32,7 @@ from images.publishing import (
     oci,
     packing,
     publish,
-    registry,
+    skopeo,
     verify_published,
 )
 from images.publishing.attestations import Attestation
@@ -92,8 +92,8 @@ def test_skopeo_pulls_what_was_published(toy: Make, here: Registry, tmp_path: Pa
     copy = image.copy()
     published(copy, here)
     name = f"docker://{here.reference(REPOSITORY, copy.descriptor.digest)}"
-    argv = registry.copy_argv(name, f"oci:{tmp_path / 'pulled'}", plain=(True, False))
-    registry.copy(argv, here.name(REPOSITORY))
+    argv = skopeo.copy_argv(name, f"oci:{tmp_path / 'pulled'}", plain=(True, False))
+    skopeo.copy(argv, here.name(REPOSITORY))
     data, found = layout.read(tmp_path / "pulled")
     assert data == copy.data
     assert found.digest == copy.descriptor.digest
@@ -105,8 +105,8 @@ def test_a_attestation_is_read_by_skopeo_alone(toy: Make, here: Registry, tmp_pa
     for entry in here.referrers(REPOSITORY, copy.descriptor.digest):
         name = f"docker://{here.reference(REPOSITORY, entry.digest)}"
         folder = tmp_path / entry.digest.removeprefix("sha256:")
-        registry.copy(
-            registry.copy_argv(name, f"dir:{folder}", plain=(True, False)), here.name(REPOSITORY)
+        skopeo.copy(
+            skopeo.copy_argv(name, f"dir:{folder}", plain=(True, False)), here.name(REPOSITORY)
         )
         (layer,) = oci.parse(folder.joinpath("manifest.json").read_bytes()).layers
         data = (folder / layer.digest.removeprefix("sha256:")).read_bytes()
