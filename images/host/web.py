@@ -59,7 +59,8 @@ def proxy_of(url: str) -> str:
 class Web:
     """Connections that trust the same certificates; kept until a server closes them.
 
-    ``timeout`` are seconds without a byte.
+    ``timeout`` are seconds without a byte. After a fork only one side may use it: each would read
+    answers to the other.
     """
 
     trusted: ssl.SSLContext

@@ -17,9 +17,15 @@ from .server import HOST, Certificate
 class Listener:
     """A server of this machine, on a port of its own, which leaves the terminal to pytest."""
 
-    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+    def __init__(
+        self, handler: type[BaseHTTPRequestHandler], certificate: Certificate | None = None
+    ) -> None:
         self._server = ThreadingHTTPServer((HOST, 0), handler)
         self._server.daemon_threads = True
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate.file, certificate.key)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_address[1]
         self.address = f"{HOST}:{self.port}"
         Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
@@ -74,11 +80,7 @@ class Played(Listener):
             def log_message(self, *_: object) -> None:
                 """Nothing."""
 
-        super().__init__(Handler)
-        if certificate:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate.file, certificate.key)
-            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        super().__init__(Handler, certificate)
 
 
 class Endless(Listener):
@@ -110,7 +112,7 @@ class Endless(Listener):
 class Proxy(Listener):
     """A proxy that takes every name for one of this machine; it notes who wants to go where."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Certificate | None = None) -> None:
         self.asked: list[tuple[str, str]] = []
         proxy = self
 
@@ -123,7 +125,8 @@ class Proxy(Listener):
                 with socket.create_connection((HOST, port)) as there, suppress(ConnectionError):
                     ends = {self.connection: there, there: self.connection}
                     while True:
-                        for end in select.select(list(ends), [], [])[0]:
+                        held = [e for e in ends if isinstance(e, ssl.SSLSocket) and e.pending()]
+                        for end in held or select.select(list(ends), [], [])[0]:
                             data = end.recv(1 << 16)
                             if not data:
                                 return
@@ -132,4 +135,4 @@ class Proxy(Listener):
             def log_message(self, *_: object) -> None:
                 """Nothing."""
 
-        super().__init__(Handler)
+        super().__init__(Handler, certificate)

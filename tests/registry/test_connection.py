@@ -148,6 +148,20 @@ def test_each_address_of_a_redirection_has_its_own_way(
     assert [host for host, _ in proxy.asked] == [storage]
 
 
+def test_a_proxy_with_tls_is_spoken_to_in_secret(
+    secure: Played, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its password would be read on the way else."""
+    proxy, strange = Proxy(certificate), Registry("registry.example.com")
+    monkeypatch.setenv("https_proxy", f"https://me:s3cret@{proxy.address}")
+    with pytest.raises(Unreachable, match=r"^TLS with .*self-signed certificate"):
+        strange.tags("a")
+    assert not proxy.asked
+    assert elsewhere(secure, certificate).tags("a") == []
+    assert len(proxy.asked) == 1
+    proxy.close()
+
+
 def test_a_certificate_for_another_name_is_refused(
     secure: Played, proxy: Proxy, certificate: Certificate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

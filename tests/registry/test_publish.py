@@ -372,7 +372,8 @@ def test_a_publisher_that_is_killed_at_any_moment_is_only_to_be_run_again(
     cut = 0
     for number, copy in enumerate(copies):
         names = Tags(f"toy-{number}", "toy")
-        process = fork.Process(target=published, args=(copy, here, names))
+        # By connections of its own: an answer to who was killed is for nobody else.
+        process = fork.Process(target=published, args=(copy, Registry(here.target), names))
         process.start()
         time.sleep(chance.uniform(0, length))
         process.kill()
