@@ -8,24 +8,22 @@ file lies, and this module fetches it.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import netrc
 import os
 import re
 import ssl
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 from packaging.pylock import PackageSdist
+from urllib3.exceptions import HTTPError
 
 from images import host
 from images.building import streaming
-from images.host import leftovers
+from images.host import leftovers, web
 from images.locking import lock, pylock
 from images.locking.lock import Locked
 from images.locking.pylock import PLATFORM
@@ -134,22 +132,17 @@ def download(url: str, settings: Mapping[str, str]) -> bytes:
     bare = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     if parts.scheme not in ("http", "https"):
         raise Problem(f"{bare} is no address of an index; check UV_* and PIP_*")
-    request = urllib.request.Request(bare)  # noqa: S310 - one of the two schemes
     known = credentials(url, settings)
-    if known:
-        # A redirection does not get it, for it may lead to somebody else.
-        value = base64.b64encode(":".join(known).encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {value}")
-    trusted = ssl.create_default_context(cafile=settings.get("SSL_CERT_FILE"))
+    login = web.basic(*known) if known else ""
+    there = web.Web(ssl.create_default_context(cafile=settings.get("SSL_CERT_FILE")), TIMEOUT)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT, context=trusted) as answer:  # noqa: S310 - likewise
-            data: bytes = answer.read()
-    except (urllib.error.URLError, OSError) as error:
-        why = getattr(error, "reason", None) or error
-        raise Problem(
-            f"{bare} cannot be fetched ({why}); check the network and UV_*/PIP_*"
-        ) from None
-    return data
+        with there.open("GET", bare, {}, authorization=login, onward=urljoin) as answer:
+            if answer.status < 300:
+                return answer.read()
+            why = str(answer.reason or answer.status)
+    except (HTTPError, ValueError) as error:  # the latter of what an index sends to
+        why = str(web.cause(error))
+    raise Problem(f"{bare} cannot be fetched ({why}); check the network and UV_*/PIP_*")
 
 
 def credentials(url: str, settings: Mapping[str, str]) -> tuple[str, str] | None:

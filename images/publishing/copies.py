@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 
 from images import host
 from images.host import leftovers
-from images.publishing import failures, oci, packing
-from images.publishing import registry as registries
+from images.publishing import failures, oci, packing, skopeo
 from images.publishing.failures import Broken
 from images.publishing.oci import Descriptor
 from images.publishing.packing import Source
@@ -149,7 +148,7 @@ def push(image: Copy, registry: Registry, repository: str) -> None:
                 tell(missing.pop(name), "mounted")
     if missing:
         with image.upload(tuple(missing)) as (origin, plain):
-            argv = registries.copy_argv(
+            argv = skopeo.copy_argv(
                 origin,
                 f"docker://{registry.reference(repository, digest)}",
                 plain=(plain, registry.plain_http),
@@ -193,7 +192,7 @@ def _upload(
 
     def once() -> None:
         try:
-            registries.copy(argv, registry.name(repository), tick)
+            skopeo.copy(argv, registry.name(repository), tick)
         except Broken:
             tick()
             found = hasty.why(repository)

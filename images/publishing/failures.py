@@ -6,26 +6,31 @@ else, since the registry gave no verdict (Unreachable), or let who asked judge t
 
 from __future__ import annotations
 
-import email.utils
 import json
 import os
 import re
 import socket
 import ssl
 import time
-import urllib.error
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
+from urllib3.exceptions import IncompleteRead, InvalidHeader, LocationValueError
+from urllib3.util import Retry
+
 from images import host
+from images.host import web
 from images.publishing import oci
 from rollout.problem import Problem
 
 # Seconds before each further attempt, after a connection broke or the registry was out of order.
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
-# Seconds that a registry may ask for before it is worth more to end and say so.
+# Seconds that a registry may ask for (Retry-After) before it is worth more to end and say so. Most
+# limits are counted by the minute, and this waits some of them out. After a longer wait CI would
+# end the job, and nobody would read the reason.
 LONGEST = 300.0
+_RETRY = Retry(retry_after_max=10**9)  # to read the header; nobody waits for so long
 _TLS = "TLS with {host} failed: {why}; name its CA with SSL_CERT_FILE=FILE or --cert-dir DIR"
 PLAIN = (
     "{host} does not speak TLS; only a registry on this machine may do without (127.0.0.1, "
@@ -85,15 +90,12 @@ def _says(body: bytes) -> str:
     return oci.shown(text.splitlines()[0]) if text else "no reason given"
 
 
-def seconds(header: str, now: float | None = None) -> float:
+def seconds(header: str) -> float:
     """What a ``Retry-After`` asks for: seconds, or a moment; 0 for what is neither."""
-    if re.fullmatch("[0-9]{1,9}", header):
-        return float(header)
     try:
-        moment = email.utils.parsedate_to_datetime(header).timestamp()
-    except ValueError:
+        return _RETRY.parse_retry_after(header)
+    except (InvalidHeader, ValueError, OverflowError):  # the last two of numbers beyond measure
         return 0.0
-    return max(0.0, moment - (time.time() if now is None else now))
 
 
 def meaning(status: int, body: bytes, name: str, *, login: bool = True) -> Problem:
@@ -124,7 +126,7 @@ def meaning(status: int, body: bytes, name: str, *, login: bool = True) -> Probl
 
 def unreachable(error: BaseException, registry: str) -> Problem:
     """One sentence for a connection that was not made, or broke."""
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    cause = web.cause(error)
     if isinstance(cause, ssl.SSLCertVerificationError):
         return Unreachable(_TLS.format(host=registry, why=oci.shown(cause.verify_message)))
     if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
@@ -132,9 +134,11 @@ def unreachable(error: BaseException, registry: str) -> Problem:
         plain = reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST")
         return Unreachable((PLAIN if plain else _TLS).format(host=registry, why=oci.shown(reason)))
     unknown = isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
-    if unknown or isinstance(cause, UnicodeError):
+    if unknown or isinstance(cause, LocationValueError):
         return Unreachable(_UNKNOWN.format(host=registry))
     why = os.strerror(cause.errno) if isinstance(cause, OSError) and cause.errno else str(cause)
+    if isinstance(cause, IncompleteRead):
+        why = f"{cause.partial} of {cause.partial + cause.expected} bytes came"
     why = oci.shown(why.lower()) or type(cause).__name__
     return Broken(BROKEN.format(host=registry, why=why))
 

@@ -16,9 +16,10 @@ from images import catalog, host
 from images.building import builders
 from images.building.buildah import Buildah
 from images.publishing import keys
+from images.publishing.names import parse_reference
 from images.publishing.promotion import promote
 from images.publishing.publication import publish_image
-from images.publishing.registry import Registry, parse_reference
+from images.publishing.registry import Registry
 from rollout.problem import Problem
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from images import host
 from images.publishing import evidence, keys, oci, published, unpacking
 from images.publishing.failures import Unreachable
+from images.publishing.names import parse_reference
 from images.publishing.published import Metrics, Published
-from images.publishing.registry import Registry, parse_reference
+from images.publishing.registry import Registry
 from rollout import report
 from rollout.environment import printable
 from rollout.problem import Problem

@@ -5,9 +5,11 @@ What cannot be installed here skips these tests, with the sentence that says why
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
+import os
 import random
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,7 +29,8 @@ from images.publishing.registry import Registry
 from images.publishing.tags import Tags
 from rollout.problem import Problem
 
-from .server import Certificate, Server
+from .played import Played
+from .server import PASSWORD, USER, Certificate, Server
 
 REPOSITORY = "verl-rollout"
 IMAGE = catalog.find(catalog.DEFAULT, catalog.load())
@@ -52,9 +55,11 @@ def tools() -> None:
 
 @pytest.fixture(autouse=True)
 def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No credentials, certificates or layers of this machine; and nobody waits for long."""
+    """No credentials, certificates, proxies or layers of this machine; nobody waits for long."""
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG"):
         monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
     (tmp_path / "run").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
@@ -94,6 +99,30 @@ def here(server: Server) -> Registry:
 def certificate(tmp_path: Path) -> Certificate:
     """A certificate of an authority that nobody knows."""
     return Certificate.make(tmp_path / "certificate")
+
+
+@pytest.fixture
+def played() -> Iterator[Played]:
+    """A registry of canned answers."""
+    found = Played()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def secure(certificate: Certificate) -> Iterator[Played]:
+    """One that speaks TLS."""
+    found = Played(certificate)
+    yield found
+    found.close()
+
+
+def login(there: Registry, file: Path, password: str = PASSWORD) -> Path:
+    """What ``skopeo login`` writes."""
+    encoded = base64.b64encode(f"{USER}:{password}".encode()).decode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"auths": {there.host: {"auth": encoded}}}))
+    return file
 
 
 def tar(seed: str, size: int) -> bytes:

@@ -41,7 +41,7 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Certificate:
-    """A certificate for this machine that is its own authority, and its key."""
+    """A certificate for this machine and for example.com that is its own authority, and its key."""
 
     file: Path
     key: Path
@@ -54,7 +54,10 @@ class Certificate:
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "registry of a test")])
         now = datetime.datetime.now(datetime.UTC)
         names = x509.SubjectAlternativeName(
-            [x509.IPAddress(ipaddress.ip_address(HOST)), x509.DNSName("localhost")]
+            [
+                x509.IPAddress(ipaddress.ip_address(HOST)),
+                *(x509.DNSName(name) for name in ("localhost", "*.example.com")),
+            ]
         )
         certificate = (
             x509.CertificateBuilder()

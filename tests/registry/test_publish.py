@@ -38,8 +38,8 @@ from images.publishing import (
     provenance,
     publication,
     publish,
-    registry,
     signatures,
+    skopeo,
     tags,
     verify_published,
 )
@@ -102,8 +102,8 @@ def test_skopeo_pulls_what_was_published(toy: Make, here: Registry, tmp_path: Pa
     copy = image.copy()
     published(copy, here)
     name = f"docker://{here.reference(REPOSITORY, copy.descriptor.digest)}"
-    argv = registry.copy_argv(name, f"oci:{tmp_path / 'pulled'}", plain=(True, False))
-    registry.copy(argv, here.name(REPOSITORY))
+    argv = skopeo.copy_argv(name, f"oci:{tmp_path / 'pulled'}", plain=(True, False))
+    skopeo.copy(argv, here.name(REPOSITORY))
     data, found = layout.read(tmp_path / "pulled")
     assert data == copy.data
     assert found.digest == copy.descriptor.digest
@@ -115,8 +115,8 @@ def test_a_attestation_is_read_by_skopeo_alone(toy: Make, here: Registry, tmp_pa
     for entry in here.referrers(REPOSITORY, copy.descriptor.digest):
         name = f"docker://{here.reference(REPOSITORY, entry.digest)}"
         folder = tmp_path / entry.digest.removeprefix("sha256:")
-        registry.copy(
-            registry.copy_argv(name, f"dir:{folder}", plain=(True, False)), here.name(REPOSITORY)
+        skopeo.copy(
+            skopeo.copy_argv(name, f"dir:{folder}", plain=(True, False)), here.name(REPOSITORY)
         )
         (layer,) = oci.parse(folder.joinpath("manifest.json").read_bytes()).layers
         data = (folder / layer.digest.removeprefix("sha256:")).read_bytes()
@@ -382,7 +382,8 @@ def test_a_publisher_that_is_killed_at_any_moment_is_only_to_be_run_again(
     cut = 0
     for number, copy in enumerate(copies):
         names = Tags(f"toy-{number}", "toy")
-        process = fork.Process(target=published, args=(copy, here, names))
+        # By connections of its own: an answer to who was killed is for nobody else.
+        process = fork.Process(target=published, args=(copy, Registry(here.target), names))
         process.start()
         time.sleep(chance.uniform(0, length))
         process.kill()

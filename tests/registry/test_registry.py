@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import os
-import ssl
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
-from images.publishing import attach, copies, failures, oci, publication, registry
+from images.host import web
+from images.publishing import answers, attach, copies, oci, publication, registry, skopeo
 from images.publishing.copies import Copy
 from images.publishing.failures import Unreachable
 from images.publishing.oci import Damaged
@@ -24,7 +20,8 @@ from images.publishing.registry import Registry
 from images.publishing.tags import Tags
 from rollout.problem import Problem
 
-from .conftest import REPOSITORY, Toy
+from .conftest import REPOSITORY, Toy, login
+from .played import Endless, Played
 from .server import HOST, PASSWORD, USER, Certificate, Server, free_port
 
 Make = Callable[..., Toy]
@@ -43,8 +40,8 @@ def pushed_by_skopeo(copy: Copy, there: Registry) -> str:
     """The sentence that an upload ends with, where nothing was asked before."""
     with pytest.raises(Problem) as caught, copy.upload([]) as (origin, _):
         name = f"docker://{there.reference(REPOSITORY, copy.descriptor.digest)}"
-        argv = registry.copy_argv(origin, name, authfile=there.authfile, cert_dir=there.cert_dir)
-        registry.copy(argv, there.name(REPOSITORY))
+        argv = skopeo.copy_argv(origin, name, authfile=there.authfile, cert_dir=there.cert_dir)
+        skopeo.copy(argv, there.name(REPOSITORY))
     return caught.value.sentence
 
 
@@ -86,7 +83,7 @@ def test_only_a_registry_on_this_machine_may_do_without_tls(
 ) -> None:
     there = Registry(server.address)
     assert there.plain_http
-    monkeypatch.setattr(registry, "_local", lambda _: False)
+    monkeypatch.setattr(web, "local", lambda _: False)
     copy = toy("base").copy()
     elsewhere = Registry(server.address)
     for said in (refused(copy, elsewhere), pushed_by_skopeo(copy, elsewhere)):
@@ -94,14 +91,6 @@ def test_only_a_registry_on_this_machine_may_do_without_tls(
 
 
 # Credentials
-
-
-def login(there: Registry, file: Path, password: str = PASSWORD) -> Path:
-    """What ``skopeo login`` writes."""
-    encoded = base64.b64encode(f"{USER}:{password}".encode()).decode()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"auths": {there.host: {"auth": encoded}}}))
-    return file
 
 
 def test_no_credentials_and_wrong_ones_are_refused_with_the_command_that_helps(
@@ -288,57 +277,6 @@ def test_all_tags_come_however_many_pages_they_take(toy: Make, here: Registry) -
 # Registries that Debian's is not: played, by answers that a test gives
 
 
-class Played:
-    """A registry of canned answers: path to (status, headers, body), or to a list of them."""
-
-    def __init__(self, certificate: Certificate | None = None) -> None:
-        self.answers: dict[str, list[tuple[int, dict[str, str], bytes]]] = {}
-        self.asked: list[tuple[str, str, dict[str, str]]] = []
-        played = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                length = int(self.headers.get("Content-Length") or 0)
-                self.rfile.read(length)
-                played.asked.append((self.command, self.path, dict(self.headers)))
-                queue = played.answers.get(self.path.partition("?")[0]) or [(404, {}, b"")]
-                status, headers, body = queue.pop(0) if len(queue) > 1 else queue[0]
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                if "Content-Length" not in headers:
-                    self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    with suppress(ConnectionError):  # it may be more than anybody wants
-                        self.wfile.write(body)
-
-            do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # noqa: N815
-
-            def log_message(self, *_: object) -> None:
-                """Nothing: the terminal is pytest's."""
-
-        self._server = ThreadingHTTPServer((HOST, 0), Handler)
-        self._server.daemon_threads = True
-        if certificate:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate.file, certificate.key)
-            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self.address = f"{HOST}:{self._server.server_address[1]}"
-        Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-@pytest.fixture
-def played() -> Iterator[Played]:
-    found = Played()
-    yield found
-    found.close()
-
-
 def test_a_list_of_referrers_is_taken_from_the_registry_that_keeps_one(played: Played) -> None:
     entry = oci.Descriptor(oci.MANIFEST, oci.digest(b"attestation"), 5, {}, "application/x")
     subject = oci.digest(b"image")
@@ -358,53 +296,6 @@ def test_a_registry_that_lists_referrers_by_itself_gets_no_second_list(played: P
     assert [p for method, p, _ in played.asked if method == "PUT"] == [path]
 
 
-def test_a_token_is_fetched_where_the_registry_sends_for_one(
-    played: Played, tmp_path: Path
-) -> None:
-    there = Registry(played.address)
-    there.authfile = login(there, tmp_path / "auth.json")
-    ask = f'Bearer realm="http://{played.address}/token",service="s",scope="repository:a:pull"'
-    played.answers["/token"] = [(200, {}, b'{"token": "abc"}')]
-    played.answers["/v2/a/tags/list"] = [
-        (401, {"WWW-Authenticate": ask}, b""),
-        (200, {}, b'{"tags": ["x"]}'),
-    ]
-    assert there.tags("a") == ["x"]
-    sent = [(path, headers.get("Authorization", "")) for _, path, headers in played.asked]
-    token = next(entry for entry in sent if entry[0].startswith("/token"))
-    assert token[0] == "/token?service=s&scope=repository%3Aa%3Apull"
-    assert token[1].startswith("Basic ")
-    assert sent[-1] == ("/v2/a/tags/list", "Bearer abc")
-
-
-def test_credentials_are_not_sent_to_a_place_without_tls(played: Played, tmp_path: Path) -> None:
-    there = Registry(played.address)
-    there.authfile = login(there, tmp_path / "auth.json")
-    ask = 'Bearer realm="http://tokens.example.com/",service="s"'
-    played.answers["/v2/a/tags/list"] = [(401, {"WWW-Authenticate": ask}, b"")]
-    with pytest.raises(Problem, match="not safe"):
-        there.tags("a")
-
-
-def test_credentials_do_not_follow_to_the_storage_behind_a_registry(
-    played: Played, tmp_path: Path
-) -> None:
-    there, data = Registry(played.address), b"of the storage"
-    there.authfile = login(there, tmp_path / "auth.json")
-    path = f"/v2/a/blobs/{oci.digest(data)}"
-    storage = f"http://{played.address.replace(HOST, 'localhost')}/storage"
-    played.answers[path] = [
-        (401, {"WWW-Authenticate": 'Basic realm="r"'}, b""),
-        (307, {"Location": storage}, b""),
-    ]
-    played.answers["/storage"] = [(200, {}, data)]
-    assert there.blob("a", oci.digest(data)) == data
-    assert "Authorization" in played.asked[-2][2]
-    assert "Authorization" not in played.asked[-1][2]
-    assert there.blob_size("a", oci.digest(data)) == len(data)
-    assert played.asked[-1][0] == "HEAD", "asking for a size downloads nothing"
-
-
 def test_a_download_that_breaks_goes_on_where_it_broke(played: Played, tmp_path: Path) -> None:
     data = bytes(range(256)) * 40
     path = f"/v2/a/blobs/{oci.digest(data)}"
@@ -418,33 +309,6 @@ def test_a_download_that_breaks_goes_on_where_it_broke(played: Played, tmp_path:
         None,
         "bytes=6000-",
     ]
-
-
-def test_a_registry_that_is_out_of_order_for_a_moment_is_asked_again(
-    played: Played, capsys: pytest.CaptureFixture[str]
-) -> None:
-    played.answers["/v2/a/tags/list"] = [
-        (503, {}, b"try later"),
-        (429, {}, b'{"errors": [{"code": "TOOMANYREQUESTS", "message": "slow down"}]}'),
-        (200, {}, b'{"tags": ["x"]}'),
-    ]
-    assert Registry(played.address).tags("a") == ["x"]
-    said = capsys.readouterr().out
-    assert "it answers 503, try later; again in" in said
-    assert "it answers 429, slow down; again in" in said
-
-
-def test_a_registry_that_says_when_to_come_back_is_asked_then(
-    played: Played, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr(failures.time, "sleep", slept.append)
-    played.answers["/v2/a/tags/list"] = [
-        (429, {"Retry-After": "60"}, b"slow down"),
-        (200, {}, b'{"tags": ["x"]}'),
-    ]
-    assert Registry(played.address).tags("a") == ["x"]
-    assert slept == [60.0]
 
 
 def referrers(*names: str) -> bytes:
@@ -489,145 +353,6 @@ def test_a_registry_that_protects_its_tags_is_quoted(played: Played, toy: Make) 
         Registry(played.address).push_manifest("a", "tag", toy("base").copy().data, oci.MANIFEST)
 
 
-# Where credentials go
-
-
-@pytest.fixture
-def secure(certificate: Certificate) -> Iterator[Played]:
-    """A registry of canned answers that speaks TLS."""
-    found = Played(certificate)
-    yield found
-    found.close()
-
-
-def authorized(played: Played) -> list[str]:
-    """The paths that credentials were sent to."""
-    return [path for _, path, headers in played.asked if "Authorization" in headers]
-
-
-def known(there: Registry, certificate: Certificate, tmp_path: Path) -> Registry:
-    """The same with credentials, and with a certificate that is known."""
-    file = login(there, tmp_path / "auth.json")
-    return Registry(there.target, authfile=file, cert_dir=certificate.file.parent)
-
-
-BASIC = (401, {"WWW-Authenticate": 'Basic realm="r"'}, b"")
-
-
-def test_an_upload_never_goes_on_without_tls(
-    played: Played, secure: Played, certificate: Certificate, tmp_path: Path
-) -> None:
-    there = known(Registry(secure.address), certificate, tmp_path)
-    # As a registry behind a proxy that ends TLS says it: its own host, in the open.
-    location = f"http://{played.address}/v2/a/blobs/uploads/1"
-    secure.answers["/v2/a/blobs/uploads/"] = [BASIC, (202, {"Location": location}, b"")]
-    played.answers["/v2/a/blobs/uploads/1"] = [(201, {}, b"")]
-    with pytest.raises(Unreachable, match="not safe"):
-        there.push_blob("a", b"data")
-    assert authorized(secure) == ["/v2/a/blobs/uploads/"]
-    assert not played.asked
-
-
-@pytest.mark.parametrize("how", ["a download", "a question for a size", "a page of tags"])
-def test_no_answer_leads_from_tls_into_the_open(
-    played: Played, secure: Played, certificate: Certificate, tmp_path: Path, how: str
-) -> None:
-    there = known(Registry(secure.address), certificate, tmp_path)
-    digest, open_address = oci.digest(b"data"), f"http://{played.address}/x"
-    secure.answers[f"/v2/a/blobs/{digest}"] = [(307, {"Location": open_address}, b"")]
-    more = {"Link": f'<{open_address}>; rel="next"'}
-    secure.answers["/v2/a/tags/list"] = [(200, more, b'{"tags": ["x"]}')]
-    ask: dict[str, Callable[[], object]] = {
-        "a download": lambda: there.download("a", digest, tmp_path / "x"),
-        "a question for a size": lambda: there.blob_size("a", digest),
-        "a page of tags": lambda: there.tags("a"),
-    }
-    with pytest.raises(Unreachable, match="not safe"):
-        ask[how]()
-    assert not played.asked
-
-
-@pytest.mark.parametrize(
-    "location",
-    [
-        "file:///etc/hostname",
-        "ftp://example.com/x",
-        "data:,x",
-        "http://registry.example.com/x",
-        "http://user:password@127.0.0.1/x",
-        "https://127.0.0.1:99999/x",
-        "https://[::1/x",
-        "https:///x",
-    ],
-)
-def test_a_registry_cannot_send_anywhere_but_to_a_registry(
-    played: Played, location: str, tmp_path: Path
-) -> None:
-    there, digest = Registry(played.address), oci.digest(b"data")
-    played.answers["/v2/a/blobs/uploads/"] = [(202, {"Location": location}, b"")]
-    played.answers[f"/v2/a/blobs/{digest}"] = [(302, {"Location": location}, b"")]
-    for ask in (
-        lambda: there.push_blob("a", b"other data"),
-        lambda: there.download("a", digest, tmp_path / "x"),
-        lambda: there.blob("a", digest),
-    ):
-        with pytest.raises(Unreachable, match="not safe"):
-            ask()
-
-
-def test_a_storage_behind_a_registry_cannot_ask_for_its_credentials(
-    played: Played, tmp_path: Path
-) -> None:
-    there, digest = Registry(played.address), oci.digest(b"data")
-    there.authfile = login(there, tmp_path / "auth.json")
-    other = played.address.replace(HOST, "localhost")
-    ask = f'Bearer realm="http://{other}/token",service="s"'
-    played.answers[f"/v2/a/blobs/{digest}"] = [(307, {"Location": f"http://{other}/s"}, b"")]
-    played.answers["/s"] = [(401, {"WWW-Authenticate": ask}, b"")]
-    with pytest.raises(Unreachable):
-        there.blob("a", digest)
-    assert not authorized(played)
-
-
-def test_credentials_are_sent_to_an_upload_at_the_registry_and_to_none_elsewhere(
-    played: Played, tmp_path: Path
-) -> None:
-    there = Registry(played.address)
-    there.authfile = login(there, tmp_path / "auth.json")
-    other = f"http://{played.address.replace(HOST, 'localhost')}/elsewhere"
-    played.answers["/v2/a/blobs/uploads/"] = [
-        BASIC,
-        (202, {"Location": "/own"}, b""),
-        (202, {"Location": other}, b""),
-    ]
-    played.answers["/own"] = played.answers["/elsewhere"] = [(201, {}, b"")]
-    there.push_blob("a", b"one")
-    there.push_blob("a", b"two")
-    assert [p.partition("?")[0] for method, p, _ in played.asked if method == "PUT"] == [
-        "/own",
-        "/elsewhere",
-    ]
-    assert [p.partition("?")[0] for p in authorized(played)][-2:] == [
-        "/own",
-        "/v2/a/blobs/uploads/",
-    ]
-
-
-@pytest.mark.parametrize(
-    "token",
-    [b'{"token": "a\\r\\nb"}', b'{"token": 7}', b'{"token": "\\u2603"}', b"[" * 200_000, b"["],
-)
-def test_a_token_that_is_none_is_not_sent(played: Played, tmp_path: Path, token: bytes) -> None:
-    there = Registry(played.address)
-    there.authfile = login(there, tmp_path / "auth.json")
-    ask = f'Bearer realm="http://{played.address}/token"'
-    played.answers["/token"] = [(200, {}, token)]
-    played.answers["/v2/a/tags/list"] = [(401, {"WWW-Authenticate": ask}, b"")]
-    with pytest.raises(Unreachable, match="refuses these credentials"):
-        there.tags("a")
-    assert [path.partition("?")[0] for path in authorized(played)] == ["/token"]
-
-
 # How much is read, and what is no answer
 
 
@@ -635,8 +360,8 @@ def test_a_document_is_read_up_to_a_limit(
     played: Played, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     there, data = Registry(played.address), b"x" * 5000
-    monkeypatch.setattr(registry, "MOST_OF_A_MANIFEST", 4000)
-    monkeypatch.setattr(registry, "MOST_OF_A_BLOB", 4500)
+    monkeypatch.setattr(answers, "MOST_OF_A_MANIFEST", 4000)
+    monkeypatch.setattr(answers, "MOST_OF_A_BLOB", 4500)
     digest = oci.digest(data)
     headers = {"Content-Type": oci.INDEX}
     for path in (f"manifests/{digest}", f"blobs/{digest}", f"referrers/{digest}", "tags/list"):
@@ -657,28 +382,8 @@ def test_a_document_is_read_up_to_a_limit(
 
 
 def test_the_limits_are_those_of_registries_and_attestations() -> None:
-    assert registry.MOST_OF_A_MANIFEST == 4 * 1024**2
-    assert registry.MOST_OF_A_BLOB == 64 * 1024**2
-
-
-class Endless(Played):
-    """A registry whose blobs do not end, and do not say how long they are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent = 0
-        endless, old = self, self._server.RequestHandlerClass
-
-        class Handler(old):  # type: ignore[misc, valid-type]
-            def do_GET(self) -> None:  # noqa: N802
-                self.send_response(200)
-                self.end_headers()
-                with suppress(ConnectionError):
-                    while endless.sent < 1 << 30:
-                        self.wfile.write(bytes(1 << 16))
-                        endless.sent += 1 << 16
-
-        self._server.RequestHandlerClass = Handler
+    assert answers.MOST_OF_A_MANIFEST == 4 * 1024**2
+    assert answers.MOST_OF_A_BLOB == 64 * 1024**2
 
 
 @pytest.fixture
@@ -697,7 +402,7 @@ def test_a_blob_is_read_as_far_as_it_was_announced(endless: Endless, tmp_path: P
     assert not list(tmp_path.glob("*x*")), "no half of a download is left"
     assert endless.sent < 1 << 26
     with pytest.raises(Damaged, match="no attestation's size"):
-        there.blob("a", digest, registry.MOST_OF_A_BLOB + 1)
+        there.blob("a", digest, answers.MOST_OF_A_BLOB + 1)
 
 
 def test_a_download_that_goes_on_counts_from_its_beginning(played: Played, tmp_path: Path) -> None:
@@ -711,7 +416,9 @@ def test_a_download_that_goes_on_counts_from_its_beginning(played: Played, tmp_p
         Registry(played.address).download("a", digest, tmp_path / "x", size=len(data))
 
 
-def test_a_document_that_ends_early_is_asked_for_again(played: Played) -> None:
+def test_a_document_that_ends_early_is_asked_for_again(
+    played: Played, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = b"x" * 500
     digest = oci.digest(data)
     played.answers[f"/v2/a/blobs/{digest}"] = [
@@ -719,6 +426,7 @@ def test_a_document_that_ends_early_is_asked_for_again(played: Played) -> None:
         (200, {}, data),
     ]
     assert Registry(played.address).blob("a", digest) == data
+    assert f"{played.address} broke (100 of 500 bytes came); again in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("length", ["abc", "-5", "1e3", "1_0", "9" * 40])

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import os
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -25,6 +26,7 @@ from images import host
 from images.building import context, fetching
 from images.locking.lock import Locked
 from rollout.problem import Problem
+from tests.registry.server import Certificate
 
 HOST = "127.0.0.1"
 LOGIN = "Basic " + base64.b64encode(b"me:s3cret").decode()
@@ -77,7 +79,7 @@ SRC = Locked("src", "2", sha256("src-2.tar.gz"))
 class Index:
     """An index that asks for a password; its files may lie on another server."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Certificate | None = None) -> None:
         self.seen: list[tuple[str, str | None]] = []
         self.elsewhere = ""
         self.open = False
@@ -107,6 +109,10 @@ class Index:
 
         self.server = ThreadingHTTPServer((HOST, 0), Handler)
         self.server.daemon_threads = True
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate.file, certificate.key)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         self.address = f"{HOST}:{self.server.server_address[1]}"
 
@@ -114,7 +120,7 @@ class Index:
         name = path.rstrip("/").rpartition("/")[2]
         if name in FILES:
             if self.elsewhere:
-                return 302, f"http://{self.elsewhere}/files/{name}", b""
+                return 302, f"{self.elsewhere}/files/{name}", b""
             return 200, "application/octet-stream", FILES[name]
         links = [f for f in FILES if f.startswith(f"{name}-")]
         page = "".join(f'<a href="/files/{f}#sha256={sha256(f)}">{f}</a>' for f in links)
@@ -227,7 +233,7 @@ def test_a_server_that_the_index_sends_to_does_not_get_the_password(
     other = Index()
     other.open = True
     # Another name of the same host: a port alone would be the same host for uv, too.
-    index.elsewhere = other.address.replace(HOST, "localhost")
+    index.elsewhere = f"http://{other.address.replace(HOST, 'localhost')}"
     [source] = fetch([SRC], sources={"src"})
     other.close()
     assert source.read_bytes() == FILES["src-2.tar.gz"]
@@ -277,6 +283,35 @@ def test_a_password_of_netrc_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / ".netrc").chmod(0o600)
     assert fetching.credentials("https://one.example/f", {}) == ("me", "n")
     assert fetching.credentials("https://two.example/f", {}) is None
+
+
+@pytest.mark.parametrize("place", ["https://{}", "ftp://{}", "file://", "http://[::1"])
+def test_an_index_that_sends_to_nowhere_is_one_sentence(
+    index: Index, settings: dict[str, str], place: str
+) -> None:
+    index.elsewhere = place.format(index.address)
+    with pytest.raises(Problem, match=r"cannot be fetched \(.*\); check the network") as caught:
+        fetching.download(f"http://{index.address}/files/src-2.tar.gz", settings)
+    assert "object at" not in caught.value.sentence
+
+
+def test_an_index_is_trusted_by_the_bundle_of_the_settings(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    certificate = Certificate.make(tmp_path / "ca")
+    secure = Index(certificate)
+    url = f"https://me:s3cret@{secure.address}/files/src-2.tar.gz"
+    with pytest.raises(Problem, match=r"cannot be fetched .*self-signed certificate"):
+        fetching.download(url, settings)
+    assert not secure.seen
+    trusting = {**settings, "SSL_CERT_FILE": str(certificate.file)}
+    assert fetching.download(url, trusting) == FILES["src-2.tar.gz"]
+    secure.close()
+
+
+def test_the_status_of_an_index_is_said(index: Index, settings: dict[str, str]) -> None:
+    with pytest.raises(Problem, match=r"/none cannot be fetched \(Not Found\); check"):
+        fetching.download(f"http://{index.address}/none", settings)
 
 
 def test_a_file_of_the_host_is_not_an_address(settings: dict[str, str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import ssl
-import urllib.error
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from images.building.contents import Summary
 from images.building.docker import Docker
 from images.catalog import Image
 from images.proving import proofs
-from images.publishing import failures, oci, promotion, proof, publish, registry, tags
+from images.publishing import failures, oci, promotion, proof, publish, tags
 from images.publishing.failures import Broken
+from images.publishing.names import is_tag, parse_reference, parse_target
 from images.publishing.registry import Registry
+from images.publishing.skopeo import copy_argv
 from rollout import report
 from rollout.problem import Problem
 
@@ -46,7 +47,7 @@ NAME = "registry.example.com/team/verl-rollout"
     ],
 )
 def test_a_host_and_a_prefix_are_taken_apart(text: str, found: tuple[str, str]) -> None:
-    assert registry.parse_target(text) == found
+    assert parse_target(text) == found
 
 
 @pytest.mark.parametrize(
@@ -61,15 +62,15 @@ def test_a_host_and_a_prefix_are_taken_apart(text: str, found: tuple[str, str]) 
 )
 def test_a_name_that_no_registry_takes_is_wrong_usage(text: str) -> None:
     with pytest.raises(Problem) as caught:
-        registry.parse_target(text)
+        parse_target(text)
     assert caught.value.code == 2
     assert repr(text) in caught.value.sentence
 
 
 def test_a_reference_in_full_is_taken_apart_by_tag_and_by_digest() -> None:
     digest = oci.digest(b"")
-    assert registry.parse_reference("127.0.0.1:5000/a/b:c") == ("127.0.0.1:5000/a", "b", "c")
-    assert registry.parse_reference(f"localhost/b@{digest}") == ("localhost", "b", digest)
+    assert parse_reference("127.0.0.1:5000/a/b:c") == ("127.0.0.1:5000/a", "b", "c")
+    assert parse_reference(f"localhost/b@{digest}") == ("localhost", "b", digest)
     there = Registry("localhost/a")
     assert there.reference("b", "c") == "localhost/a/b:c"
     assert there.reference("b", digest) == f"localhost/a/b@{digest}"
@@ -84,7 +85,7 @@ def test_a_reference_in_full_is_taken_apart_by_tag_and_by_digest() -> None:
 )
 def test_what_is_no_reference_in_full_is_wrong_usage(text: str) -> None:
     with pytest.raises(Problem) as caught:
-        registry.parse_reference(text)
+        parse_reference(text)
     assert caught.value.code == 2
 
 
@@ -93,7 +94,7 @@ def test_an_immutable_tag_names_engine_cuda_python_and_lock(checkout: Checkout) 
     names = tags.of_image(image)
     assert names.moving == image.tag
     assert names.immutable.endswith(f"-py311-{host.sha256(image.lock)[:8]}")
-    assert registry.is_tag(names.immutable)
+    assert is_tag(names.immutable)
 
 
 def test_what_is_unproved_has_other_tags_than_what_is_proved(checkout: Checkout) -> None:
@@ -107,7 +108,7 @@ def test_every_image_of_the_catalog_has_tags_that_a_registry_takes() -> None:
     for image in catalog.load():
         for unproved in (False, True):
             names = tags.of_image(image, unproved=unproved)
-            assert registry.is_tag(names.immutable) and registry.is_tag(names.moving)
+            assert is_tag(names.immutable) and is_tag(names.moving)
         assert Registry("localhost").name(image.repository)
 
 
@@ -317,7 +318,7 @@ def test_each_answer_that_nobody_wanted_has_its_sentence(
 
 def test_each_connection_that_is_not_made_has_its_sentence() -> None:
     def said(error: BaseException) -> Problem:
-        return failures.unreachable(urllib.error.URLError(error), "x:1")  # type: ignore[arg-type]
+        return failures.unreachable(error, "x:1")
 
     assert "no host x:1" in said(socket.gaierror(socket.EAI_NONAME, "")).sentence
     assert isinstance(said(socket.gaierror(socket.EAI_AGAIN, "")), Broken)
@@ -348,12 +349,12 @@ def test_patience_grows_ends_and_begins_anew_with_progress(
 
 
 def test_no_option_of_skopeo_weakens_a_copy_of_a_registry_with_tls() -> None:
-    argv = registry.copy_argv("oci:/x", "docker://r/a@sha256:1", cert_dir=Path("/c"))
+    argv = copy_argv("oci:/x", "docker://r/a@sha256:1", cert_dir=Path("/c"))
     assert argv[:3] == ["skopeo", "copy", "--preserve-digests"]
     assert not [word for word in argv if "tls-verify" in word]
     assert argv[argv.index("--dest-cert-dir") + 1] == "/c"
     assert "--src-cert-dir" not in argv
-    plain = registry.copy_argv("docker://r/a", "docker://s/a", plain=(True, False))
+    plain = copy_argv("docker://r/a", "docker://s/a", plain=(True, False))
     assert "--src-tls-verify=false" in plain
     assert "--dest-tls-verify=false" not in plain
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from images.publishing import oci, registry
+from images.publishing import connection, names, oci
 from images.publishing.failures import Unreachable
 from images.publishing.registry import Registry
 from rollout.problem import Problem
@@ -21,25 +21,25 @@ DIGEST = oci.digest(b"")
 @pytest.mark.parametrize("name", ["localhost", "registry.example.com", "[::1]"])
 def test_a_port_that_there_is_not_is_wrong_usage(name: str, port: str) -> None:
     with pytest.raises(Problem, match="a port that there is not") as caught:
-        registry.parse_target(f"{name}:{port}/team")
+        names.parse_target(f"{name}:{port}/team")
     assert caught.value.code == 2
 
 
 def test_a_port_that_there_is_is_taken() -> None:
     for name in ("localhost:1", "registry.example.com:65535", "[::1]:5000", "[::1]"):
-        assert registry.parse_target(f"{name}/team") == (name, "team")
+        assert names.parse_target(f"{name}/team") == (name, "team")
 
 
 def test_a_port_of_other_digits_is_none() -> None:
     with pytest.raises(Problem, match="host of a registry"):
-        registry.parse_target("localhost:\u0665\u0660\u0660\u0660")
+        names.parse_target("localhost:\u0665\u0660\u0660\u0660")
 
 
 def test_a_tag_and_a_digest_in_one_are_wrong_usage() -> None:
     with pytest.raises(Problem, match="say a tag or a digest, not both") as caught:
-        registry.parse_reference(f"localhost:5000/team/image:tag@{DIGEST}")
+        names.parse_reference(f"localhost:5000/team/image:tag@{DIGEST}")
     assert caught.value.code == 2
-    found = registry.parse_reference(f"localhost:5000/team/image@{DIGEST}")
+    found = names.parse_reference(f"localhost:5000/team/image@{DIGEST}")
     assert found == ("localhost:5000/team", "image", DIGEST)
 
 
@@ -85,8 +85,8 @@ def test_a_registry_sends_on_with_tls_or_within_this_machine(
     address: str, url: str, whole: str | None
 ) -> None:
     if whole:
-        assert registry.onward(address, url, "r") == whole
+        assert connection.onward(address, url, "r") == whole
         return
     with pytest.raises(Unreachable, match="not safe") as caught:
-        registry.onward(address, url, "r")
+        connection.onward(address, url, "r")
     assert caught.value.sentence.isprintable()

@@ -23,7 +23,7 @@ import noxfile
 from images import catalog
 from images.catalog import ROOT
 from images.locking import lock
-from images.publishing import publish, verify_published
+from images.publishing import provenance, publish, verify_published
 
 from ..conftest import sha256
 
@@ -218,7 +218,7 @@ def test_the_registry_is_a_variable_and_no_name() -> None:
 
 def test_the_workflow_that_builds_names_itself_as_the_builder() -> None:
     """GitHub's own variable names release.yml where that calls it; cosign certifies this file."""
-    builder = WORKFLOWS["publish.yml"]["env"][attestations.WORKFLOW]
+    builder = WORKFLOWS["publish.yml"]["env"][provenance.WORKFLOW]
     assert builder == ".github/workflows/publish.yml"
 
 
