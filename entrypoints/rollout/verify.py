@@ -146,7 +146,9 @@ def interface(facts: Mapping[str, Any], python: str = sys.executable) -> Finding
     """The engine has what its backend uses, with no GPU; metrics give how much was looked at."""
     name = facts["backend"]
     started = time.monotonic()
-    outcome = _answer(python, ("rollout.backends.interface", name), "interface", "compared")
+    promised = (word for word in ("fp8", "server") if facts.get("smoke", {}).get(word))
+    module = ("rollout.backends.interface", name, *promised)
+    outcome = _answer(python, module, "interface", "compared")
     if isinstance(outcome, Finding):
         return Findings((outcome,))
     if not outcome["looked_at"]:
