@@ -13,6 +13,13 @@ from images.locking.lock import Locked
 # the default of a cluster do not, and the image would see no GPU there (enroot 205).
 GPU = {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
 
+# By these a published image is checked (images/publishing): the immutable tag, the sha256 of the
+# lock, engine and torch, and what trains in it.
+VERSION = "org.opencontainers.image.version"
+LOCK = "rollout.lock.sha256"
+BACKEND, ENGINE, TORCH = "rollout.backend", "rollout.engine.version", "rollout.torch"
+FRAMEWORK, FRAMEWORK_VERSION = "rollout.framework", "rollout.framework.version"
+
 
 def immutable_tag(image: Image, locked: Sequence[Locked], lock_sha256: str) -> str:
     """The tag that never moves: engine version, CUDA, Python and the lock it was built from."""
@@ -47,17 +54,17 @@ def of_image(
         "org.opencontainers.image.description": (
             f"{image.backend} {engine} {purpose}, with its own proof"
         ),
-        "org.opencontainers.image.version": immutable_tag(image, locked, lock_sha256),
+        VERSION: immutable_tag(image, locked, lock_sha256),
         "org.opencontainers.image.licenses": "Apache-2.0 AND LicenseRef-contents",
-        "rollout.backend": image.backend,
+        BACKEND: image.backend,
         "rollout.base": bottom,
         "rollout.cuda": lock.cuda(versions) or "none",
-        "rollout.engine.version": engine,
-        "rollout.framework": image.framework.name if image.framework else "none",
-        "rollout.framework.version": image.framework.version if image.framework else "none",
-        "rollout.lock.sha256": lock_sha256,
+        ENGINE: engine,
+        FRAMEWORK: image.framework.name if image.framework else "none",
+        FRAMEWORK_VERSION: image.framework.version if image.framework else "none",
+        LOCK: lock_sha256,
         "rollout.python": base.python(image.python),
         "rollout.ray": versions.get("ray", "none"),
         "rollout.resolved-as-of": image.resolved_as_of.isoformat(),
-        "rollout.torch": versions["torch"],
+        TORCH: versions["torch"],
     }

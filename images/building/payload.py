@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from images.catalog import BACKENDS, FRAMEWORKS, ROOT, Image
+from images.catalog import ROOT, Image
 from images.locking import lock
 from images.locking.lock import Locked
+from images.schema import BACKENDS, FRAMEWORKS
 
 ENTRYPOINTS = ROOT / "entrypoints" / "rollout"
 LAUNCHER = """#!/opt/rollout/bin/python -I

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from images import catalog, host
-from images.catalog import RECIPES, ROOT, quoted, shown
+from images.catalog import RECIPES, ROOT, shown
 from images.host import leftovers
 from images.locking import debian, rootfs
 from images.locking.apt_sources import ARCHITECTURE, SNAPSHOT, SUITE
 from images.locking.debian import RELOCK, Deb
+from images.schema import quoted
 from rollout.problem import Problem
 
 LOCK = ROOT / "lockfiles" / "base.lock"

@@ -27,8 +27,9 @@ from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from images import catalog, host
-from images.catalog import ROOT, Image, quoted, shown
+from images.catalog import ROOT, Image, shown
 from images.locking import base
+from images.schema import quoted
 from rollout.problem import Problem
 
 # glibc of Debian 12, the base image: wheels that need a newer one would not load there.

@@ -11,18 +11,12 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from images.publishing import oci
-from images.publishing.attestations import (
-    BUILD_TYPE,
-    PREDICATE_TYPE,
-    STATEMENT,
-    Attestation,
-    Key,
-    signature,
-)
+from images.publishing import oci, provenance
+from images.publishing.attestations import STATEMENT, Attestation
+from images.publishing.keys import Key
 from images.publishing.oci import Damaged, Descriptor
 from images.publishing.registry import Registry
-from images.publishing.verify_published import origin_of, statement_of
+from images.publishing.signatures import signature
 from rollout.problem import Problem
 
 _RACES = 3  # how often a list that others write too is written again
@@ -82,12 +76,12 @@ def of_publishing(attestation: Attestation) -> bool:
     """Whether an attestation is of a form that publishing attaches; others attach some too."""
     if attestation.artifact_type != STATEMENT:
         return True
-    said = statement_of(attestation, None) or {}
+    said = provenance.statement(attestation, None) or {}
     try:
         kind = said["predicate"]["buildDefinition"]["buildType"]
     except (KeyError, TypeError):
         return False
-    return said.get("predicateType") == PREDICATE_TYPE and bool(kind == BUILD_TYPE)
+    return bool(kind == provenance.BUILD_TYPE)
 
 
 def ours(there: Sequence[Attached], kinds: Collection[str]) -> list[Attached]:
@@ -109,9 +103,9 @@ def sufficient(
     statements = [attestation for attestation in found if attestation.artifact_type == STATEMENT]
     named = {(p.media_type, p.sha256) for p in found if p not in statements}
     for attestation in statements:
-        said = statement_of(attestation, key.public if key else None)
+        said = provenance.statement(attestation, key.public if key else None)
         try:
-            if not said or origin_of(said, digest).byproducts != named:
+            if not said or provenance.parse(said, digest).byproducts != named:
                 return False
         except Problem:  # of another image, or less than a provenance of ours
             return False
@@ -122,7 +116,7 @@ def attach(
     registry: Registry,
     repository: str,
     subject: Descriptor,
-    attestations: Sequence[oci.Attestation],
+    attestations: Sequence[Attestation],
     key: Key | None = None,
     *,
     exactly: bool = False,

@@ -17,8 +17,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from images.publishing.attestations import Attestation
 from rollout.problem import Problem
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -52,19 +53,6 @@ class Damaged(Problem):
 
     def __init__(self, sentence: str) -> None:
         super().__init__(sentence, 1)
-
-
-class Attestation(Protocol):
-    """A document that travels with an image, as images/publishing/attestations.py makes it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def artifact_type(self) -> str: ...
-    @property
-    def media_type(self) -> str: ...
-    @property
-    def data(self) -> bytes: ...
 
 
 @dataclass(frozen=True)

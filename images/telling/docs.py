@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from images import catalog, host
+from images import catalog, host, schema
 from images.building import sizes
 from images.catalog import ROOT, Image, shown
 from images.locking import lock
@@ -19,6 +19,8 @@ from images.proving import standing as rule
 from images.telling import features, keys, numbers, pages, releases, tables
 from rollout import report, verify
 from rollout.problem import Problem
+
+SCHEMA = "images/catalog/catalog.schema.json"  # .taplo.toml names it to editors
 
 
 def measured(image: Image) -> str:
@@ -82,9 +84,9 @@ def sections(images: Sequence[Image]) -> dict[str, dict[str, str]]:
 
 
 def whole(images: Sequence[Image]) -> dict[str, str]:
-    """The pages that are generated as a whole; links from the root."""
+    """The files that are generated as a whole; links of pages from the root."""
     found = {f"docs/images/{i.repository}/{i.tag}.md": pages.page(i) for i in images}
-    return {**found, shown(sizes.PAGE): sizes.page(images)}
+    return {**found, shown(sizes.PAGE): sizes.page(images), SCHEMA: schema.published()}
 
 
 def linked(text: str, page: str) -> str:

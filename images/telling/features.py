@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from images.building import sizes
-from images.catalog import Image, Smoke
+from images.catalog import Image
 from images.proving import standing
 from images.proving.standing import Standing
+from images.schema import Smoke
 from rollout.checks import rate
 from rollout.oracle import BOUND_BF16, BOUND_FP8
 

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from images import catalog
-from images.catalog import Image, Key, shown
-
-TYPES = {
-    str: "string",
-    list: "list",
-    dict: "table",
-    bool: "true or false",
-    int: "number",
-    datetime.date: "date",
-}
-
-
-def _rows(keys: Mapping[str, Key], prefix: str = "") -> list[str]:
-    found = []
-    for name, key in keys.items():
-        needed = "yes" if key.required else "no"
-        found.append(f"| `{prefix}{name}` | {TYPES[key.kind]} | {needed} | {key.what} |")
-        found += _rows(catalog.TABLE_KEYS.get(name, {}) if not prefix else {}, f"{name}.")
-    return found
+from images import catalog, schema
+from images.catalog import Image, shown
 
 
 def table() -> str:
     """Every key with its type, whether a file must have it, and what it says."""
-    head = ["| key | type | needed | what it says |", "| --- | --- | --- | --- |"]
-    return "\n".join([*head, *_rows(catalog.KEYS)])
+    lines = ["| key | type | needed | what it says |", "| --- | --- | --- | --- |"]
+    for name, key in schema.KEYS.items():
+        kind, needed = schema.kind(key.type).removeprefix("a "), "yes" if key.required else "no"
+        lines.append(f"| `{name}` | {kind} | {needed} | {key.about.description} |")
+    return "\n".join(lines)
 
 
 def fragments(images: Sequence[Image]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from images.catalog import TRANSPORTS
+from images.schema import TRANSPORTS
 from rollout import verify
 from rollout.checks import FREED, GROWTH, rate
 from rollout.cuda_ipc import BUCKET_BYTES

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from packaging.version import Version
 
-from images.catalog import Framework, Image
+from images.catalog import Image
 from images.locking import lock
+from images.schema import Framework
 
 HEAD = ("release", "image", "engine", "torch", "CUDA", "why")
 

@@ -17,7 +17,17 @@ from images import catalog, host
 from images.building import builder
 from images.building.builder import Built
 from images.catalog import Image
-from images.publishing import attestations, oci, packing, publish, verify_published
+from images.publishing import (
+    keys,
+    oci,
+    packing,
+    proof,
+    provenance,
+    publication,
+    tags,
+    verify_published,
+)
+from images.publishing.published import Published
 from images.publishing.registry import Registry
 from rollout import report
 from rollout.problem import Problem
@@ -59,23 +69,23 @@ def test_what_is_pulled_by_digest_is_the_image_that_was_built_and_verifies(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(packing, "store", lambda: tmp_path / "layers")
-    attestations.new_key(tmp_path / "key")
-    key = attestations.read_key(tmp_path / "key")
+    keys.new(tmp_path / "key")
+    key = keys.read(tmp_path / "key")
     # These tests run in checkouts that somebody works on.
-    commit = attestations.checkout_commit().removesuffix(attestations.DIRTY)
-    monkeypatch.setattr(attestations, "checkout_commit", lambda: commit)
+    commit = provenance.checkout_commit().removesuffix(provenance.DIRTY)
+    monkeypatch.setattr(provenance, "checkout_commit", lambda: commit)
     registry = Registry(f"{server.address}/team")
     try:
-        publish.passing(image, built.diff_ids)
+        proof.passing(image, built.diff_ids)
         unproved = False
     except Problem:  # on a machine whose layers are not the recorded ones, or before its proof
         unproved = True
-    publish.publish_image(image, tool, registry, key=key, unproved=unproved)
-    tag = publish.tags(image, unproved=unproved).moving
+    publication.publish_image(image, tool, registry, key=key, unproved=unproved)
+    tag = tags.of_image(image, unproved=unproved).moving
     digest = registry.resolve(image.repository, tag)
     assert digest
 
-    given = verify_published.Published(registry, image.repository, tag, key.public)
+    given = Published(registry, image.repository, tag, key.public)
     checks = verify_published.verify(given, layers=True)
     found = {check.name: check.status for check in checks}
     assert found == dict.fromkeys(verify_published.CHECKS, "passed") | (
@@ -103,7 +113,7 @@ def test_what_is_pulled_by_digest_is_the_image_that_was_built_and_verifies(
     assert ": proved in " in done.stdout
 
     capfd.readouterr()
-    publish.publish_image(image, tool, registry, key=key, unproved=unproved)
+    publication.publish_image(image, tool, registry, key=key, unproved=unproved)
     assert "nothing to do" in capfd.readouterr().out
     assert server.uploads() and max(server.uploads().values()) == 1
     assert report.verdict(checks, verify_published.names(layers=True)) == (

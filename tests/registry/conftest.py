@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 
 from images import catalog, host
-from images.publishing import attestations, failures, oci, publish
+from images.publishing import attestations, copies, failures, oci, provenance, publication
 from images.publishing.attestations import Attestation
+from images.publishing.copies import Copy
 from images.publishing.packing import Layer, Source
-from images.publishing.publish import Copy, Tags
 from images.publishing.registry import Registry
+from images.publishing.tags import Tags
 from rollout.problem import Problem
 
 from .server import Certificate, Server
@@ -143,7 +144,7 @@ class Toy:
 
     def copy(self, annotations: Mapping[str, str] | None = None) -> Copy:
         """It, compressed and ready for a registry."""
-        return publish.prepared(self.source, annotations or {})
+        return copies.of_source(self.source, annotations or {})
 
 
 Make = Callable[..., Toy]
@@ -167,13 +168,13 @@ def attestation(name: str, kind: str, data: bytes) -> Attestation:
 def attestations_of(copy: Copy, text: str = "proved") -> list[Attestation]:
     """A report, and a provenance that names it."""
     proof = attestation("report.json", attestations.REPORT, json.dumps({"is": text}).encode())
-    said = attestations.provenance(IMAGE, copy.descriptor.digest, [proof], "0" * 40, {})
+    said = provenance.make(IMAGE, copy.descriptor.digest, [proof], "0" * 40, {})
     return [proof, attestation("provenance.json", attestations.STATEMENT, said)]
 
 
 def published(copy: Copy, there: Registry, names: Tags = NAMES) -> bool:
     """Bring it into a registry with its attestations; whether there was anything to do."""
-    return publish.publish(copy, there, REPOSITORY, names, attestations_of(copy))
+    return publication.publish(copy, there, REPOSITORY, names, attestations_of(copy))
 
 
 def whole(there: Registry, repository: str = REPOSITORY, *, killed: bool = False) -> set[str]:

@@ -22,12 +22,14 @@ from images import host
 from images.building import build, labels
 from images.catalog import Image
 from images.locking import lock
-from images.publishing import attach, attestations, oci, publish
-from images.publishing.attestations import Attestation, Key
+from images.publishing import attach, copies, oci, publication, tags
+from images.publishing.attestations import Attestation
+from images.publishing.copies import Copy
+from images.publishing.keys import Key
 from images.publishing.packing import Layer, Source
-from images.publishing.publish import Copy, Tags
 from images.publishing.registry import Registry
-from images.publishing.verify_published import LOCK_INSIDE
+from images.publishing.tags import Tags
+from images.publishing.unpacking import LOCK_INSIDE
 from rollout import report
 from tests import reports
 
@@ -81,11 +83,11 @@ class Release:
             "rootfs": {"type": "layers", "diff_ids": self.diff_ids},
         }
         self.config = json.dumps(config).encode()
-        self.copy: Copy = publish.prepared(
+        self.copy: Copy = copies.of_source(
             Source(self.config, tuple(layers), self._opened), self.annotations or {}
         )
         unproved = oci.UNPROVED in (self.annotations or {})
-        self.tags: Tags = publish.tags(self.image, unproved=unproved)
+        self.tags: Tags = tags.of_image(self.image, unproved=unproved)
 
     @contextmanager
     def _opened(self, wanted: Collection[str]) -> Iterator[Mapping[str, Path]]:
@@ -112,7 +114,7 @@ class Release:
     ) -> list[Attestation]:
         """What travels with it; by default with a proof, and signed."""
         proof = self.report() if report == b"" else report
-        return attestations.attestations(
+        return publication.attested(
             self.image, digest=self.digest, report=proof, key=key, commit=commit
         )
 
@@ -121,7 +123,7 @@ class Release:
     ) -> Release:
         """Bring it into the registry, as ``nox -s publish`` does."""
         attached = self.attestations(key=key) if given is None else given
-        publish.publish(self.copy, self.registry, REPOSITORY, self.tags, attached, key)
+        publication.publish(self.copy, self.registry, REPOSITORY, self.tags, attached, key)
         return self
 
     # What somebody can do who may write to the registry
@@ -152,12 +154,8 @@ class Release:
     def attestation(self, kind: str) -> Attestation:
         """The attestation of a kind, as it is attached."""
         attached = attach.attached(self.registry, REPOSITORY, self.digest)
-        (found,) = [
-            attestation for attestation in attached if attestation.entry.artifact_type == kind
-        ]
-        (described,) = oci.parse(found.manifest).layers
-        title = described.annotations[oci.TITLE]
-        return Attestation(title, kind, described.media_type, found.data)
+        (found,) = [one for one in attached if one.entry.artifact_type == kind]
+        return found.attestation
 
     def tag(self, name: str, other: Release) -> None:
         """Point a tag to another image."""

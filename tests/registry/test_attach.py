@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from images.publishing import attach, attestations, failures, oci, publish
+from images.publishing import (
+    attach,
+    attestations,
+    copies,
+    failures,
+    keys,
+    oci,
+    publication,
+    signatures,
+)
 from images.publishing.attestations import Attestation
 from images.publishing.registry import Registry
 
@@ -29,7 +38,7 @@ def test_attestations_of_a_later_proof_do_not_replace_those_of_the_publication(
     copy = toy("base").copy()
     published(copy, here)
     later = attestations_of(copy, "proved again")
-    assert not publish.publish(copy, here, REPOSITORY, NAMES, later)
+    assert not publication.publish(copy, here, REPOSITORY, NAMES, later)
     there = attach.attached(here, REPOSITORY, copy.descriptor.digest)
     assert [attestation.data for attestation in there] == [
         attestation.data for attestation in attestations_of(copy)
@@ -78,7 +87,7 @@ def test_an_outage_while_a_attestation_is_read_delists_none(
         patch.setattr(Registry, what, out_of_order)
         later = attestations_of(copy, "proved again")
         for run in (
-            lambda: publish.publish(copy, here, REPOSITORY, NAMES, later),
+            lambda: publication.publish(copy, here, REPOSITORY, NAMES, later),
             lambda: attach.attach(here, REPOSITORY, copy.descriptor, later, exactly=True),
         ):
             with pytest.raises(failures.Unreachable, match="it does not answer") as caught:
@@ -98,14 +107,14 @@ def test_a_attestation_that_the_storage_has_damaged_is_replaced(
     damage(server, oci.digest(attestations_of(copy)[1].data))
     assert attach.attached(here, REPOSITORY, digest) == []
     later = attestations_of(copy, "proved again")
-    assert publish.publish(copy, here, REPOSITORY, NAMES, later)
+    assert publication.publish(copy, here, REPOSITORY, NAMES, later)
     there = attach.attached(here, REPOSITORY, digest)
     assert [p.data for p in there] == [p.data for p in later]
 
 
 def test_attestations_that_others_attached_stay(toy: Make, here: Registry) -> None:
     copy = toy("base").copy()
-    publish.push(copy, here, REPOSITORY)
+    copies.push(copy, here, REPOSITORY)
     theirs = [
         attestation("scan.json", "application/vnd.example.scan+json", b"{}\n"),
         attestation("attested.json", attestations.STATEMENT, b'{"predicateType": "theirs"}'),
@@ -128,23 +137,23 @@ def test_a_key_given_later_signs_what_was_published_without_one(
     digest = copy.descriptor.digest
     published(copy, here)
     assert oci.signature_tag(digest) not in here.tags(REPOSITORY)
-    attestations.new_key(tmp_path / "key")
-    key = attestations.read_key(tmp_path / "key")
+    keys.new(tmp_path / "key")
+    key = keys.read(tmp_path / "key")
     proof, said = attestations_of(copy)
-    sealed = attestations.envelope(said.data, key)
+    sealed = signatures.envelope(said.data, key)
     wanted = [proof, Attestation("p.json", attestations.STATEMENT, attestations.ENVELOPE, sealed)]
-    assert publish.publish(copy, here, REPOSITORY, NAMES, wanted, key)
-    assert not publish.publish(copy, here, REPOSITORY, NAMES, wanted, key)
+    assert publication.publish(copy, here, REPOSITORY, NAMES, wanted, key)
+    assert not publication.publish(copy, here, REPOSITORY, NAMES, wanted, key)
     found = attach.attached(here, REPOSITORY, digest)
     assert [p.data for p in found] == [proof.data, sealed]
     got = here.manifest(REPOSITORY, oci.signature_tag(digest))
     assert got
     (layer,) = oci.parse(got[0]).layers
     payload = here.blob(REPOSITORY, layer.digest)
-    assert attestations.signed_digest(payload, layer.annotations, key.public) == digest
+    assert signatures.signed_digest(payload, layer.annotations, key.public) == digest
     assert oci.signature_tag(digest) in whole(here)
     # A second key adds its own beside it.
-    attestations.new_key(tmp_path / "other")
-    assert attach.sign(here, REPOSITORY, digest, attestations.read_key(tmp_path / "other"))
+    keys.new(tmp_path / "other")
+    assert attach.sign(here, REPOSITORY, digest, keys.read(tmp_path / "other"))
     got = here.manifest(REPOSITORY, oci.signature_tag(digest))
     assert got and len(oci.parse(got[0]).layers) == 2

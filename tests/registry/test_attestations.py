@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from images.catalog import Image
-from images.publishing import attach, attestations, oci, publish
+from images.publishing import attach, attestations, copies, keys, oci, signatures
 from images.publishing.registry import Registry
 from tests.conftest import Checkout
 
@@ -53,7 +53,7 @@ def look(here: Registry, tmp_path: Path) -> Look:
     settings = {"docker": {here.host: {"use-sigstore-attachments": True}}}
     (attachments / "test.yaml").write_text(json.dumps(settings))  # JSON is YAML too
 
-    def copy(reference: str, key: attestations.Key = KEY) -> Result:
+    def copy(reference: str, key: keys.Key = KEY) -> Result:
         public = tmp_path / "key.pub"
         public.write_bytes(key.public.pem)
         rule = {
@@ -129,7 +129,7 @@ def test_skopeo_refuses_another_image_under_the_signed_tag(
     release: Release, image: Image, here: Registry, tmp_path: Path, pull: Look
 ) -> None:
     other = Release(image, tmp_path / "tars", here, seed="other")
-    publish.push(other.copy, here, REPOSITORY)
+    copies.push(other.copy, here, REPOSITORY)
     release.tag(release.tags.moving, other)
     assert pull(release.tags.moving).returncode != 0
     assert pull(release.tags.immutable).returncode == 0, "that one was left alone"
@@ -139,7 +139,7 @@ def test_skopeo_refuses_the_signature_of_another_image(
     release: Release, image: Image, here: Registry, tmp_path: Path, pull: Look
 ) -> None:
     other = Release(image, tmp_path / "tars", here, seed="other")
-    publish.push(other.copy, here, REPOSITORY)
+    copies.push(other.copy, here, REPOSITORY)
     found = here.manifest(REPOSITORY, oci.signature_tag(release.digest))
     assert found
     here.push_manifest(REPOSITORY, oci.signature_tag(other.digest), found[0], oci.MANIFEST)
@@ -208,7 +208,7 @@ def test_openssl_checks_the_provenance_that_skopeo_reads(
 ) -> None:
     data = release.attestation(attestations.STATEMENT).data
     envelope: dict[str, Any] = json.loads(data)
-    opened = attestations.Envelope.parse(data)
+    opened = signatures.Envelope.parse(data)
     head = f"DSSEv1 {len(envelope['payloadType'])} {envelope['payloadType']} {len(opened.payload)} "
     (tmp_path / "signed").write_bytes(head.encode() + opened.payload)
     (tmp_path / "signature").write_bytes(opened.signatures[0])

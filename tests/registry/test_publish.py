@@ -28,16 +28,25 @@ from images.proving import prove
 from images.publishing import (
     attach,
     attestations,
+    copies,
     failures,
+    keys,
     oci,
     packing,
+    promotion,
+    provenance,
+    publication,
     publish,
     registry,
+    signatures,
+    tags,
     verify_published,
 )
 from images.publishing.attestations import Attestation
-from images.publishing.publish import Copy, Tags
+from images.publishing.copies import Copy
+from images.publishing.published import Published
 from images.publishing.registry import Registry
+from images.publishing.tags import Tags
 from rollout import report
 from rollout.problem import Problem
 from tests import layout, reports
@@ -147,14 +156,14 @@ def test_a_layer_of_another_repository_of_the_registry_is_mounted_not_sent(
     toy: Make, server: Server, here: Registry, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = toy("base", "engine").copy()
-    publish.push(copy, here, "other")
+    copies.push(copy, here, "other")
     sent = server.uploads()
     capsys.readouterr()
     mounting = Copy(copy.data, copy.names, copy.upload, (here.path("other"),))
-    publish.push(mounting, here, REPOSITORY)
+    copies.push(mounting, here, REPOSITORY)
     assert server.uploads() == sent
     assert capsys.readouterr().out.count("mounted") == len(copy.manifest.blobs)
-    assert publish.complete(copy, here, REPOSITORY)
+    assert copies.complete(copy, here, REPOSITORY)
 
 
 def test_publishing_an_unchanged_image_again_reads_and_sends_nothing(
@@ -274,7 +283,7 @@ def test_of_two_publishers_in_one_moment_the_one_who_loses_the_tag_is_told(
 ) -> None:
     """The protocol has no write on condition: the later one wins, and the other must not say ok."""
     ours, theirs = toy("ours").copy(), toy("theirs").copy()
-    publish.push(theirs, here, REPOSITORY)
+    copies.push(theirs, here, REPOSITORY)
     put = Registry.push_manifest
 
     def overtaken(self: Registry, repository: str, reference: str, *rest: object) -> bool:
@@ -432,7 +441,7 @@ def built(toy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     monkeypatch.setattr(builder, "detect", lambda *_: Store(image))
     monkeypatch.setattr(build, "current", lambda _, tool: tool.built)
     monkeypatch.setattr(packing, "source", lambda *_: image.source)
-    monkeypatch.setattr(attestations, "checkout_commit", lambda: "0" * 40)
+    monkeypatch.setattr(provenance, "checkout_commit", lambda: "0" * 40)
     return image
 
 
@@ -455,7 +464,7 @@ def test_the_session_publishes_once_and_then_has_nothing_to_do(
 ) -> None:
     arguments = [IMAGE.tag, "--to", here.target, "--key", str(key)]
     assert publish.main(arguments) == 0
-    names = publish.tags(IMAGE)
+    names = tags.of_image(IMAGE)
     digest = digest_of(here, names.immutable)
     assert digest_of(here, IMAGE.tag) == digest
     assert here.reference(IMAGE.repository, digest) in capsys.readouterr().out
@@ -477,7 +486,7 @@ def test_without_a_passing_report_nothing_is_sent(
 def test_what_no_commit_holds_is_published_as_unproved_alone(
     built: Toy, here: Registry, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attestations, "checkout_commit", lambda: "0" * 40 + attestations.DIRTY)
+    monkeypatch.setattr(provenance, "checkout_commit", lambda: "0" * 40 + provenance.DIRTY)
     with pytest.raises(Problem, match="changes that are in no commit") as caught:
         publish.main([IMAGE.tag, "--to", here.target])
     assert caught.value.code == 2
@@ -509,9 +518,9 @@ def test_what_is_unproved_says_so_everywhere_and_leaves_the_names_of_the_proved_
     prove.report_path(IMAGE).unlink()
     assert publish.main([IMAGE.tag, "--to", here.target, "--unproved"]) == 0
     assert "UNPROVED" in capsys.readouterr().out
-    names = publish.tags(IMAGE, unproved=True)
+    names = tags.of_image(IMAGE, unproved=True)
     assert {names.immutable, names.moving} < set(here.tags(IMAGE.repository))
-    assert not {publish.tags(IMAGE).immutable, IMAGE.tag} & set(here.tags(IMAGE.repository))
+    assert not {tags.of_image(IMAGE).immutable, IMAGE.tag} & set(here.tags(IMAGE.repository))
     found = here.manifest(IMAGE.repository, names.immutable)
     assert found and oci.parse(found[0]).annotations == {oci.UNPROVED: "true"}
     kinds = {e.artifact_type for e in here.referrers(IMAGE.repository, found[1].digest)}
@@ -534,7 +543,7 @@ def test_promotion_gives_the_same_digest_and_its_attestations_the_public_tags(
     source = staging.reference(IMAGE.repository, digest)
     arguments = [IMAGE.tag, "--to", public.target, "--promote", "--from", source, *trust]
     assert publish.main(arguments) == 0
-    assert digest_of(public, publish.tags(IMAGE).immutable) == digest
+    assert digest_of(public, tags.of_image(IMAGE).immutable) == digest
     assert digest_of(public, IMAGE.tag) == digest
     both = [attach.attached(r, IMAGE.repository, digest) for r in (staging, public)]
     assert both[0] == both[1]
@@ -558,10 +567,10 @@ def test_what_fails_a_check_or_is_unproved_is_not_promoted(
     options = [IMAGE.tag, "--to", staging.target]
     publish.main([*options, "--key", str(key)])
     publish.main([*options, "--unproved"])
-    attestations.new_key(tmp_path / "other")
+    keys.new(tmp_path / "other")
     promote = [IMAGE.tag, "--to", public.target, "--promote", "--from"]
     proved = staging.reference(IMAGE.repository, digest_of(staging, IMAGE.tag))
-    unproved = digest_of(staging, publish.tags(IMAGE, unproved=True).immutable)
+    unproved = digest_of(staging, tags.of_image(IMAGE, unproved=True).immutable)
     with pytest.raises(Problem, match="is not promoted: see signature"):
         publish.main([*promote, proved, "--trust", f"{tmp_path / 'other'}.pub"])
     trust = ["--trust", f"{key}.pub"]
@@ -612,9 +621,9 @@ class Staged:
         attach.refer(there, IMAGE.repository, self.digest, manifests)
 
     def verifies(self, by: Path) -> bool:
-        found = verify_published.Published(
+        found = Published(
             *(self.public, IMAGE.repository, IMAGE.tag),
-            attestations.read_public_key(by.with_name(f"{by.name}.pub")),
+            keys.read_public(by.with_name(f"{by.name}.pub")),
         )
         return {check.status for check in verify_published.verify(found)} == {"passed"}
 
@@ -632,16 +641,16 @@ def staged(built: Toy, servers: Callable[..., Server], key: Path) -> Staged:  # 
 def test_promotion_adds_its_signatures_to_those_of_the_destination(
     staged: Staged, tmp_path: Path
 ) -> None:
-    attestations.new_key(tmp_path / "other")
-    other = attestations.read_key(tmp_path / "other")
+    keys.new(tmp_path / "other")
+    other = keys.read(tmp_path / "other")
     assert attach.sign(staged.public, IMAGE.repository, staged.digest, other)
     assert staged.promote() == 0
     assert staged.verifies(staged.key)
     layers = attach.signatures(staged.public, IMAGE.repository, staged.digest)
     blobs = [staged.public.blob(IMAGE.repository, layer.digest) for layer in layers]
-    for signer in (other, attestations.read_key(staged.key)):
+    for signer in (other, keys.read(staged.key)):
         signed = [
-            attestations.signed_digest(blob, layer.annotations, signer.public)
+            signatures.signed_digest(blob, layer.annotations, signer.public)
             for blob, layer in zip(blobs, layers, strict=True)
         ]
         assert sorted(filter(None, signed)) == [staged.digest]
@@ -650,9 +659,9 @@ def test_promotion_adds_its_signatures_to_those_of_the_destination(
 def test_promotion_replaces_attestations_of_ours_and_leaves_those_of_others(
     staged: Staged, tmp_path: Path
 ) -> None:
-    attestations.new_key(tmp_path / "other")
-    other = attestations.read_key(tmp_path / "other")
-    earlier = attestations.attestations(
+    keys.new(tmp_path / "other")
+    other = keys.read(tmp_path / "other")
+    earlier = publication.attested(
         IMAGE, digest=staged.digest, report=b'{"is": "earlier"}', key=other, commit="1" * 40
     )
     scan = attestation("scan.json", "application/vnd.example.scan+json", b"{}")
@@ -676,7 +685,7 @@ def test_only_attestations_that_were_verified_are_promoted(
     )
     verify = verify_published.verify
 
-    def overtaken(found: verify_published.Published, **options: Any) -> list[report.Check]:
+    def overtaken(found: Published, **options: Any) -> list[report.Check]:
         checks = verify(found, **options)
         if found.registry is not staged.public and found.registry.target == staged.origin.target:
             staged.add(
@@ -700,7 +709,7 @@ def test_what_would_not_verify_at_the_destination_gets_no_tag_there(staged: Stag
         staged.promote()
     assert caught.value.code == 1
     assert config.digest in caught.value.sentence
-    names = publish.tags(IMAGE)
+    names = tags.of_image(IMAGE)
     assert not {names.immutable, names.moving} & set(staged.public.tags(IMAGE.repository))
 
 
@@ -708,7 +717,7 @@ def test_an_outage_at_the_destination_gives_no_tag(
     staged: Staged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it say anything of the image: the sentence and the exit code are the outage's."""
-    carry = publish.carry
+    carry = promotion.carry
 
     def then_it_ends(*given: Any) -> bool:
         carried = carry(*given)
@@ -716,7 +725,7 @@ def test_an_outage_at_the_destination_gives_no_tag(
         return carried
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "carry", then_it_ends)
+        patch.setattr(promotion, "carry", then_it_ends)
         with pytest.raises(failures.Unreachable, match="times in a row") as caught:
             staged.promote()
     assert caught.value.code == 3

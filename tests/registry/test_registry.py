@@ -16,28 +16,30 @@ from threading import Thread
 
 import pytest
 
-from images.publishing import attach, failures, oci, publish, registry
+from images.publishing import attach, copies, failures, oci, publication, registry
+from images.publishing.copies import Copy
 from images.publishing.failures import Unreachable
 from images.publishing.oci import Damaged
 from images.publishing.registry import Registry
+from images.publishing.tags import Tags
 from rollout.problem import Problem
 
 from .conftest import REPOSITORY, Toy
 from .server import HOST, PASSWORD, USER, Certificate, Server, free_port
 
 Make = Callable[..., Toy]
-NAMES = publish.Tags("immutable", "moving")
+NAMES = Tags("immutable", "moving")
 
 
-def refused(copy: publish.Copy, there: Registry) -> str:
+def refused(copy: Copy, there: Registry) -> str:
     """The sentence that a publication ends with."""
     with pytest.raises(Problem) as caught:
-        publish.publish(copy, there, REPOSITORY, NAMES, [])
+        publication.publish(copy, there, REPOSITORY, NAMES, [])
     assert "\n" not in caught.value.sentence
     return caught.value.sentence
 
 
-def pushed_by_skopeo(copy: publish.Copy, there: Registry) -> str:
+def pushed_by_skopeo(copy: Copy, there: Registry) -> str:
     """The sentence that an upload ends with, where nothing was asked before."""
     with pytest.raises(Problem) as caught, copy.upload([]) as (origin, _):
         name = f"docker://{there.reference(REPOSITORY, copy.descriptor.digest)}"
@@ -74,7 +76,7 @@ def test_an_authority_is_made_known_in_two_ways(
     else:
         folder = certificate.file.parent
     there = Registry(server.address, cert_dir=folder)
-    assert publish.publish(toy("base").copy(), there, REPOSITORY, NAMES, [])
+    assert publication.publish(toy("base").copy(), there, REPOSITORY, NAMES, [])
     assert not there.plain_http
     assert there.tags(REPOSITORY) == ["immutable", "moving"]
 
@@ -148,7 +150,7 @@ def test_credentials_are_found_where_login_leaves_them(
     if where == "REGISTRY_AUTH_FILE":
         monkeypatch.setenv(where, str(file))
     there = Registry(server.address, authfile=file if where == "--authfile" else None)
-    assert publish.publish(toy("base", "engine").copy(), there, REPOSITORY, NAMES, [])
+    assert publication.publish(toy("base", "engine").copy(), there, REPOSITORY, NAMES, [])
 
 
 def test_what_skopeo_login_writes_is_understood(
@@ -221,7 +223,7 @@ def test_other_bytes_under_a_digest_are_refused(
     toy: Make, server: Server, here: Registry, tmp_path: Path
 ) -> None:
     copy = toy("base").copy()
-    publish.push(copy, here, REPOSITORY)
+    copies.push(copy, here, REPOSITORY)
     layer, config = copy.manifest.layers[0].digest, copy.manifest.config.digest
     for digest in (layer, config, copy.descriptor.digest):
         file = blob_file(server, digest)
@@ -268,7 +270,7 @@ def test_a_small_upload_that_is_given_up_leaves_no_blob(server: Server, here: Re
 
 def test_a_manifest_can_be_forgotten(toy: Make, here: Registry) -> None:
     copy = toy("base").copy()
-    publish.push(copy, here, REPOSITORY)
+    copies.push(copy, here, REPOSITORY)
     assert here.forget(REPOSITORY, copy.descriptor.digest)
     assert here.manifest(REPOSITORY, copy.descriptor.digest) is None
     assert not here.forget(REPOSITORY, copy.descriptor.digest)
@@ -276,7 +278,7 @@ def test_a_manifest_can_be_forgotten(toy: Make, here: Registry) -> None:
 
 def test_all_tags_come_however_many_pages_they_take(toy: Make, here: Registry) -> None:
     copy = toy("base").copy()
-    publish.push(copy, here, REPOSITORY)
+    copies.push(copy, here, REPOSITORY)
     names = sorted(f"tag-{n}" for n in range(5))
     for name in names:
         here.push_manifest(REPOSITORY, name, copy.data, oci.MANIFEST)

@@ -19,8 +19,19 @@ import pytest
 from images import catalog, host
 from images.catalog import Image
 from images.locking import base, lock
-from images.publishing import attach, attestations, oci, publish, verify_published
+from images.publishing import (
+    attach,
+    attestations,
+    copies,
+    oci,
+    provenance,
+    sbom,
+    signatures,
+    unpacking,
+    verify_published,
+)
 from images.publishing.attestations import Attestation
+from images.publishing.published import Metrics, Published
 from images.publishing.registry import Registry
 from rollout.problem import Problem
 from rollout.report import STATUSES
@@ -79,7 +90,7 @@ def verify(
         with monkeypatch.context() as patch:
             for module in (catalog.load, catalog.parse, lock.read, base.read, host.sha256):
                 patch.setattr(f"{module.__module__}.{module.__name__}", refused)
-            patch.setattr(attestations, "checkout_commit", refused)
+            patch.setattr(provenance, "checkout_commit", refused)
             if "--layers" in options:
                 patch.setattr(host, "sha256", sha256)  # of what was downloaded
             code = verify_published.main([name, *given, *options])
@@ -186,13 +197,13 @@ def test_nothing_is_fetched_without_the_size_that_was_announced(
 def test_attestations_of_other_people_do_no_harm(release: Release, verify: Verify) -> None:
     scan = Attestation("scan.json", "application/vnd.example.scan+json", "application/json", b"{}")
     theirs = json.dumps(
-        {"_type": attestations.STATEMENT_TYPE, "predicateType": "https://example.com/x"}
+        {"_type": provenance.STATEMENT_TYPE, "predicateType": "https://example.com/x"}
     )
     other = Attestation(
         "other",
         attestations.STATEMENT,
         attestations.ENVELOPE,
-        attestations.envelope(theirs.encode(), KEY),
+        signatures.envelope(theirs.encode(), KEY),
     )
     entries = release.registry.referrers(REPOSITORY, release.digest)
     release.relist([*entries, *release.attach(scan, other)])
@@ -225,7 +236,7 @@ def test_what_others_have_listed_does_no_harm_whatever_it_is(
         listed = release.attach(scan, report, unknown)
         listed[-1] = dataclasses.replace(listed[-1], artifact_type="")
     elif how == "of another image":
-        publish.push(stranger.copy, there, REPOSITORY)
+        copies.push(stranger.copy, there, REPOSITORY)
         listed = stranger.attach(scan)
     else:
         listed = release.attach(scan)
@@ -255,7 +266,7 @@ def test_an_image_published_twice_keeps_the_attestations_of_both(
 def test_a_manifest_replaced_under_the_tags_is_found(
     release: Release, stranger: Release, verify: Verify
 ) -> None:
-    publish.push(stranger.copy, stranger.registry, REPOSITORY)
+    copies.push(stranger.copy, stranger.registry, REPOSITORY)
     for name in (release.tags.moving, release.tags.immutable):
         release.tag(name, stranger)
     for name in (release.tags.moving, release.tags.immutable):
@@ -333,7 +344,7 @@ def test_an_image_that_is_not_ours_is_told(release: Release, verify: Verify) -> 
 def test_an_immutable_tag_that_has_moved_is_found(
     release: Release, stranger: Release, verify: Verify
 ) -> None:
-    publish.push(stranger.copy, stranger.registry, REPOSITORY)
+    copies.push(stranger.copy, stranger.registry, REPOSITORY)
     release.tag(release.tags.immutable, stranger)
     outcome = verify(release.tags.moving)
     found_by(outcome, "tags", f"immutable tag .* is at {stranger.digest}")
@@ -401,7 +412,7 @@ def test_a_signature_that_was_removed_is_found(release: Release, verify: Verify)
 
 def test_a_signature_by_another_key_is_found(release: Release, verify: Verify) -> None:
     name = release.registry.name(REPOSITORY)
-    replace_signature(release, *attestations.signature(release.digest, name, OTHER))
+    replace_signature(release, *signatures.signature(release.digest, name, OTHER))
     found_by(verify(release.tags.moving), "signature", "1 signature is there, and none of this")
 
 
@@ -409,7 +420,7 @@ def test_a_signature_for_another_digest_is_found(
     release: Release, stranger: Release, verify: Verify
 ) -> None:
     name = release.registry.name(REPOSITORY)
-    replace_signature(release, *attestations.signature(stranger.digest, name, KEY))
+    replace_signature(release, *signatures.signature(stranger.digest, name, KEY))
     found_by(verify(release.tags.moving), "signature", f"has signed {stranger.digest} there")
 
 
@@ -417,7 +428,7 @@ def test_a_signature_whose_payload_was_edited_is_found(
     release: Release, stranger: Release, verify: Verify
 ) -> None:
     name = release.registry.name(REPOSITORY)
-    payload, annotations = attestations.signature(stranger.digest, name, KEY)
+    payload, annotations = signatures.signature(stranger.digest, name, KEY)
     edited = payload.replace(stranger.digest.encode(), release.digest.encode())
     replace_signature(release, edited, annotations)
     found_by(verify(release.tags.moving), "signature", "1 signature is there, and none of this")
@@ -640,11 +651,11 @@ def test_an_edited_sbom_is_found(release: Release, verify: Verify) -> None:
 
 def with_sbom(release: Release, data: bytes) -> Release:
     """Published by the owner of the key, with another SBOM than should be."""
-    report, sbom, _ = release.attestations()
-    wrong = dataclasses.replace(sbom, data=data)
-    statement = attestations.provenance(release.image, release.digest, [report, wrong], COMMIT, {})
+    report, right, _ = release.attestations()
+    wrong = dataclasses.replace(right, data=data)
+    statement = provenance.make(release.image, release.digest, [report, wrong], COMMIT, {})
     signed = Attestation(
-        "p", attestations.STATEMENT, attestations.ENVELOPE, attestations.envelope(statement, KEY)
+        "p", attestations.STATEMENT, attestations.ENVELOPE, signatures.envelope(statement, KEY)
     )
     return release.publish([report, wrong, signed])
 
@@ -653,7 +664,7 @@ def test_an_sbom_of_another_lock_is_found_even_where_the_publisher_has_signed_it
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     mistaken = Release(image, tmp_path / "tars", here)
-    data = attestations.sbom(image, mistaken.digest)
+    data = sbom.make(image, mistaken.digest)
     other = data.replace(mistaken.lock_sha256.encode(), b"0" * 64)
     assert other != data
     with_sbom(mistaken, other)
@@ -664,9 +675,9 @@ def test_an_sbom_of_another_base_is_found(
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     mistaken = Release(image, tmp_path / "tars", here)
-    document = json.loads(attestations.sbom(image, mistaken.digest))
+    document = json.loads(sbom.make(image, mistaken.digest))
     for entry in document["metadata"]["component"]["properties"]:
-        entry["value"] = "0" * 64 if entry["name"] == attestations.BASE_PROPERTY else entry["value"]
+        entry["value"] = "0" * 64 if entry["name"] == sbom.BASE_PROPERTY else entry["value"]
     with_sbom(mistaken, attestations.encoded(document))
     found_by(verify(mistaken.tags.moving), "sbom", r"another base\.lock")
 
@@ -675,7 +686,7 @@ def test_an_sbom_of_another_image_is_found_even_where_the_publisher_has_signed_i
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     mistaken = Release(image, tmp_path / "tars", here)
-    with_sbom(mistaken, attestations.sbom(image, "sha256:" + "0" * 64))
+    with_sbom(mistaken, sbom.make(image, "sha256:" + "0" * 64))
     found_by(verify(mistaken.tags.moving), "sbom", "the SBOM is of sha256:0000")
 
 
@@ -683,7 +694,7 @@ def test_an_sbom_that_leaves_something_out_is_found_by_the_lock_in_the_image(
     image: Image, here: Registry, tmp_path: Path, verify: Verify
 ) -> None:
     mistaken = Release(image, tmp_path / "tars", here)
-    with_sbom(mistaken, edited_sbom(attestations.sbom(image, mistaken.digest)))
+    with_sbom(mistaken, edited_sbom(sbom.make(image, mistaken.digest)))
     assert verify(mistaken.tags.moving).code == 0, "nothing beside the layers contradicts it"
     outcome = verify(mistaken.tags.moving, "--layers")
     found_by(outcome, "contents", "differ in pkg:pypi/ray@")
@@ -709,8 +720,8 @@ def test_a_provenance_signed_anew_with_another_key_is_found(
     release: Release, verify: Verify
 ) -> None:
     good = release.attestation(attestations.STATEMENT)
-    payload = attestations.Envelope.parse(good.data).payload
-    release.swap(dataclasses.replace(good, data=attestations.envelope(payload, OTHER)))
+    payload = signatures.Envelope.parse(good.data).payload
+    release.swap(dataclasses.replace(good, data=signatures.envelope(payload, OTHER)))
     found_by(verify(release.tags.moving), "provenance", "1 statement is attached, and none signed")
 
 
@@ -734,14 +745,14 @@ def test_a_provenance_of_another_image_is_found(
         (b"lockfiles/verl-rollout/vllm-0.12.lock", b"lockfiles/x.lock", r"names the lock \(none\)"),
         (b'"gitCommit"', b'"sha1"', "lacks what one of ours says"),
         (
-            attestations.STATEMENT_TYPE.encode(),
+            provenance.STATEMENT_TYPE.encode(),
             b"https://example.com",
             "lacks what one of ours says",
         ),
-        (attestations.PREDICATE_TYPE.encode(), b"https://example.com", "1 statement is attached"),
+        (provenance.PREDICATE_TYPE.encode(), b"https://example.com", "1 statement is attached"),
         (b'"dirty": false', b'"dirty": true', "and changes that are in no commit"),
         (
-            attestations.LOCAL_BUILDER.encode(),
+            provenance.LOCAL_BUILDER.encode(),
             b"https://x.example/y",
             "names https://x.example/y as its",
         ),
@@ -755,9 +766,9 @@ def test_a_provenance_of_something_else_is_found_even_where_the_publisher_has_si
     release: Release, verify: Verify, old: bytes, new: bytes, words: str
 ) -> None:
     good = release.attestation(attestations.STATEMENT)
-    payload = attestations.Envelope.parse(good.data).payload
+    payload = signatures.Envelope.parse(good.data).payload
     assert old in payload
-    data = attestations.envelope(payload.replace(old, new), KEY)
+    data = signatures.envelope(payload.replace(old, new), KEY)
     release.swap(dataclasses.replace(good, data=data))
     found_by(verify(release.tags.moving), "provenance", words)
 
@@ -803,7 +814,7 @@ def test_a_layer_that_is_not_the_one_of_the_configuration_is_found(
 ) -> None:
     """As a publisher would make it whose cache of compressed layers is damaged."""
     if data is None:
-        publish.push(stranger.copy, here, REPOSITORY)
+        copies.push(stranger.copy, here, REPOSITORY)
         here.download(REPOSITORY, stranger.copy.manifest.layers[0].digest, tmp_path / "layer")
         data = (tmp_path / "layer").read_bytes()
     here.push_blob(REPOSITORY, data)
@@ -828,7 +839,7 @@ def test_an_image_that_holds_another_lock_than_it_names_is_found(
     other = Release(image, tmp_path / "tars", here)
     image.lock.write_bytes(text)
     layers = [release.copy.manifest.layers[0], other.copy.manifest.layers[1]]
-    publish.push(other.copy, here, REPOSITORY)
+    copies.push(other.copy, here, REPOSITORY)
     labels = json.loads(release.config)
     labels["rootfs"]["diff_ids"][1] = other.diff_ids[1]
     config = json.dumps(labels).encode()
@@ -877,8 +888,8 @@ def test_layers_that_nobody_has_signed_are_not_unpacked(
     release: Release, verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = release.registry.name(REPOSITORY)
-    replace_signature(release, *attestations.signature(release.digest, name, OTHER))
-    monkeypatch.setattr(verify_published, "unpacked", refused)
+    replace_signature(release, *signatures.signature(release.digest, name, OTHER))
+    monkeypatch.setattr(unpacking, "unpacked", refused)
     outcome = verify(release.tags.moving, "--layers")
     assert outcome.rows("failed") == ["signature"]
     assert outcome.rows("unproved") == ["contents"]
@@ -965,7 +976,7 @@ def test_a_registry_that_goes_away_in_the_middle_is_no_verdict(
 ) -> None:
     check = verify_published.CHECKS[name]
 
-    def run(image: verify_published.Published) -> verify_published.Metrics:
+    def run(image: Published) -> Metrics:
         server.kill()
         return check(image)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from images.publishing import attach, attestations, oci
+from images.publishing import attach, attestations, keys, oci, provenance, signatures
 
 from ..conftest import sha256
 
@@ -21,16 +21,16 @@ def statement(**changes: Any) -> dict[str, Any]:
         for kind in (attestations.REPORT, attestations.SBOM)
     ]
     definition = {
-        "buildType": attestations.BUILD_TYPE,
+        "buildType": provenance.BUILD_TYPE,
         "externalParameters": {"reference": "a:b"},
         "internalParameters": {"promised": {"checks": [], "transports": [], "program": {}}},
         "resolvedDependencies": inputs,
     }
-    details = {"builder": {"id": attestations.LOCAL_BUILDER}, "byproducts": named}
+    details = {"builder": {"id": provenance.LOCAL_BUILDER}, "byproducts": named}
     whole = {
-        "_type": attestations.STATEMENT_TYPE,
+        "_type": provenance.STATEMENT_TYPE,
         "subject": [{"name": "a:b", "digest": {"sha256": sha256("image")}}],
-        "predicateType": attestations.PREDICATE_TYPE,
+        "predicateType": provenance.PREDICATE_TYPE,
         "predicate": {"buildDefinition": definition, "runDetails": details},
     }
     return whole | changes
@@ -58,9 +58,9 @@ def test_attestations_that_name_each_other_are_enough_until_a_key_asks_for_a_sig
     there, digest = complete(statement()), SUBJECT.digest
     assert attach.sufficient(there, KINDS, digest)
     assert not attach.sufficient(there[1:], KINDS, digest)
-    key, other = (attestations.Key(ec.generate_private_key(ec.SECP256R1())) for _ in range(2))
+    key, other = (keys.Key(ec.generate_private_key(ec.SECP256R1())) for _ in range(2))
     assert not attach.sufficient(there, KINDS, digest, key)
-    signed = attestations.envelope(there[-1].data, key)
+    signed = signatures.envelope(there[-1].data, key)
     there[-1] = attached(attestations.STATEMENT, signed, attestations.ENVELOPE)
     assert attach.sufficient(there, KINDS, digest, key)
     assert attach.sufficient(there, KINDS, digest)
@@ -81,11 +81,11 @@ def test_a_provenance_of_another_image_is_not_enough() -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        {"predicateType": "theirs", "predicate": {"buildType": attestations.BUILD_TYPE}},
-        statement(predicateType=f"theirs, of {attestations.BUILD_TYPE}"),
-        statement(predicate={"comment": attestations.BUILD_TYPE}),
-        statement(predicate=[attestations.BUILD_TYPE]),
-        {"x": attestations.BUILD_TYPE},
+        {"predicateType": "theirs", "predicate": {"buildType": provenance.BUILD_TYPE}},
+        statement(predicateType=f"theirs, of {provenance.BUILD_TYPE}"),
+        statement(predicate={"comment": provenance.BUILD_TYPE}),
+        statement(predicate=[provenance.BUILD_TYPE]),
+        {"x": provenance.BUILD_TYPE},
     ],
 )
 def test_a_statement_that_only_mentions_ours_is_somebody_elses(said: dict[str, Any]) -> None:

@@ -7,12 +7,12 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from images import catalog, host
 from images.building import (
@@ -31,6 +31,7 @@ from images.building.layers import Layer, Measured, Record
 from images.catalog import Image
 from images.locking import base, lock
 from images.locking.lock import Locked
+from images.schema import BACKENDS
 from rollout.problem import Problem
 
 from ..conftest import ABOVE, VERSIONS, Checkout, sha256
@@ -335,7 +336,7 @@ def test_an_image_has_the_modules_of_its_backend_and_of_all(image: Image) -> Non
         if name.startswith("rollout/backends/")
     }
     assert {"__init__", image.backend.replace("-", "_")} <= found
-    others = {name.replace("-", "_") for name in catalog.BACKENDS if name != image.backend}
+    others = {name.replace("-", "_") for name in BACKENDS if name != image.backend}
     assert not [name for name in found if name.split("_")[0] in others]
 
 
@@ -446,7 +447,7 @@ def test_the_last_layer_holds_our_package_the_lock_and_what_the_image_is(
 
 
 def test_the_image_knows_what_it_has_to_prove(checkout: Checkout) -> None:
-    image = replace(checkout.image(), backend="tensorrt-llm")
+    image = structs.replace(checkout.image(), backend="tensorrt-llm")
     found = payload.facts(image, locked())
     assert found["reference"] == "verl-rollout:vllm-0.12"
     assert found["engine"] == {"name": "tensorrt-llm", "distribution": "tensorrt-llm"}

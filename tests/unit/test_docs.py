@@ -357,7 +357,12 @@ def test_renewed_pages_pass_the_check(
     own = "docs/images/verl-rollout/vllm-0.12.md"
     assert docs.main([]) == 0
     said = capsys.readouterr().out
-    assert {line.split()[0] for line in said.splitlines()} == {*PARTS, own, "lockfiles/SIZES.md"}
+    assert {line.split()[0] for line in said.splitlines()} == {
+        *PARTS,
+        own,
+        "lockfiles/SIZES.md",
+        docs.SCHEMA,
+    }
     assert "| verl 0.7.1 | `verl-rollout:vllm-0.12` |" in read("docs/frameworks.md")
     assert docs.main(["--check"]) == 0
     assert docs.main([]) == 0

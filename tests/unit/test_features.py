@@ -10,10 +10,11 @@ import pytest
 from images import catalog, host
 from images.building import build, layers
 from images.building.contents import Summary
-from images.catalog import Image, Smoke
+from images.catalog import Image
 from images.locking import lock
 from images.proving import prove, standing
 from images.proving.standing import Standing
+from images.schema import Smoke
 from images.telling import docs, features, numbers, pages, tables
 from images.telling.features import NOT_CLAIMED, NOT_SHOWN, STALE, Kept
 from rollout.faults import FAULTS

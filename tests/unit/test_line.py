@@ -13,7 +13,7 @@ from images.catalog import ROOT
 IMAGES = ROOT / "images"
 # From the left to the right. What stands at the top, and host, serve all of them.
 STATIONS = ("locking", "building", "proving", "publishing", "telling")
-BELOW = ("catalog", "host")
+BELOW = ("catalog", "host", "rules", "schema")
 MODULES = sorted(path for station in STATIONS for path in (IMAGES / station).glob("*.py"))
 
 
@@ -30,7 +30,8 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def test_the_top_holds_the_catalog_the_host_and_a_folder_for_each_station() -> None:
-    assert [path.name for path in sorted(IMAGES.glob("*.py"))] == ["__init__.py", "catalog.py"]
+    tops = ["__init__.py", "catalog.py", "rules.py", "schema.py"]
+    assert [path.name for path in sorted(IMAGES.glob("*.py"))] == tops
     code = {path.parent.name for path in IMAGES.glob("*/*.py")}
     assert code == {"host", *STATIONS}
     assert len(MODULES) > 30
@@ -44,6 +45,14 @@ def test_a_station_imports_only_what_stands_to_its_left(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((IMAGES / "host").glob("*.py")), ids=lambda path: path.stem)
-def test_the_host_and_the_catalog_know_of_no_station(path: Path) -> None:
+def test_the_host_knows_of_no_station(path: Path) -> None:
     assert set(imported(path)) <= set(BELOW)
-    assert set(imported(IMAGES / "catalog.py")) <= set(BELOW)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("schema", set()), ("rules", {"schema"}), ("catalog", {"rules", "schema"})]
+)
+def test_the_schema_knows_of_nothing_the_rules_of_it_and_the_catalog_of_both(
+    name: str, known: set[str]
+) -> None:
+    assert set(imported(IMAGES / f"{name}.py")) == known

@@ -14,7 +14,7 @@ from images import host
 from images.building import builder, layering, layers
 from images.building.builder import Built
 from images.locking import lock
-from images.publishing import packing, publish
+from images.publishing import copies, packing
 from rollout.problem import Problem
 
 from ..conftest import Checkout, sha256
@@ -133,9 +133,9 @@ def test_an_image_is_exported_for_new_layers_alone_and_leaves_nothing(
     tool = stored(b'{"of": "buildah"}')
     source = packing.source(checkout.image(), tool, tool.built)
     assert tool.exported == 0
-    first = publish.prepared(source, {})
+    first = copies.of_source(source, {})
     assert tool.exported == 1
-    assert publish.prepared(source, {}).data == first.data
+    assert copies.of_source(source, {}).data == first.data
     assert tool.exported == 1
     assert [layer.name for layer in source.layers] == list(first.names.values())
     assert not list(host.scratch().iterdir())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from images import catalog, host
 from images.building import build, builder, layers
@@ -692,15 +693,15 @@ def test_a_fault_that_nobody_knows_is_refused_with_the_nearest(image: Image, fol
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_found_by_its_check_and_reason(image: Image, fault: str) -> None:
-    smoke = replace(image.smoke, sleep_levels=(1, 2), server=True, training=True)
-    everything = replace(image, smoke=smoke)
+    smoke = structs.replace(image.smoke, sleep_levels=(1, 2), server=True, training=True)
+    everything = structs.replace(image, smoke=smoke)
     assert prove.found_by(of_fault(image, fault), fault, everything) == ""
 
 
 def test_an_image_without_a_check_finds_its_fault_by_another(image: Image) -> None:
     fault, deep = (
         "sleep-frees-nothing",
-        replace(image, smoke=replace(image.smoke, sleep_levels=(2,))),
+        structs.replace(image, smoke=structs.replace(image.smoke, sleep_levels=(2,))),
     )
     assert prove.found_by(of_fault(image, fault, "sleep-2"), fault, deep) == ""
     assert prove.found_by(of_fault(image, fault, "sleep-1"), fault, deep) == "failed were sleep-1"

@@ -16,7 +16,7 @@ from images.building import build, builder, layers
 from images.building.contents import Summary
 from images.catalog import Image
 from images.proving import prove
-from images.publishing import failures, oci, publish, registry
+from images.publishing import failures, oci, promotion, proof, publish, registry, tags
 from images.publishing.failures import Broken
 from images.publishing.registry import Registry
 from rollout import report
@@ -89,7 +89,7 @@ def test_what_is_no_reference_in_full_is_wrong_usage(text: str) -> None:
 
 def test_an_immutable_tag_names_engine_cuda_python_and_lock(checkout: Checkout) -> None:
     image = checkout.image()
-    names = publish.tags(image)
+    names = tags.of_image(image)
     assert names.moving == image.tag
     assert names.immutable.endswith(f"-py311-{host.sha256(image.lock)[:8]}")
     assert registry.is_tag(names.immutable)
@@ -97,7 +97,7 @@ def test_an_immutable_tag_names_engine_cuda_python_and_lock(checkout: Checkout) 
 
 def test_what_is_unproved_has_other_tags_than_what_is_proved(checkout: Checkout) -> None:
     image = checkout.image()
-    proved, unproved = publish.tags(image), publish.tags(image, unproved=True)
+    proved, unproved = tags.of_image(image), tags.of_image(image, unproved=True)
     assert unproved.immutable == f"{proved.immutable}-unproved"
     assert unproved.moving == f"{proved.moving}-unproved"
 
@@ -105,7 +105,7 @@ def test_what_is_unproved_has_other_tags_than_what_is_proved(checkout: Checkout)
 def test_every_image_of_the_catalog_has_tags_that_a_registry_takes() -> None:
     for image in catalog.load():
         for unproved in (False, True):
-            names = publish.tags(image, unproved=unproved)
+            names = tags.of_image(image, unproved=unproved)
             assert registry.is_tag(names.immutable) and registry.is_tag(names.moving)
         assert Registry("localhost").name(image.repository)
 
@@ -132,7 +132,7 @@ def leave(of: Image, path: Path, **changes: Any) -> Path:
 
 def passing(image: Image) -> tuple[Path, bytes]:
     """The report that allows these layers to be published."""
-    found = publish.passing(image, DIFF_IDS)
+    found = proof.passing(image, DIFF_IDS)
     assert found.standing.word == "proved"
     return found.path, found.data
 
@@ -175,7 +175,7 @@ def test_a_report_that_does_not_prove_these_layers_publishes_nothing(
 ) -> None:
     leave(image, prove.kept(image), **changes)
     with pytest.raises(Problem, match=words) as caught:
-        publish.passing(image, DIFF_IDS)
+        proof.passing(image, DIFF_IDS)
     assert caught.value.code == 1
     assert f"nox -s prove -- {image.reference}" in caught.value.sentence
     assert "--unproved" in caught.value.sentence
@@ -185,7 +185,7 @@ def test_a_report_that_does_not_prove_these_layers_publishes_nothing(
 def test_the_report_of_verify_alone_publishes_nothing(image: Image) -> None:
     host.write(prove.kept(image), json.dumps(reports.verified(image, DIFF_IDS)))
     with pytest.raises(Problem, match="its report lacks start, refit, generation"):
-        publish.passing(image, DIFF_IDS)
+        proof.passing(image, DIFF_IDS)
 
 
 def test_what_is_proved_in_part_is_published_where_the_catalog_says_why(
@@ -194,9 +194,9 @@ def test_what_is_proved_in_part_is_published_where_the_catalog_says_why(
     data = reports.alone(image, DIFF_IDS, {"sleep-2": "no room"})
     host.write(prove.kept(image), json.dumps(data))
     with pytest.raises(Problem, match=r"\[not-shown\] of the catalog has no reason for sleep-2"):
-        publish.passing(image, DIFF_IDS)
+        proof.passing(image, DIFF_IDS)
     told = catalog.parse(checkout.file({"not-shown": '{ sleep-2 = "it takes two GPUs" }'}))
-    found = publish.passing(told, DIFF_IDS)
+    found = proof.passing(told, DIFF_IDS)
     assert (found.standing.word, list(found.standing.missing)) == ("in part", ["sleep-2"])
 
 
@@ -216,18 +216,18 @@ def test_a_report_of_inputs_that_have_changed_publishes_nothing(image: Image) ->
     text = image.dockerfile.read_text()
     image.dockerfile.write_text(text.replace("1000:0", "1001:0"))
     with pytest.raises(Problem, match="is not of these inputs and layers"):
-        publish.passing(image, DIFF_IDS)
+        proof.passing(image, DIFF_IDS)
 
 
 def test_a_damaged_report_is_no_proof(image: Image) -> None:
     prove.kept(image).parent.mkdir(parents=True)
     prove.kept(image).write_bytes(b"\xff{")
     with pytest.raises(Problem, match="is not UTF-8"):
-        publish.passing(image, DIFF_IDS)
+        proof.passing(image, DIFF_IDS)
     prove.kept(image).unlink()
     prove.kept(image).symlink_to("nowhere")
     with pytest.raises(Problem, match="is a link"):
-        publish.passing(image, DIFF_IDS)
+        proof.passing(image, DIFF_IDS)
 
 
 # What failures are called
@@ -436,4 +436,4 @@ def test_every_check_has_to_pass_before_a_promotion(
         report.Check(name, is_, 1.0, {}, None if is_ == "passed" else "because")
         for name, is_ in status.items()
     ]
-    assert publish.unchecked(checks, ["manifest", "signature"]) == wanting
+    assert promotion.unchecked(checks, ["manifest", "signature"]) == wanting

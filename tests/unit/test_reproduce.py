@@ -24,6 +24,7 @@ from images.locking import lock
 from images.locking.rootfs import EPOCH
 from images.proving import reproduce
 from images.proving.reproduce import BUILDS, Outcome
+from images.schema import LEVELS
 from rollout.problem import Problem
 
 from ..conftest import Checkout, sha256
@@ -60,7 +61,7 @@ def test_builds_are_as_alike_as_the_highest_level_that_holds() -> None:
 
 def test_every_level_has_a_meaning_and_a_later_one_is_a_higher_one() -> None:
     assert list(reproduce.MEANING) == sorted(reproduce.MEANING)
-    assert set(catalog.LEVELS) == set(reproduce.MEANING) - {"R0"}
+    assert set(LEVELS) == set(reproduce.MEANING) - {"R0"}
 
 
 @pytest.mark.parametrize(

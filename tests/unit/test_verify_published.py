@@ -15,11 +15,21 @@ from typing import Any
 import pytest
 
 from images import host
-from images.publishing import attestations, oci, verify_published
+from images.publishing import (
+    attestations,
+    evidence,
+    oci,
+    provenance,
+    published,
+    unpacking,
+    verify_published,
+)
 from images.publishing.attestations import Attestation
 from images.publishing.failures import Broken, Unreachable
+from images.publishing.published import Published
 from images.publishing.registry import Registry
-from images.publishing.verify_published import CHECKS, LOCK_INSIDE, NEEDS, Published
+from images.publishing.unpacking import LOCK_INSIDE
+from images.publishing.verify_published import CHECKS, NEEDS
 from rollout import report
 from rollout.problem import Problem
 
@@ -259,7 +269,7 @@ def test_a_configuration_of_any_shape_is_refused_not_tripped_over(config: Any) -
     registry.config = json.dumps({**config, "rootfs": {"diff_ids": ["sha256:0"]}}).encode()
     image = Published(registry, "a", "b", manifest=oci.Manifest(layer, (layer,)))
     with pytest.raises(Problem, match="no image of ours"):
-        verify_published.check_config(image)
+        published.check_config(image)
 
 
 def test_a_configuration_with_another_number_of_layers_is_refused() -> None:
@@ -268,7 +278,7 @@ def test_a_configuration_with_another_number_of_layers_is_refused() -> None:
     registry.config = b'{"rootfs": {"diff_ids": ["sha256:0", "sha256:1"]}}'
     image = Published(registry, "a", "b", manifest=oci.Manifest(layer, (layer,)))
     with pytest.raises(Problem, match="names 2 layers, the manifest 1"):
-        verify_published.check_config(image)
+        published.check_config(image)
 
 
 def test_attestations_that_no_provenance_names_do_not_pass(image: Published) -> None:
@@ -277,7 +287,7 @@ def test_attestations_that_no_provenance_names_do_not_pass(image: Published) -> 
     image.attestations = [
         Attestation("x", kind, kind, b"{}") for kind in (attestations.REPORT, attestations.SBOM)
     ]
-    for check in (verify_published.check_report, verify_published.check_sbom):
+    for check in (evidence.check_report, evidence.check_sbom):
         with pytest.raises(Problem, match="is not one that the provenance names"):
             check(image)
 
@@ -309,7 +319,7 @@ def test_signatures_are_counted_as_people_do(count: int, words: str) -> None:
     registry = Signed(REGISTRY)
     registry.count = count
     with pytest.raises(Problem, match=f"^{words}; --key FILE.pub") as caught:
-        verify_published.check_signature(Published(registry, "a", "b", digest="sha256:0"))
+        published.check_signature(Published(registry, "a", "b", digest="sha256:0"))
     assert caught.value.code == 3
 
 
@@ -345,11 +355,9 @@ def test_no_layer_is_downloaded_beyond_the_size_that_the_manifest_says(
     registry, layer = Sized([data]), oci.describe(data, oci.LAYER)
     image = Published(registry, "a", "b", manifest=oci.Manifest(layer, (layer,)))
     image.diff_ids = ("sha256:0",)
-    monkeypatch.setattr(
-        verify_published, "unpacked", lambda *_: verify_published.Unpacked("sha256:1", 1, b"")
-    )
+    monkeypatch.setattr(unpacking, "unpacked", lambda *_: unpacking.Unpacked("sha256:1", 1, b""))
     with pytest.raises(Problem, match="unpacks to sha256:1"):
-        verify_published.check_contents(image)
+        unpacking.check_contents(image)
     assert registry.asked == {layer.digest: len(data)}
 
 
@@ -377,7 +385,7 @@ def test_a_layer_is_read_to_its_last_byte_and_the_lock_found_in_it(
     data = tar(("etc/x", b"1" * 3_000_000), (name, b"torch==1"), ("etc/y", b"2")) + bytes(70_000)
     packed = subprocess.run([program, "-cq"], input=data, capture_output=True, check=True).stdout
     (tmp_path / "layer").write_bytes(packed)
-    found = verify_published.unpacked(tmp_path / "layer", "layer 1")
+    found = unpacking.unpacked(tmp_path / "layer", "layer 1")
     assert (found.diff_id, found.size, found.lock) == (oci.digest(data), len(data), b"torch==1")
 
 
@@ -397,11 +405,11 @@ def test_a_layer_that_unpacks_to_more_than_any_of_ours_is_not_read_to_its_end(
     data = tar(("x", b"1")) + much if behind else tar(("x", much))
     path = compressed(tmp_path / "layer", data)
     assert path.stat().st_size < 10_000, "few bytes, which become many"
-    monkeypatch.setattr(verify_published, "LARGEST_LAYER", len(data))
-    assert verify_published.unpacked(path, "layer 1").size == len(data)
-    monkeypatch.setattr(verify_published, "LARGEST_LAYER", len(data) - 1)
+    monkeypatch.setattr(unpacking, "LARGEST_LAYER", len(data))
+    assert unpacking.unpacked(path, "layer 1").size == len(data)
+    monkeypatch.setattr(unpacking, "LARGEST_LAYER", len(data) - 1)
     with pytest.raises(Problem, match=r"layer 1 unpacks to more than .* not read further"):
-        verify_published.unpacked(path, "layer 1")
+        unpacking.unpacked(path, "layer 1")
 
 
 @needs_zstd
@@ -409,11 +417,11 @@ def test_a_lock_that_is_longer_than_any_of_ours_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = compressed(tmp_path / "layer", tar((LOCK_INSIDE, b"torch==1")))
-    monkeypatch.setattr(verify_published, "LONGEST_LOCK", 8)
-    assert verify_published.unpacked(path, "layer 1").lock == b"torch==1"
-    monkeypatch.setattr(verify_published, "LONGEST_LOCK", 7)
+    monkeypatch.setattr(unpacking, "LONGEST_LOCK", 8)
+    assert unpacking.unpacked(path, "layer 1").lock == b"torch==1"
+    monkeypatch.setattr(unpacking, "LONGEST_LOCK", 7)
     with pytest.raises(Problem, match=r"layer 1 holds a .*requirements\.lock of 8 bytes, .* 7 of"):
-        verify_published.unpacked(path, "layer 1")
+        unpacking.unpacked(path, "layer 1")
 
 
 @needs_zstd
@@ -422,7 +430,7 @@ def test_a_layer_that_breaks_off_is_refused(tmp_path: Path) -> None:
     packed = subprocess.run(["zstd", "-cq"], input=data, capture_output=True, check=True).stdout
     (tmp_path / "layer").write_bytes(packed[:-20])
     with pytest.raises(Problem, match=r"layer 1 (is no compressed tar|cannot be unpacked)"):
-        verify_published.unpacked(tmp_path / "layer", "layer 1")
+        unpacking.unpacked(tmp_path / "layer", "layer 1")
 
 
 CI = "git+https://forge.example/team/images@refs/tags/v1"
@@ -432,10 +440,10 @@ WORKFLOW = "https://forge.example/team/images/.github/workflows/publish.yml@refs
 @pytest.mark.parametrize(
     ("builder", "checkout", "fits"),
     [
-        (attestations.LOCAL_BUILDER, "", True),
+        (provenance.LOCAL_BUILDER, "", True),
         (WORKFLOW, CI, True),
         (WORKFLOW, "", False),
-        (attestations.LOCAL_BUILDER, CI, False),
+        (provenance.LOCAL_BUILDER, CI, False),
         (WORKFLOW.replace("team", "others"), CI, False),
         (WORKFLOW.replace("tags/v1", "heads/mine"), CI, False),
         (WORKFLOW.replace("/.github/workflows/", "/"), CI, False),
@@ -448,6 +456,6 @@ WORKFLOW = "https://forge.example/team/images/.github/workflows/publish.yml@refs
 def test_a_builder_is_of_the_repository_that_it_built(
     builder: str, checkout: str, fits: bool
 ) -> None:
-    names = {field.name: () for field in fields(verify_published.Origin)}
-    origin = verify_published.Origin(**names | {"builder": builder, "checkout": checkout})  # type: ignore[arg-type]
-    assert verify_published.built_there(origin) is fits
+    names = {field.name: () for field in fields(provenance.Origin)}
+    origin = provenance.Origin(**names | {"builder": builder, "checkout": checkout})  # type: ignore[arg-type]
+    assert origin.built_there is fits

@@ -22,7 +22,7 @@ import pytest
 from images import catalog
 from images.catalog import ROOT
 from images.locking import lock
-from images.publishing import attestations, publish, verify_published
+from images.publishing import provenance, publish, verify_published
 
 from ..conftest import sha256
 
@@ -779,4 +779,4 @@ def test_a_patch_that_reaches_for_a_workflow_does_not_get_there(relocked: Runner
 
 def test_the_workflow_that_builds_names_itself_as_the_builder() -> None:
     """GitHub's own variable names release.yml where that calls it; cosign certifies this file."""
-    assert f"\n  {attestations.WORKFLOW}: .github/workflows/publish.yml" in FILES["publish.yml"]
+    assert f"\n  {provenance.WORKFLOW}: .github/workflows/publish.yml" in FILES["publish.yml"]

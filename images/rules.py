@@ -1,0 +1,122 @@
+"""What a catalog file may promise, beyond the types of its keys (images/schema.py)."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
+from images.schema import File, Wrong, quoted
+from rollout import backends, smoke
+
+# What the image itself, its launcher or whoever starts it has to decide.
+_RESERVED = {
+    *("PATH", "HOME", "USER", "LANG", "TMPDIR", "PYTHONPATH", "PYTHONHOME", "LD_PRELOAD"),
+    *("VIRTUAL_ENV", "XDG_CACHE_HOME", "ROLLOUT_PREFIX", "ROLLOUT_LAYERS"),
+}
+
+
+def check(file: File) -> None:
+    """Hold a catalog file against every rule.
+
+    Raises:
+        Wrong: the first that it breaks, with the key.
+    """
+    _check_requirements(file)
+    _check_days(file)
+    _check_promises(file)
+    for variable in file.env:
+        if variable in _RESERVED:
+            raise _wrong(f"env.{variable}", "is not an engine's to set; remove it")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+            raise _wrong(f"env.{variable}", "is no name of a variable")
+
+
+def _wrong(key: str, what: str) -> Wrong:
+    return Wrong(f"key {quoted(key)} {what}")
+
+
+def _check_requirements(file: File) -> None:
+    """Each is one. They ask for the engine, and for the release of the framework that is named."""
+    asked: dict[str, Iterable[str]] = {"requirements": file.requirements}
+    name = version = ""
+    if file.framework:
+        name, version = canonicalize_name(file.framework.name), file.framework.version
+        asked["framework.requirements"] = file.framework.requirements
+        asked["framework.fits"] = [f"{name}=={release}" for release in file.framework.fits]
+        asked["framework.undeclared"] = file.framework.undeclared
+        asked["framework.overrides"] = file.framework.overrides
+    names = set()
+    for key, lines in asked.items():
+        for line in lines:
+            try:
+                found = Requirement(line)
+            except InvalidRequirement:
+                raise _wrong(key, f"has {quoted(line)}, not a requirement (PEP 508)") from None
+            found.name = canonicalize_name(found.name)
+            names.add((key, found.name))
+            own = (key, found.name) == ("framework.requirements", name)
+            if own and str(found.specifier) != f"=={version}":
+                what = f"asks for {found}, 'framework.version' says {version}; make them agree"
+                raise _wrong(key, what)
+    # The distribution that carries an engine has the name of its backend.
+    if ("requirements", canonicalize_name(file.backend)) not in names:
+        raise _wrong("requirements", f"does not ask for the engine {file.backend!r}")
+
+
+def _check_days(file: File) -> None:
+    """Nothing is resolved as of a day that is still to come: such a lock would move every day."""
+    days = {"resolved-as-of": file.resolved_as_of}
+    if file.framework:
+        days["framework.resolved-as-of"] = file.framework.resolved_as_of
+    for key, day in days.items():
+        if day > datetime.datetime.now(datetime.UTC).date():
+            raise _wrong(key, f"is {day}, which is still to come; name a day that is over")
+    if file.framework and file.resolved_as_of > file.framework.resolved_as_of:
+        what = (
+            f"is {file.resolved_as_of}, later than 'framework.resolved-as-of' "
+            f"({file.framework.resolved_as_of}), whose index would lack what the engine's lock "
+            "has; name an earlier day, or a later one there"
+        )
+        raise _wrong("resolved-as-of", what)
+
+
+def _check_promises(file: File) -> None:
+    """The backend can keep each promise, and what nobody can show is one, with its reason."""
+    can, wanted, name = backends.abilities(file.backend), file.smoke, file.backend
+    if can is None:
+        raise _wrong("backend", f"is {name}, which nothing drives yet; add its module")
+    several: tuple[tuple[str, Sequence[Any], Sequence[Any]], ...] = (
+        ("sleep-levels", wanted.sleep_levels, can.levels),
+        ("refit", wanted.refit, can.transports),
+    )
+    for key, asked, kept in several:
+        for value in asked:
+            if asked.count(value) > 1:
+                raise _wrong(f"smoke.{key}", f"has {value!r} twice; say it once")
+            if value not in kept:
+                choices = ", ".join(map(str, kept))
+                what = f"promises {value}, and the {name} backend has {choices} alone"
+                raise _wrong(f"smoke.{key}", what)
+    for key, promise, able in (
+        ("fp8", wanted.fp8, can.fp8),
+        ("server", wanted.server, can.server),
+        ("tensor-parallel", wanted.tensor_parallel, can.tensor_parallel),
+    ):
+        if promise and not able:
+            raise _wrong(f"smoke.{key}", f"is promised, and the {name} backend has none")
+    promised = (*smoke.promised(wanted.facts), *wanted.refit)
+    for what, reason in file.not_shown.items():
+        if what not in promised:
+            near = difflib.get_close_matches(what, promised, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "remove it"
+            raise _wrong(f"not-shown.{what}", f"is nothing that this image promises; {hint}")
+        if not reason.strip():
+            raise _wrong(f"not-shown.{what}", "gives no reason; say why nobody can show it")
+    if wanted.training and not file.framework:
+        raise _wrong("smoke.training", "needs the table [framework]; add one")
