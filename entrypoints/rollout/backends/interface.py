@@ -12,7 +12,6 @@ nothing but a promise ("fp8", "server") is looked at where the image makes it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -22,6 +21,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
+
+from rollout.backends import records
 
 
 class _Comparing(Protocol):
@@ -129,7 +130,7 @@ class Comparison:
         found = self.thing(*names)
         if found is None:
             return
-        there = _fields(found)
+        there = records.fields(found)
         for name in wanted:
             if name in dispensable and name not in there:
                 self.without.append(name)
@@ -157,15 +158,6 @@ def _refused(found: Callable[..., Any], given: list[Any], options: dict[str, obj
     except TypeError as error:
         return str(error)
     return ""
-
-
-def _fields(kind: Any) -> set[str]:
-    for names in ("model_fields", "__struct_fields__"):
-        if hasattr(kind, names):
-            return set(getattr(kind, names))
-    if dataclasses.is_dataclass(kind):
-        return {field.name for field in dataclasses.fields(kind)}
-    return set(inspect.signature(kind).parameters)
 
 
 def compared(backend: str, promised: Iterable[str] = ()) -> dict[str, Any]:
