@@ -19,7 +19,7 @@ from msgspec import Meta, Struct, structs
 from packaging.utils import canonicalize_name
 
 Backend = Literal["vllm", "sglang", "tensorrt-llm", "transformers"]
-FrameworkName = Literal["verl"]
+FrameworkName = Literal["verl", "roll", "open-instruct"]
 Level = Literal["R1", "R2", "R3", "R4"]
 Transport = Literal["shared-memory", "cuda-ipc", "cuda-ipc-flattened", "nccl", "disk"]
 

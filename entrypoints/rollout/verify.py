@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rollout import added, info
+from rollout import added, driverless, info
 from rollout.backends.interface import has as has_interface
 from rollout.compilers import compilers
 from rollout.environment import Finding, Findings, ending, opened, printable
@@ -146,7 +146,10 @@ def interface(facts: Mapping[str, Any], python: str = sys.executable) -> Finding
     """The engine has what its backend uses, with no GPU; metrics give how much was looked at."""
     name = facts["backend"]
     started = time.monotonic()
-    outcome = _answer(python, ("rollout.backends.interface", name), "interface", "compared")
+    promised = (word for word in ("fp8", "server") if facts.get("smoke", {}).get(word))
+    module = ("rollout.backends.interface", name, *promised)
+    with driverless.environment() as environ:
+        outcome = _answer(python, module, "interface", "compared", environ)
     if isinstance(outcome, Finding):
         return Findings((outcome,))
     if not outcome["looked_at"]:
@@ -167,9 +170,9 @@ def framework(facts: Mapping[str, Any], python: str = sys.executable) -> Finding
     started = time.monotonic()
     # A look-up in a hub is a bug, and is to fail at once.
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    outcome = _answer(
-        python, ("rollout.frameworks", name, engine), "import", "imported", os.environ | offline
-    )
+    module = ("rollout.frameworks", name, engine)
+    with driverless.environment() as environ:
+        outcome = _answer(python, module, "import", "imported", environ | offline)
     if isinstance(outcome, Finding):
         return Findings((outcome,))
     if not outcome:

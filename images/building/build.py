@@ -13,6 +13,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from packaging.utils import canonicalize_name
@@ -29,6 +30,7 @@ from images.building import (
     layering,
     payload,
     storage,
+    variables,
 )
 from images.building import layers as layers_of
 from images.building.buildah import Buildah
@@ -198,7 +200,10 @@ def build(
             folder, recipe_text(image, locked), texts, files, wheels, image.sources, told
         )
         here = {canonicalize_name(wheel.name.split("-")[0]) for wheel in wheels}
-        fetching.fetch(locked, image.python, image.sources, here, settings, folder / "sources")
+        look = partial(variables.check, image)
+        fetching.fetch(
+            locked, image.python, image.sources, here, settings, folder / "sources", look
+        )
         values = context.arguments(texts, bottom, files)
         if context.CLOCK in os.environ:
             host.require(str(context.FAKETIME))

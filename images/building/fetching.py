@@ -14,7 +14,7 @@ import os
 import re
 import ssl
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
@@ -65,10 +65,12 @@ def fetch(
     here: Collection[str],
     settings: Mapping[str, str],
     folder: Path,
+    look: Callable[[Path], None] = lambda _: None,
 ) -> list[Path]:
     """Fetch what a lock has: wheels into :func:`cache`, source distributions into ``folder``.
 
-    ``here`` are distributions whose wheels lie on this host already. Returns the sources' files.
+    ``here`` are distributions whose wheels lie on this host already. ``look`` is given a folder
+    with the content of the others, and may refuse it. Returns the sources' files.
 
     Raises:
         Problem: the index does not answer, or does not have the locked file.
@@ -83,6 +85,7 @@ def fetch(
         listed.write_text("".join(entry.text for entry in wanted), encoding="utf-8")
         if wanted:
             streaming.run(wheels_argv(host.uv(), python, listed, place / "target"), environ)
+            look(place / "target")
     return _sources([e for e in locked if e.name in sources], python, settings, environ, folder)
 
 

@@ -196,6 +196,17 @@ def test_a_wheel_that_this_host_has_is_not_asked_for(
     assert index.seen == []
 
 
+def test_whoever_looks_sees_what_was_fetched_and_may_refuse_it(
+    fetch: functools.partial[list[Path]],
+) -> None:
+    def look(site: Path) -> None:
+        assert (site / "toy.py").read_text() == "VALUE = 1\n"
+        raise Problem("not this one", 2)
+
+    with pytest.raises(Problem, match="not this one"):
+        fetch([TOY], sources=(), look=look)
+
+
 @pytest.mark.parametrize("name", ["toy", "src"])
 def test_other_bytes_than_the_locked_ones_are_refused(
     fetch: functools.partial[list[Path]], name: str

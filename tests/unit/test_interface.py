@@ -295,15 +295,18 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
 
 
+PROMISED = ("fp8", "server")
+
+
 def problems() -> list[tuple[str, str]]:
-    seen = Comparison()
+    seen = Comparison(PROMISED)
     vllm_interface.compare(seen)
     return seen.problems
 
 
 @pytest.mark.usefixtures("engine")
 def test_a_vllm_that_has_everything_is_found_whole_and_much_was_looked_at() -> None:
-    seen = Comparison()
+    seen = Comparison(PROMISED)
     vllm_interface.compare(seen)
     assert (seen.problems, seen.without) == ([], [])
     assert seen.looked_at["routes"] == len(vllm.PATHS) + len(vllm.PAUSING)
@@ -343,13 +346,24 @@ def test_an_argument_that_vllm_lost_is_named_or_done_without(engine: Any, name: 
     whole = vllm.arguments(Path(), 1, dummy=True, fp8=True)
     kind = engine.record(*[field for field in whole if field != name])
     sys.modules["vllm.engine.arg_utils"].EngineArgs = kind  # type: ignore[attr-defined]
-    seen = Comparison()
+    seen = Comparison(PROMISED)
     vllm_interface.compare(seen)
     where = "vllm.engine.arg_utils:EngineArgs"
     if name in vllm.DISPENSABLE:
         assert (seen.problems, seen.without) == ([], [name])
     else:
         assert (where, f"has no field {name!r}") in seen.problems
+
+
+def test_what_serves_a_promise_alone_is_not_looked_at_where_nothing_promises_it(
+    engine: Any,
+) -> None:
+    engine.paths.routes = []
+    engine.sources["vllm.model_executor.layers.quantization.fp8"] = ""
+    seen = Comparison()
+    vllm_interface.compare(seen)
+    assert (seen.problems, seen.looked_at["routes"]) == ([], 0)
+    assert len(problems()) > len(vllm.PATHS), "promised, all of it is missed"
 
 
 @pytest.mark.parametrize("path", [*vllm.PATHS, *vllm.PAUSING])
@@ -363,7 +377,7 @@ def test_a_path_that_the_server_lost_is_named(engine: Any, path: str) -> None:
 def test_a_server_that_was_never_paused_is_done_without(engine: Any) -> None:
     kept = [route for route in engine.paths.routes if route.path not in vllm.PAUSING]
     engine.paths.routes = kept
-    seen = Comparison()
+    seen = Comparison(PROMISED)
     vllm_interface.compare(seen)
     assert (seen.problems, seen.without) == ([], list(vllm.PAUSING))
 
@@ -447,6 +461,9 @@ def test_what_was_looked_at_is_in_the_metrics(python: Callable[[str], str], tmp_
     assert not findings.problems
     assert (findings.metrics["calls"], findings.metrics["without"]) == (3, "a,b")
     assert (tmp_path / "called").read_text() == "-I -B -m rollout.backends.interface vllm\n"
+    verify.interface({**FACTS, "smoke": {"server": True, "fp8": False}}, python(line))
+    called = (tmp_path / "called").read_text()
+    assert called == "-I -B -m rollout.backends.interface vllm server\n", "and what is promised"
 
 
 @pytest.mark.parametrize(

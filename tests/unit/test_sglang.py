@@ -285,9 +285,9 @@ def start(engine: sglang.Engine, model: Path, **changes: Any) -> None:
 
 
 def told(engine: sglang.Engine) -> list[Any]:
-    """What the driver was asked for."""
+    """What the driver was asked for, but for sessions of updates."""
     calls: list[Any] = engine._call("told")[0]
-    return calls
+    return [call for call in calls if call[0] not in ("begin", "end")]
 
 
 def logs() -> list[str]:
@@ -588,6 +588,34 @@ def test_weights_go_as_handles_bucket_by_bucket(
     synchronize = "synchronize cuda:0"
     assert torch.done[:2] == [synchronize, synchronize], "before each handle is told"
     assert torch.done[2:4] == ["collect", "empty"]
+
+
+@pytest.mark.usefixtures("safetensors", "nccl")
+@pytest.mark.parametrize(
+    ("transport", "calls"),
+    [
+        ("cuda-ipc", ["begin", "from_tensors", "from_tensors", "end"]),
+        ("nccl", ["begin", "join_group", "from_group", "from_group", "leave_group", "end"]),
+        ("disk", ["from_disk"]),
+    ],
+)
+def test_weights_come_in_one_session_and_a_checkpoint_in_none(
+    engine: sglang.Engine, model: Path, transport: str, calls: list[str]
+) -> None:
+    """A newer SGLang refuses weights outside of a session, and finishes them at its end."""
+    start(engine, model)
+    engine.refit(tensors(200 * MIB, 200 * MIB), transport)
+    assert [call[0] for call in engine._call("told")[0]] == calls
+
+
+def test_a_session_whose_weights_were_refused_is_not_finished(
+    drive: Drive, engine: sglang.Engine, model: Path
+) -> None:
+    drive.answers["from_tensors"] = fails
+    start(engine, model)
+    with pytest.raises(EngineError):
+        engine.refit(tensors(2))
+    assert [call[0] for call in engine._call("told")[0]] == ["begin", "from_tensors"]
 
 
 def test_each_rank_gets_a_handle_of_its_own(
@@ -1060,6 +1088,7 @@ def test_a_server_is_started_with_what_its_version_knows(
     assert ("--nccl-port" in http.argv) is not scheduler.old
     assert http.variables == {}
     asked = ["/pause_generation", "/server_info", *(["/get_server_info"] if scheduler.old else [])]
+    asked.insert(1, sglang.BEGIN)
     assert site.paths() == ["/health", "/health_generate", *asked]
     assert not scheduler.paused, "asked whether it is there, and not for it"
     assert server.pauses is not scheduler.old

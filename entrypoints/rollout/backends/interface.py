@@ -1,17 +1,17 @@
 """What a backend uses of its engine, held against the engine that is installed; no GPU is needed.
 
-    python3 -m rollout.backends.interface BACKEND
+    python3 -m rollout.backends.interface BACKEND [PROMISE …]
 
 prints one JSON object: ``looked_at`` (kind of thing to how many of it), ``without`` (what this
 version lacks and the backend does without) and ``problems`` (pairs: where, what is wrong). A
 process of its own, because engines change the process that imports them. What is compared stands
-in the module ``rollout.backends.<backend>_interface``, in its function ``compare``.
+in the module ``rollout.backends.<backend>_interface``, in its function ``compare``. What serves
+nothing but a promise ("fp8", "server") is looked at where the image makes it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -21,6 +21,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
+
+from rollout.backends import records
 
 
 class _Comparing(Protocol):
@@ -43,7 +45,8 @@ class Comparison:
     the names stand in their order of preference.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, promised: Iterable[str] = ()) -> None:
+        self.promised = frozenset(promised)
         self.looked_at: Counter[str] = Counter()
         self.without: list[str] = []
         self.problems: list[tuple[str, str]] = []
@@ -127,7 +130,7 @@ class Comparison:
         found = self.thing(*names)
         if found is None:
             return
-        there = _fields(found)
+        there = records.fields(found)
         for name in wanted:
             if name in dispensable and name not in there:
                 self.without.append(name)
@@ -157,19 +160,10 @@ def _refused(found: Callable[..., Any], given: list[Any], options: dict[str, obj
     return ""
 
 
-def _fields(kind: Any) -> set[str]:
-    for names in ("model_fields", "__struct_fields__"):
-        if hasattr(kind, names):
-            return set(getattr(kind, names))
-    if dataclasses.is_dataclass(kind):
-        return {field.name for field in dataclasses.fields(kind)}
-    return set(inspect.signature(kind).parameters)
-
-
-def compared(backend: str) -> dict[str, Any]:
+def compared(backend: str, promised: Iterable[str] = ()) -> dict[str, Any]:
     """What a backend's comparison found, as this module prints it."""
     module: _Comparing = importlib.import_module(_module(backend))
-    seen = Comparison()
+    seen = Comparison(promised)
     with seen.part(backend):
         module.compare(seen)
     return {
@@ -182,5 +176,7 @@ def compared(backend: str) -> dict[str, Any]:
 if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
         # This module's own class is `__main__`'s here, and the backend's module uses the other.
-        outcome = importlib.import_module("rollout.backends.interface").compared(sys.argv[1])
+        outcome = importlib.import_module("rollout.backends.interface").compared(
+            sys.argv[1], sys.argv[2:]
+        )
     print(json.dumps(outcome, indent=1))

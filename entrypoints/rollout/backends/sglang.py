@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout import cuda_ipc
-from rollout.backends import KV_CACHE, WEIGHTS, Abilities, Completion, EngineError, gpu
+from rollout.backends import KV_CACHE, WEIGHTS, Abilities, Completion, EngineError, gpu, records
 from rollout.backends.piped import Piped
 from rollout.backends.served import (
     STOPPING,
@@ -33,7 +33,7 @@ from rollout.backends.served import (
     log_file,
 )
 from rollout.backends.served import Server as Http
-from rollout.backends.sglang_worker import IDLE, completion, drive, greedy
+from rollout.backends.sglang_worker import IDLE, completion, drive, greedy, known
 from rollout.transport import TransportError, deliver
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ LONGEST = 512  # tokens of prompt and completion
 REQUESTS = 16  # at once, and the largest batch that a CUDA graph is captured for
 TIMEOUT = 600.0  # seconds without an answer after which the engine counts as hung
 FLATTENED = "cuda-ipc-flattened"
+# A session of updates, in newer versions: weights that come outside of one are refused.
+BEGIN, END = "/begin_weight_update", "/end_weight_update"
 ABILITIES = Abilities(("cuda-ipc", FLATTENED, "nccl", "disk"), server=True, tensor_parallel=True)
 
 
@@ -150,14 +152,29 @@ class Engine(Piped):
         transport = transport or self.transports[0]
         if transport == "disk":
             return self._from_disk(tensors)
+        # A session that failed is left open: what it has sent so far is no set of weights.
+        self._begin()
         if transport == "nccl":
-            return self._from_group(tensors)
+            sent = self._from_group(tensors)
+        else:
+            sent = self._from_handles(tensors, flattened=transport == FLATTENED)
+        self._end()
+        return sent
+
+    def _begin(self) -> None:
+        self._call("begin")
+
+    def _end(self) -> None:
+        self._call("end")
+
+    def _from_handles(self, tensors: Iterable[tuple[str, torch.Tensor]], *, flattened: bool) -> int:
+        """From the memory of this process on the same GPU, by handles of CUDA IPC."""
         sent = 0
         for bucket in buckets(tensors):
             there = [(name, tensor.detach().to(self._device)) for name, tensor in bucket]
             sent += sum(tensor.numel() * tensor.element_size() for _, tensor in there)
             self._synchronize()  # a handle says nothing of writes that are still on their way
-            self._send(there, flattened=transport == FLATTENED)
+            self._send(there, flattened=flattened)
             del there
         gpu.collect()
         return sent
@@ -323,6 +340,7 @@ class Server(Remote, Engine):
     def __init__(self) -> None:
         super().__init__()
         self._tags = True
+        self._sessions = False
         self._info = ""
 
     def start(
@@ -330,15 +348,12 @@ class Server(Remote, Engine):
     ) -> None:
         if fp8:
             raise EngineError("this backend starts SGLang in bfloat16 only")
-        from dataclasses import fields
-
         from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
         from sglang.srt.server_args import ServerArgs
 
-        known = {field.name for field in fields(ServerArgs)}
-        self._tags = "tags" in {field.name for field in fields(ReleaseMemoryOccupationReqInput)}
+        self._tags = "tags" in records.fields(ReleaseMemoryOccupationReqInput)
         options = arguments(model, dummy=dummy, level=level, gpus=gpus) | {"nccl_port": free_port()}
-        given = {name: value for name, value in options.items() if name in known}
+        given = known(options, ServerArgs)
         self._model, self._gpus, self._log = model, gpus, log_file()
         self._asleep = set()
         try:
@@ -346,6 +361,7 @@ class Server(Remote, Engine):
             self._server.wait("/health")
             self._server.wait("/health_generate")
             self.pauses = self._server.offers("/pause_generation")
+            self._sessions = self._server.offers(BEGIN)
             # The first is the newer name, and the one that slime asks for first.
             names = ("/server_info", "/get_server_info")
             self._info = next((name for name in names if self._server.offers(name)), names[0])
@@ -449,7 +465,18 @@ class Server(Remote, Engine):
             "load_format": load_format,
             "flush_cache": False,
         }
-        found = self._http().call("/update_weights_from_tensor", asked)
+        self._asked_for("/update_weights_from_tensor", asked)
+
+    def _begin(self) -> None:
+        if self._sessions:
+            self._asked_for(BEGIN, {"selector": "all"})
+
+    def _end(self) -> None:
+        if self._sessions:
+            self._asked_for(END, {})
+
+    def _asked_for(self, path: str, asked: dict[str, Any]) -> None:
+        found = self._http().call(path, asked)
         if not found["success"]:
             raise EngineError(f"SGLang refused the weights: {found['message']}")
 
@@ -457,9 +484,7 @@ class Server(Remote, Engine):
         self.reset_prefix_cache()  # it empties it itself, and a scheduler that cannot ends itself
         # A server that was started on dummy weights would load dummy weights, were it not told.
         asked = {"model_path": folder, "load_format": "auto"}
-        found = self._http().call("/update_weights_from_disk", asked)
-        if not found["success"]:
-            raise EngineError(f"SGLang refused the weights: {found['message']}")
+        self._asked_for("/update_weights_from_disk", asked)
 
     def refit(self, tensors: Iterable[tuple[str, torch.Tensor]], transport: str = "") -> int:
         if transport == "nccl":

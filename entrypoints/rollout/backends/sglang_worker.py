@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import dataclasses
 import inspect
 import json
 import os
@@ -21,12 +20,13 @@ import signal
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from rollout import placement
+from rollout.backends import records
 
 LEAK_BYTES = 256 << 20
 IDLE = 30.0  # seconds within which the scheduler has to have finished what it was asked for
@@ -35,6 +35,8 @@ ABORTED = 10.0  # seconds within which an aborted request has to end
 # on its value is copied to the newer name, so that "disable" switches the check on.
 BALANCE = ("SGL_DISABLE_TP_MEMORY_INBALANCE_CHECK", "0")
 NEWER_BALANCE = ("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "1")
+# Options that newer versions have under another name.
+RENAMED = {"cuda_graph_max_bs": "cuda_graph_max_bs_decode"}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -103,14 +105,19 @@ def schedule(*arguments: Any, **options: Any) -> None:
     scheduler.run_scheduler_process(*arguments, **options)
 
 
+def known(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """The options that this version has, ``kind`` being its ``ServerArgs``, by its own names."""
+    there = records.fields(kind)
+    names = {name: name if name in there else RENAMED.get(name, name) for name in options}
+    return {names[name]: value for name, value in options.items() if names[name] in there}
+
+
 def _start(options: dict[str, Any]) -> tuple[Any, bool]:
     """SGLang's engine with our scheduler process, and whether it keeps a copy of its weights."""
     from sglang.srt.entrypoints import engine as module
     from sglang.srt.server_args import ServerArgs
 
-    known = {field.name for field in dataclasses.fields(ServerArgs)}
-    # What a version has not is left out; `Driver.facts` says what it can do without it.
-    given = {key: value for key, value in options.items() if key in known}
+    given = known(options, ServerArgs)  # `Driver.facts` says what can be done without the others
     kind: Any = module.Engine
     if hasattr(kind, "run_scheduler_process_func"):
         kind = type("Engine", (kind,), {"run_scheduler_process_func": staticmethod(schedule)})
@@ -230,6 +237,16 @@ class Driver:
         else:  # one that knows no tags wakes as a whole
             self.engine.resume_memory_occupation()
             self.asleep = set()
+
+    def begin(self) -> None:
+        """Open a session of updates, where this version wants one: it refuses weights outside."""
+        if hasattr(self.engine, "begin_weight_update"):
+            _succeeded(self.engine.begin_weight_update())
+
+    def end(self) -> None:
+        """Close what :meth:`begin` opened."""
+        if hasattr(self.engine, "end_weight_update"):
+            _succeeded(self.engine.end_weight_update())
 
     def from_tensors(self, serialized: list[Any], load_format: str | None) -> None:
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput

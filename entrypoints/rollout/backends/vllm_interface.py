@@ -35,7 +35,10 @@ GIB = 1 << 30
 def compare(seen: Comparison) -> None:
     """Look at everything."""
     os.environ[vllm.DEVELOPMENT] = "1"  # before vLLM is imported: it reads it once
-    for part in (arguments, engine, answers, worker, refit, fp8, model, allocator, server, command):
+    parts = [arguments, engine, answers, worker, refit, model, allocator]
+    parts += [fp8] if "fp8" in seen.promised else []
+    parts += [server, command] if "server" in seen.promised else []
+    for part in parts:
         with seen.part(part.__name__):
             part(seen)
 
