@@ -125,6 +125,14 @@ class Framework(Table, frozen=True):
             structs.force_setattr(self, "requirements", (f"{self.name}=={self.version}",))
         _normal(self, "left_out", "source_distributions")
 
+    @property
+    def packaged(self) -> bool:
+        """Whether the framework itself is in the image; else what its code needs is."""
+        own = canonicalize_name(self.name)
+        return any(
+            canonicalize_name(re.split(r"[^\w.-]", line)[0]) == own for line in self.requirements
+        )
+
 
 _SIZE = r"^[0-9]+(\.[0-9]+)? (MB|GB)$"
 _SIZES = ["3.6 GB", "450 MB"]

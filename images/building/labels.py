@@ -50,6 +50,8 @@ def of_image(
     own = image.framework
     framework, release = (own.name, own.version) if own else ("none", "none")
     purpose = f"for rollout and training with {framework} {release}" if own else "for rollout"
+    if own and not own.packaged:
+        purpose = f"for rollout, with what {framework} {release} needs"
     return {
         "org.opencontainers.image.title": image.reference,
         "org.opencontainers.image.description": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,11 +128,11 @@ def standing_of(image: Image) -> Standing:
     return standing.judge(kept_report(image), today(image))
 
 
-def standing_of_fault(image: Image, fault: str) -> str:
+def standing_of_fault(image: Image, fault: str, now: Today | None = None) -> str:
     """What the kept report of an injected fault is worth today; empty if all."""
     path = kept_fault(image, fault)
     check = find(fault).found_by(smoke.promised(image.smoke.facts)) or ""
-    return standing.of_fault(read(path, shown(path)), today(image), check)
+    return standing.of_fault(read(path, shown(path)), now or today(image), check)
 
 
 def told(image: Image, found: Standing) -> int:
@@ -163,9 +163,13 @@ def keep(image: Image, tool: Builder, built: Built) -> None:
         raise Problem("--keep needs buildah: only its layers are recorded", 2)
     build.keep(image, tool, built)
     host.write(kept(image), report_path(image).read_text(encoding="utf-8"))
-    # Reports of faults and of a second start in other layers say nothing of these.
-    beside(image, "warm").unlink(missing_ok=True)
-    shutil.rmtree(faults_folder(image), ignore_errors=True)
+    beside(image, "warm").unlink(missing_ok=True)  # the second start after another first one
+    now = today(image, built.diff_ids)
+    for path in sorted(faults_folder(image).glob("*.json")):
+        with contextlib.suppress(Problem):  # what cannot be read any more shows nothing
+            if standing_of_fault(image, path.stem, now) != standing.STALE:
+                continue
+        path.unlink()
 
 
 def keep_faults(image: Image, faults: Mapping[str, Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from images.catalog import Image
 from images.locking import lock
@@ -28,6 +28,8 @@ def of(framework: Framework | None) -> str:
 
 def reason(image: Image, framework: Framework, release: str) -> str:
     """Why a release is for an image."""
+    if not framework.packaged:
+        return "what it needs is in the image; its code comes as a checkout of this commit"
     if release == framework.version:
         proof = ", and the proof runs it" if image.smoke.training else "; the proof does not run it"
         return f"it is in the image{proof}"
@@ -61,4 +63,7 @@ def table(images: Sequence[Image]) -> str:
 
 
 def _newest_first(release: str) -> tuple[int, ...]:
-    return tuple(-part for part in (*Version(release).release, 0, 0, 0)[:4])
+    try:
+        return tuple(-part for part in (*Version(release).release, 0, 0, 0)[:4])
+    except InvalidVersion:  # a commit, of what has no releases
+        return ()

@@ -80,7 +80,7 @@ def row(image: Image, versions: Mapping[str, str]) -> list[str]:
         f"{base.python(image.python)}{ray}",
         pull(image),
         standing(image),
-        f"`nox -s build -- {image.tag}`",
+        f"`nox -s build -- {image.reference}`",
     ]
 
 

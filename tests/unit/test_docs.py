@@ -142,7 +142,7 @@ def test_a_row_says_what_the_lock_says(image: Image) -> None:
         f"{base.python('3.11')}, Ray {VERSIONS['ray']}",
         tables.pull(image),
         PROVED,
-        "`nox -s build -- vllm-0.12`",
+        "`nox -s build -- verl-rollout:vllm-0.12`",
     ]
     without = tables.row(image, {"vllm": "0.12.0", "torch": "2.9.0+cpu"})
     assert without[3:5] == ["none (CPU)", base.python("3.11")]

@@ -504,6 +504,20 @@ def test_a_proof_kept_anew_drops_the_second_start_of_the_last_one(
     assert not proofs.beside(image, "warm").exists()
 
 
+def test_a_proof_kept_anew_drops_the_faults_of_other_layers_and_of_no_others(
+    image: Image, folder: Path
+) -> None:
+    """A fault that was found in these layers is found in them whatever else runs there."""
+    adoption.adopt(image, Fake(), folder, keep=True)
+    other = of_fault(image, "dropped-tensor")
+    other["layers"] = [f"sha256:{'9' * 64}", *other["layers"][1:]]
+    proofs.keep_faults(image, {"dropped-tensor": other})
+    (folder / "fault-lost-buffer.json").unlink()
+    adoption.adopt(image, Fake(), folder, keep=True)
+    kept = sorted(path.stem for path in proofs.faults_folder(image).iterdir())
+    assert kept == ["flipped-byte", "lost-buffer"]
+
+
 @pytest.mark.parametrize(
     ("text", "code", "said"),
     [
