@@ -689,7 +689,7 @@ def test_the_files_are_fetched_with_the_hosts_credentials_before_anything_is_bui
 ) -> None:
     tool = Fake()
     build.build(image, tool)
-    [(entries, python, sources, here, settings, folder)] = fetched
+    [(entries, python, sources, here, settings, folder, _)] = fetched
     assert (entries, python, set(sources), here) == (lock.read(image), "3.11", set(), set())
     assert settings["UV_DEFAULT_INDEX"] == "https://me:xyzzy-password@mirror.example/simple"
     assert folder == tool.seen["recipe"].context / "sources"
@@ -860,10 +860,10 @@ def test_an_image_that_breaks_a_rule_is_not_recorded(
     ("arguments", "references", "options"),
     [
         ([], ["transformers-cpu"], {}),
-        (["vllm-0.12", "transformers-cpu"], ["vllm-0.12", "transformers-cpu"], {}),
-        (["vllm-0.12", "--no-check"], ["vllm-0.12"], {"check": False}),
-        (["vllm-0.12", "--no-cache"], ["vllm-0.12"], {"cache": False}),
-        (["vllm-0.12", "--tag", "mine:1"], ["vllm-0.12"], {"tag": "mine:1"}),
+        (["verl-rollout:vllm-0.12", "transformers-cpu"], ["vllm-0.12", "transformers-cpu"], {}),
+        (["verl-rollout:vllm-0.12", "--no-check"], ["vllm-0.12"], {"check": False}),
+        (["verl-rollout:vllm-0.12", "--no-cache"], ["vllm-0.12"], {"cache": False}),
+        (["verl-rollout:vllm-0.12", "--tag", "mine:1"], ["vllm-0.12"], {"tag": "mine:1"}),
     ],
 )
 def test_a_build_is_made_as_it_was_asked_for(
@@ -887,9 +887,9 @@ def test_what_was_built_is_recorded_where_it_was_asked_for(
     monkeypatch.setattr(builders, "detect", lambda _: Fake())
     monkeypatch.setattr(build, "build", lambda *_, **__: BUILT)
     monkeypatch.setattr(build, "keep", lambda i, _, built: recorded.append((i.tag, built)))
-    assert build.main(["vllm-0.12"]) == 0
+    assert build.main(["verl-rollout:vllm-0.12"]) == 0
     assert recorded == []
-    assert build.main(["vllm-0.12", "--record"]) == 0
+    assert build.main(["verl-rollout:vllm-0.12", "--record"]) == 0
     assert recorded == [("vllm-0.12", BUILT)]
 
 
@@ -899,5 +899,5 @@ def test_an_image_of_another_name_is_not_recorded_as_the_released_one(
     monkeypatch.setattr(builders, "detect", lambda _: Fake())
     monkeypatch.setattr(build, "build", lambda *_, **__: pytest.fail("built before it was checked"))
     with pytest.raises(Problem, match="--record needs buildah and the image's own name") as caught:
-        build.main(["vllm-0.12", "--record", "--tag", "mine:1"])
+        build.main(["verl-rollout:vllm-0.12", "--record", "--tag", "mine:1"])
     assert caught.value.code == 2

@@ -603,7 +603,10 @@ def test_a_framework_without_a_wheel_is_asked_for_by_what_it_needs(checkout: Che
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (table(name='"vrel"'), "key 'framework.name' has 'vrel'; known are verl"),
+        (
+            table(name='"vrel"'),
+            "key 'framework.name' has 'vrel'; known are verl, roll, open-instruct",
+        ),
         (table(version=None), "key 'framework.version' is missing; add it"),
         (table(versio='"1"'), "unknown key 'framework.versio'; did you mean 'framework.version'?"),
         (

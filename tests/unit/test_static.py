@@ -6,7 +6,6 @@ import ast
 import re
 import shlex
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -194,8 +193,7 @@ class C:
 
 def versions(image: Image) -> set[str]:
     """The versions and the day that a catalog file states; Python's is Debian's, not its own."""
-    table = tomllib.loads(image.path.read_text(encoding="utf-8"))
-    wanted = {str(image.resolved_as_of), *table["expect"].values()}
+    wanted = {str(image.resolved_as_of), *image.expect.values()}
     for line in image.requirements:
         wanted |= {specifier.version for specifier in Requirement(line).specifier}
     # A bound such as <2 is a figure like any other: it cannot be looked for.
