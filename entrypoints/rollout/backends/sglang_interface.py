@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rollout.backends import records, sglang, sglang_worker
@@ -41,11 +42,26 @@ SHAPE = {"num_attention_heads": 8, "hidden_size": 512, "num_hidden_layers": 2}
 
 def compare(seen: Comparison) -> None:
     """Look at everything."""
+    as_on_a_gpu()
     parts = [arguments, engine, requests, scheduler, model, transports]
     parts += [server] if "server" in seen.promised else []
     for part in parts:
         with seen.part(part.__name__):
             part(seen)
+
+
+def as_on_a_gpu() -> None:
+    """Without a GPU SGLang takes other ways when it is imported: before 0.5.12 by way of vLLM."""
+    import torch
+
+    if not torch.cuda.is_available():
+        one = SimpleNamespace(name="", major=9, minor=0, total_memory=80 << 30)
+        one.multi_processor_count = 132
+        torch.cuda.is_available = lambda: True
+        torch.cuda.get_device_capability = lambda *_, **__: (one.major, one.minor)
+        torch.cuda.get_device_properties = lambda *_, **__: one
+        torch.cuda.device_count = lambda: 1
+        torch.cuda.current_device = lambda: 0
 
 
 def _given() -> dict[str, Any]:
@@ -144,15 +160,14 @@ def model(seen: Comparison) -> None:
 
 
 def transports(seen: Comparison) -> None:
-    """What weights are packed with."""
-    seen.called(BUCKETS[0] if _there(BUCKETS[0]) else BUCKETS[1], named_tensors=[])
+    """What weights are packed with. Without the first no image promises flattened buckets."""
+    bucket = next((name for name in BUCKETS if Comparison().thing(name) is not None), "")
+    if bucket:
+        seen.called(bucket, named_tensors=[])
+    else:
+        seen.without.append("FlattenedTensorBucket")
     seen.thing("sglang.srt.utils:init_custom_process_group")
-    library = seen.thing("torch_memory_saver")
-    seen.look("names", "torch_memory_saver", library is not None, "is missing: nothing sleeps")
-
-
-def _there(name: str) -> bool:
-    return Comparison().thing(name) is not None
+    seen.thing("torch_memory_saver")
 
 
 def server(seen: Comparison) -> None:
