@@ -277,7 +277,8 @@ def test_an_export_is_of_todays_image_whoever_has_its_name(machine: Machine) -> 
     assert process.returncode == 0, said
     (archive,) = (machine.folder / "out").iterdir()
     with tarfile.open(archive) as tar:
-        tar.extractall(machine.folder / "layout", filter="data")
+        # Python 3.11.2, which is Debian 12's, has no filter yet; the archive is our own.
+        tar.extractall(machine.folder / "layout")  # noqa: S202
     data, _ = read(machine.folder / "layout")
     assert oci.parse(data).config.digest == f"sha256:{ours}"
     changed = machine.env["STEPS"] + "RUN touch /three\n"
