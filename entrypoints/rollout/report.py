@@ -1,6 +1,7 @@
 """The report of a run: checks, verdict, JSON file and terminal rows.
 
-Standard library alone, because the host reads reports too (``nox -s prove``, the README table).
+The host reads reports of others by the published schema (images/proving/report_file.py). From here
+it takes how a file of this size and depth is read.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ import errno
 import json
 import math
 import os
-import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,6 @@ SHOWN_METRICS = 4  # of each check in the terminal; the file has them all
 LARGEST = 4 << 20  # bytes of a file that can be a report; the largest kept one has 12 thousand
 _LONGEST = 64 << 10  # characters of a text; the reason of a check may hold what an engine printed
 _DEEPEST = 8  # objects and lists inside each other
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_LAYER = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -232,15 +230,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A report that somebody else wrote.
-
-    Raises:
-        ValueError: it is none; the message says why, as a clause that begins with a verb.
-    """
-    return parse(content(path))
-
-
 def content(path: Path) -> bytes:
     """The bytes of a file of the size of a report, from a plain file alone.
 
@@ -268,20 +257,6 @@ def content(path: Path) -> bytes:
         raise ValueError(f"cannot be read ({error.strerror})") from None
     finally:
         os.close(descriptor)
-
-
-def parse(data: bytes) -> dict[str, Any]:
-    """The report that bytes hold, whoever sent them.
-
-    Raises:
-        ValueError: they hold none; the message says why, as a clause.
-    """
-    found = parse_json(data)
-    wrong = validate(found)
-    if wrong:
-        raise ValueError(f"is no report: {wrong[0]}")
-    report: dict[str, Any] = found  # type: ignore[assignment]
-    return report
 
 
 def parse_json(data: bytes) -> object:
@@ -394,205 +369,3 @@ def _size(count: int) -> str:
         if abs(count) >= size:
             return f"{count / size:.1f}{unit}"
     return f"{count}B"
-
-
-# The schema -------------------------------------------------------------------------------------
-
-
-def validate(data: object) -> list[str]:
-    """What is wrong with a parsed report, one sentence each and the key first; empty if nothing."""
-    if not isinstance(data, dict):
-        return ["report: not an object"]
-    wrong = _keys("", data, {f.name for f in fields(Report)})
-    wrong += _values("", data, _REPORT)
-    for key, tests in _PLAIN.items():
-        wrong += _validate_plain(key, data.get(key), tests)
-    checks, skipped = data.get("checks"), data.get("skipped")
-    if isinstance(checks, list):
-        for number, check in enumerate(checks):
-            wrong += _validate_check(f"checks[{number}]", check)
-        wrong += _validate_verdict(checks, skipped, data.get("verdict"))
-    return wrong
-
-
-def _validate_plain(key: str, value: object, tests: Mapping[str, _Test]) -> list[str]:
-    """An object with these keys, or a list of such; of other kinds the caller has spoken."""
-    if isinstance(value, dict):
-        return _keys(f"{key}.", value, set(tests)) + _values(f"{key}.", value, tests)
-    wrong: list[str] = []
-    for number, item in enumerate(value if isinstance(value, list) else []):
-        where = f"{key}[{number}]"
-        if isinstance(item, dict):
-            wrong += _keys(f"{where}.", item, set(tests)) + _values(f"{where}.", item, tests)
-        else:
-            wrong.append(f"{where}: not an object")
-    return wrong
-
-
-def _validate_check(where: str, check: object) -> list[str]:
-    if not isinstance(check, dict):
-        return [f"{where}: not an object"]
-    wrong = _keys(f"{where}.", check, {f.name for f in fields(Check)})
-    wrong += _values(f"{where}.", check, _CHECK)
-    if check.get("status") == "passed" and check.get("reason") is not None:
-        wrong.append(f"{where}.reason: given for a check that passed")
-    if check.get("status") in ("failed", "unproved") and not check.get("reason"):
-        wrong.append(f"{where}.reason: missing from a check that did not pass")
-    return wrong
-
-
-def _validate_verdict(checks: list[object], skipped: object, given: object) -> list[str]:
-    known = [check for check in checks if isinstance(check, dict)]
-    names = Counter(_bare(check.get("name")) for check in known)
-    wrong = [f"checks: {name} is there {count} times" for name, count in names.items() if count > 1]
-    ran = {_bare(name) for name in skipped} & set(names) if isinstance(skipped, dict) else set()
-    wrong += [f"skipped: {name} is there, and ran" for name in sorted(ran)]
-    statuses = {_bare(check.get("status")) for check in known}
-    passed = statuses == {"passed"}
-    if given in ("proved", "in-part") and not passed:
-        wrong.append(f"verdict: {given}, though not every check passed")
-    if given in ("proved", "in-part") and (given == "in-part") != bool(skipped):
-        wrong.append(f"verdict: {given}, which what was skipped contradicts")
-    if (given == "failed") != ("failed" in statuses):
-        wrong.append(f"verdict: {_bare(given)}, which the checks contradict")
-    return wrong
-
-
-def _keys(where: str, data: Mapping[str, object], known: set[str]) -> list[str]:
-    missing = [f"{where}{key}: missing" for key in sorted(known - set(data))]
-    unknown = sorted(_bare(key) for key in set(data) - known)
-    return missing + [f"{where}{key}: unknown" for key in unknown]
-
-
-def _bare(value: object) -> str:
-    """A name as a sentence can hold it, without the quotes of one that is a text."""
-    return shown(value).strip("'") if isinstance(value, str) else shown(value)
-
-
-_Test = Callable[[object], str]  # what is expected instead; empty if the value will do
-
-
-def _values(where: str, data: Mapping[str, object], tests: Mapping[str, _Test]) -> list[str]:
-    wrong = [(key, test(data[key])) for key, test in tests.items() if key in data]
-    return [f"{where}{key}: {shown(data[key])} is not {why}" for key, why in wrong if why]
-
-
-def _text(value: object) -> str:
-    """A line: what stands in a table or a terminal must not end or command it."""
-    fine = isinstance(value, str) and 0 < len(value) <= _LONGEST and value.isprintable()
-    return "" if fine else "a line of text"
-
-
-def _lines(value: object) -> str:
-    if value is None:
-        return ""
-    fine = isinstance(value, str) and 0 < len(value) <= _LONGEST and not _strange(value)
-    return "" if fine else "a text or null"
-
-
-def _optional(test: _Test) -> _Test:
-    def tested(value: object) -> str:
-        why = "" if value is None else test(value)
-        return f"{why} or null" if why else ""
-
-    return tested
-
-
-def _seconds(value: object) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    fine = number and 0 <= value <= 1e9  # type: ignore[operator]
-    return "" if fine else "a finite number of seconds"
-
-
-def _count(value: object) -> str:
-    number = isinstance(value, int) and not isinstance(value, bool)
-    return "" if number and 0 < value < 1 << 63 else "a positive number"  # type: ignore[operator]
-
-
-def _sha256(value: object) -> str:
-    fine = isinstance(value, str) and _SHA256.fullmatch(value)
-    return "" if fine else "a sha256 of 64 hexadecimal digits"
-
-
-def _layers(value: object) -> str:
-    items = value if isinstance(value, list) else [None]
-    fine = all(isinstance(item, str) and _LAYER.fullmatch(item) for item in items)
-    return "" if fine else "a list of diff_ids"
-
-
-def _moment(value: object) -> str:
-    wanted = "a moment in UTC, ISO 8601"
-    try:
-        moment = datetime.fromisoformat(value) if isinstance(value, str) else None
-        offset = moment.utcoffset() if moment else None
-    except (ValueError, OverflowError):
-        return wanted
-    return "" if offset is not None and not offset else wanted
-
-
-def _one_of(*choices: str) -> _Test:
-    return lambda value: "" if value in choices else "one of " + ", ".join(choices)
-
-
-def _kind(kind: type, name: str) -> _Test:
-    return lambda value: "" if isinstance(value, kind) else name
-
-
-def _texts(value: object) -> str:
-    """What a ``skipped`` is: names, and a reason for each."""
-    fine = isinstance(value, dict) and not any(_text(t) for pair in value.items() for t in pair)
-    return "" if fine else "an object of names and reasons"
-
-
-def _digests(value: object) -> str:
-    fine = isinstance(value, dict) and not any(_text(k) or _sha256(v) for k, v in value.items())
-    return "" if fine else "an object of names and sha256"
-
-
-def _metrics(value: object) -> str:
-    fine = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-    return "" if fine and _is_finite(value) else "an object of finite JSON values"
-
-
-def _is_finite(value: object, depth: int = 0) -> bool:
-    if isinstance(value, dict | list):
-        inside = value.values() if isinstance(value, dict) else value
-        return depth < _DEEPEST and all(_is_finite(item, depth + 1) for item in inside)
-    return (value is None or isinstance(value, str | int | float)) and not _strange(value)
-
-
-_PLAIN: dict[str, dict[str, _Test]] = {
-    "engine": {"name": _text, "version": _text},
-    "framework": {"name": _text, "version": _text, "path": _text},
-    "gpus": {"name": _text, "memory_bytes": _count},
-    "added": {"name": _text, "version": _text, "place": _text},
-}
-_REPORT: dict[str, _Test] = {
-    "schema": _one_of(SCHEMA),
-    "image": _text,
-    "lock_sha256": _sha256,
-    "layers": _layers,
-    "engine": _kind(dict, "an object"),
-    "torch": _optional(_text),
-    "cuda": _optional(_text),
-    "driver": _optional(_text),
-    "gpus": _optional(_kind(list, "a list")),
-    "device": _optional(_text),
-    "model": _optional(_text),
-    "cycles": _optional(_count),
-    "framework": _optional(_kind(dict, "an object")),
-    "added": _optional(_kind(list, "a list")),
-    "started": _moment,
-    "seconds": _seconds,
-    "checks": _kind(list, "a list"),
-    "skipped": _texts,
-    "program": _optional(_digests),
-    "verdict": _one_of(*EXIT_CODES),
-}
-_CHECK: dict[str, _Test] = {
-    "name": _text,
-    "status": _one_of(*STATUSES),
-    "seconds": _seconds,
-    "metrics": _metrics,
-    "reason": _lines,
-}

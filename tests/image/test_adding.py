@@ -22,7 +22,7 @@ from images.building import builder
 from images.building.buildah import Buildah
 from images.catalog import ROOT
 from images.locking import lock
-from rollout import report
+from images.proving import report_file
 
 from .conftest import Container, Result, Sealed, lines
 
@@ -119,7 +119,7 @@ def verified(here: Container, *env: str) -> tuple[int, str, list[dict[str, str]]
     path = "/var/cache/rollout/report.json"
     done = here.run("env", *env, "rollout", "verify", "--report", path)
     data = json.loads((here.root / path.lstrip("/")).read_text())
-    assert report.validate(data) == []
+    assert report_file.validate(data) == []
     return done.returncode, "\n".join(lines(done)), data["added"]
 
 

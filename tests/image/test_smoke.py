@@ -9,7 +9,7 @@ import pytest
 
 from images import catalog
 from images.catalog import Image
-from rollout import report
+from images.proving import report_file
 from rollout.faults import FAULTS
 from rollout.smoke import available
 
@@ -24,7 +24,7 @@ def test_a_sound_image_is_proved_read_only_offline_by_any_uid_without_home(
     done = sealed.run("rollout", "smoke", "--report", "/var/cache/rollout/report.json")
     assert done.returncode == 0, done.stdout + done.stderr
     data = json.loads((sealed.cache / "report.json").read_text())
-    assert report.validate(data) == []
+    assert report_file.validate(data) == []
     assert data["verdict"] == "proved"
     assert [check["name"] for check in data["checks"]] == available(image.smoke.facts)
     assert not list(sealed.cache.glob("rollout-*")), "temporary files were left behind"
@@ -45,7 +45,7 @@ def test_every_injected_fault_fails_its_check(
     )
     assert done.returncode == 1, done.stdout + done.stderr
     data = json.loads(path.read_text())
-    assert report.validate(data) == []
+    assert report_file.validate(data) == []
     assert data["verdict"] == "failed"
     failed = {c["name"]: c["reason"] for c in data["checks"] if c["status"] == "failed"}
     check = FAULTS[fault].found_by(SOUGHT) or ""

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import pytest
 
 from images.catalog import ROOT
+from images.proving import report_file
 from rollout import cli, preflight, program, report, smoke, verify
 from rollout.faults import HELD
 from rollout.problem import Problem
@@ -177,7 +178,7 @@ def test_the_help_names_every_command_and_every_exit_code(
 
 def left(path: Path) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(path.read_text())
-    assert report.validate(data) == []
+    assert report_file.validate(data) == []
     return data
 
 

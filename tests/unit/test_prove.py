@@ -20,7 +20,7 @@ from images.building.contents import Summary
 from images.building.docker import Docker
 from images.catalog import Image
 from images.locking import resolution
-from images.proving import adoption, proofs, prove, standing
+from images.proving import adoption, proofs, prove, report_file, standing
 from rollout import report
 from rollout.faults import FAULTS
 from rollout.problem import Problem
@@ -76,7 +76,7 @@ def test_two_reports_are_worth_what_the_weaker_is(one: str, two: str) -> None:
     merged = proofs.merge([part(one, "files"), part(two, "start")])
     assert merged["verdict"] == min(one, two, key=VERDICTS.index)
     assert merged["skipped"] == ({"nccl": "one GPU"} if "in-part" in (one, two) else {})
-    assert report.validate(merged) == []
+    assert report_file.validate(merged) == []
 
 
 def test_two_reports_become_one_with_all_checks_in_order() -> None:
@@ -87,7 +87,7 @@ def test_two_reports_become_one_with_all_checks_in_order() -> None:
     assert merged["seconds"] == 5.0
     assert merged["device"] == "a GPU"
     assert list(merged["program"]) == ["files", "imports", "start", "refit"]
-    assert report.validate(merged) == []
+    assert report_file.validate(merged) == []
     assert proofs.merge([verify | {"program": None}, part("proved", "start")])["program"] == {
         "start": sha256("start")
     }
@@ -168,7 +168,7 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
 
 def left(image: Image) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(proofs.report_path(image).read_text())
-    assert report.validate(data) == []
+    assert report_file.validate(data) == []
     return data
 
 
@@ -374,7 +374,7 @@ def of_fault(image: Image, fault: str, *failed: str, reason: str = "") -> dict[s
     checks = [report.Check(name, "failed", 1.0, {}, f"here: {said}, as seen") for name in names]
     whole = about(image, "failed", *names)
     whole["checks"] = about(image, "proved", "start")["checks"] + [vars(c) for c in checks]
-    assert report.validate(whole) == []
+    assert report_file.validate(whole) == []
     return whole
 
 

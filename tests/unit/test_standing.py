@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from images.catalog import Image
-from images.proving import proofs, standing
+from images.proving import proofs, report_file, standing
 from images.proving.standing import EARLIER, IN_PART, PROVED, STALE, UNPROVED, Standing, Today
-from rollout import report
 from rollout.checks import rate
 
 from .. import reports
@@ -39,7 +38,7 @@ def today(image: Image) -> Today:
 def sound(image: Image) -> dict[str, Any]:
     """The report of a run that showed everything."""
     found = reports.of(image, LAYERS)
-    assert report.validate(found) == []
+    assert report_file.validate(found) == []
     return found
 
 
@@ -54,7 +53,7 @@ def without(data: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def judged(data: dict[str, Any], today: Today) -> Standing:
-    assert report.validate(data) == [], "what is judged is a report"
+    assert report_file.validate(data) == [], "what is judged is a report"
     return standing.judge(data, today)
 
 
