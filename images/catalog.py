@@ -29,7 +29,7 @@ DEFAULT = "verl-rollout:transformers-cpu"
 UNPROVED = "-unproved"  # behind the tags of what is published without a proof
 # What a registry takes: a repository in small letters, a tag of at most 128 characters.
 _REPOSITORY = re.compile(r"[a-z0-9]+([._-]+[a-z0-9]+)*")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 
 
 class Image(File, frozen=True, kw_only=True):
@@ -201,7 +201,7 @@ def _check_names(image: Image) -> None:
     name, tag = image.repository, image.tag
     if name == FRAGMENTS or len(name) > 128 or not _REPOSITORY.fullmatch(name):
         what = f"the folder {name!r} is no name of a repository; use a-z, 0-9 and single . _ -"
-    elif not _TAG.fullmatch(tag):
+    elif not TAG.fullmatch(tag):
         what = f"{tag!r} is no tag; use at most 128 of A-Z, a-z, 0-9, _ . -, a letter first"
     elif tag.endswith(UNPROVED):
         what = f"a tag that ends in {UNPROVED} stands for an image without a proof; rename the file"

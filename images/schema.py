@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 
 import msgspec
 from msgspec import Meta, Struct, structs
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 Backend = Literal["vllm", "sglang", "tensorrt-llm", "transformers"]
@@ -129,9 +130,7 @@ class Framework(Table, frozen=True):
     def packaged(self) -> bool:
         """Whether the framework itself is in the image; else what its code needs is."""
         own = canonicalize_name(self.name)
-        return any(
-            canonicalize_name(re.split(r"[^\w.-]", line)[0]) == own for line in self.requirements
-        )
+        return own in (canonicalize_name(Requirement(line).name) for line in self.requirements)
 
 
 _SIZE = r"^[0-9]+(\.[0-9]+)? (MB|GB)$"

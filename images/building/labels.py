@@ -49,8 +49,11 @@ def of_image(
     engine = versions[image.engine]
     own = image.framework
     framework, release = (own.name, own.version) if own else ("none", "none")
-    purpose = f"for rollout and training with {framework} {release}" if own else "for rollout"
-    if own and not own.packaged:
+    if own is None:
+        purpose = "for rollout"
+    elif own.packaged:
+        purpose = f"for rollout and training with {framework} {release}"
+    else:
         purpose = f"for rollout, with what {framework} {release} needs"
     return {
         "org.opencontainers.image.title": image.reference,

@@ -20,11 +20,11 @@ def unread(image: Image, site: Path) -> list[str]:
 
     ``site`` is a folder with the engine's package; where it is not there, nothing is said.
     """
-    wanted = {name for name in image.env if name.startswith(PREFIXES.get(image.engine, ()) or "/")}
-    word = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in sorted(wanted)) or r"(?!)")
+    wanted = {name for name in image.env if name.startswith(PREFIXES.get(image.engine, ()))}
     package = site / image.engine
     if not wanted or not package.is_dir():
         return []
+    word = re.compile("|".join(rf"\b{name}\b" for name in wanted))
     for file in sorted(package.rglob("*.py")):
         wanted -= set(word.findall(file.read_text(encoding="utf-8", errors="replace")))
         if not wanted:

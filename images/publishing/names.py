@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from images.catalog import TAG
 from images.host import web
 from images.publishing import oci
 from rollout.problem import Problem
@@ -15,7 +16,6 @@ _HOST = re.compile(
     r"(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*)(:[0-9]{1,5})?"
 )
 _COMPONENT = re.compile(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*")
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
 def parse_target(text: str) -> tuple[str, str]:
@@ -77,4 +77,4 @@ def parse_reference(text: str) -> tuple[str, str, str]:
 
 def is_tag(text: str) -> bool:
     """Whether a registry takes this as a tag."""
-    return _TAG.fullmatch(text) is not None
+    return TAG.fullmatch(text) is not None

@@ -33,7 +33,6 @@ TITLE = "org.opencontainers.image.title"
 # Of an image that was published without a passing report: an annotation of its manifest, and what
 # stands behind each of its tags.
 UNPROVED = "rollout.unproved"
-UNPROVED_TAG = "-unproved"
 # Of one that is proved in part: a JSON object of what is not shown, each with the reason.
 NOT_SHOWN = "rollout.not-shown"
 # What a registry is asked for: without these it may answer with an older form of the manifest.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from images import catalog
 from images.building import labels
 from images.publishing import attach, oci, signatures
 from images.publishing.attestations import Attestation
@@ -115,7 +116,7 @@ def check_tags(image: Published) -> Metrics:
         raise Problem(f"the immutable tag {immutable} is not of the lock that the image names")
     repository, _, alias = title.partition(":")
     if image.unproved:  # then neither of its tags is one that a proved image may have
-        immutable, alias = immutable + oci.UNPROVED_TAG, alias + oci.UNPROVED_TAG
+        immutable, alias = immutable + catalog.UNPROVED, alias + catalog.UNPROVED
     here = f"{image.repository}:{image.reference}"
     by_digest = oci.is_digest(image.reference)
     if image.repository != repository or not (by_digest or image.reference in (alias, immutable)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from images import host
+from images import catalog, host
 from images.building import labels
 from images.catalog import Image
 from images.locking import lock
@@ -31,7 +31,7 @@ def of_image(image: Image, *, unproved: bool = False) -> Tags:
     What is not proved takes neither of the names that a proved one has, or is going to have.
     """
     name = labels.immutable_tag(image, lock.read(image), host.sha256(image.lock))
-    ending = oci.UNPROVED_TAG if unproved else ""
+    ending = catalog.UNPROVED if unproved else ""
     return Tags(name + ending, image.tag + ending)
 
 

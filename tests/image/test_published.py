@@ -19,7 +19,6 @@ from images.building.builder import Built
 from images.catalog import Image
 from images.publishing import (
     keys,
-    oci,
     packing,
     proof,
     provenance,
@@ -119,4 +118,4 @@ def test_what_is_pulled_by_digest_is_the_image_that_was_built_and_verifies(
     assert report.verdict(checks, verify_published.names(layers=True)) == (
         "unproved" if unproved else "proved"
     )
-    assert catalog.find(tag.removesuffix(oci.UNPROVED_TAG), catalog.load()) == image
+    assert catalog.find(tag.removesuffix(catalog.UNPROVED), catalog.load()) == image

@@ -15,7 +15,6 @@ import pytest
 
 from images import catalog
 from images.catalog import ROOT, Image
-from images.publishing import oci
 from images.schema import LEVELS, TRANSPORTS, Framework, Smoke
 from rollout import backends
 from rollout.backends import Abilities
@@ -744,10 +743,6 @@ def test_a_name_that_no_registry_takes_is_refused(
         catalog.parse(path)
     assert caught.value.code == 2
     assert f": {sentence}" in caught.value.sentence
-
-
-def test_the_ending_of_unproved_tags_is_the_one_that_publish_gives() -> None:
-    assert catalog.UNPROVED == oci.UNPROVED_TAG
 
 
 @pytest.mark.parametrize(
