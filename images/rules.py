@@ -12,7 +12,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from images.schema import File, Wrong, quoted
-from rollout import backends, smoke
+from rollout import backends, frameworks, smoke
 
 # What the image itself, its launcher or whoever starts it has to decide.
 _RESERVED = {
@@ -120,3 +120,6 @@ def _check_promises(file: File) -> None:
             raise _wrong(f"not-shown.{what}", "gives no reason; say why nobody can show it")
     if wanted.training and not file.framework:
         raise _wrong("smoke.training", "needs the table [framework]; add one")
+    if wanted.training and file.framework and not frameworks.trains(file.framework.name):
+        what = f"is promised, and nothing starts a training of {file.framework.name}"
+        raise _wrong("smoke.training", what)

@@ -643,6 +643,13 @@ def test_no_training_is_promised_without_a_framework(checkout: Checkout) -> None
     assert sentence == "key 'smoke.training' needs the table [framework]; add one"
 
 
+def test_no_training_is_promised_of_a_framework_that_nothing_starts(checkout: Checkout) -> None:
+    smoke = '{ sleep-levels = [1], refit = ["cuda-ipc"], training = true }'
+    given = table(name='"roll"', version='"8eb27cc2"', requirements='["ray"]')
+    sentence = refused(checkout.file({"framework": given, "smoke": smoke}))
+    assert sentence == "key 'smoke.training' is promised, and nothing starts a training of roll"
+
+
 # what cannot be promised, and names that nobody could use
 
 

@@ -83,6 +83,12 @@ class Framework(Protocol):
         """The modules that a run touches, to be imported where there is no GPU."""
 
 
+def trains(name: str) -> bool:
+    """Whether the adapter of a framework can start a training; that of a checkout cannot."""
+    module = importlib.import_module(f"rollout.frameworks.{name.replace('-', '_')}")
+    return hasattr(module.Framework, "start")
+
+
 def create(name: str, engine: str, checkout: Path | None = None) -> Framework:
     """The adapter of a framework: module ``rollout.frameworks.<name>``, class ``Framework``.
 
