@@ -89,7 +89,13 @@ def test_whatever_ends_a_run_ends_its_command_and_its_children(
         "import sys; from images import host; from images.host import leash; leash.GRACE = 0.5; "
         f"host.guarded(lambda _: leash.run(['sh', '-c', {TREE!r}, {str(file)!r}]), [])"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stderr=subprocess.DEVNULL,
+        # As a terminal starts it: where these tests run in the background of a shell, they ignore
+        # Ctrl-C, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for(Path(f"{file}.ready"))
     child, free, shell = numbers(file)
     try:
