@@ -110,7 +110,7 @@ def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     }
     fake_sglang.install(monkeypatch, found)
     source = tmp_path / "scheduler.py"
-    source.write_text("self.tp_rank = tp_rank\nself.tp_worker = worker\n")
+    source.write_text("self.tp_worker = worker\n")
     monkeypatch.setattr(
         sys.modules["sglang.srt.managers.scheduler"], "__file__", str(source), raising=False
     )
@@ -168,10 +168,9 @@ def test_an_option_that_is_gone_is_named_and_one_of_another_name_is_found(
         assert [what for _, what in seen().problems] == [f"has no option {n!r}" for n in missing]
 
 
-def test_a_scheduler_whose_rank_lies_elsewhere_is_named(there: dict[str, Any]) -> None:
-    """As in 0.5.23."""
-    there["source"].write_text("self.tp_worker = worker\n")
-    assert seen().problems == [(sglang_interface.SCHEDULER, "assigns no 'tp_rank'")]
+def test_a_scheduler_whose_worker_lies_elsewhere_is_named(there: dict[str, Any]) -> None:
+    there["source"].write_text("self.tp_workers = [worker]\n")
+    assert seen().problems == [(sglang_interface.SCHEDULER, "assigns no 'tp_worker'")]
 
 
 @pytest.mark.parametrize("path", [*sglang_interface.PATHS, sglang.END, "/pause_generation"])

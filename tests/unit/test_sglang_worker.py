@@ -6,6 +6,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -43,8 +44,7 @@ class Tensor:
 class Scheduler(Extension):
     """SGLang's scheduler with our methods, on one of its ranks."""
 
-    def __init__(self, rank: int = 0, *, wrapped: bool = False) -> None:
-        self.tp_rank = rank
+    def __init__(self, *, wrapped: bool = False) -> None:
         self.parameters, self.buffers = [Tensor(100), Tensor(20)], [Tensor(6)]
         runner = SimpleNamespace(
             model=SimpleNamespace(
@@ -76,20 +76,27 @@ def digested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "digests", lambda model: {"a": f"of {len([*model.buffers()])}"})
 
 
+@pytest.fixture(autouse=True)
+def ranks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The last of these is the rank that torch gives this process."""
+    given = [0]
+    torch = ModuleType("torch")
+    vars(torch)["distributed"] = SimpleNamespace(get_rank=lambda: given[-1])
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    return given
+
+
 @pytest.fixture
 def leaked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What a leak takes."""
-    import sys
-
     made: list[Any] = []
 
     def ones(size: int, *, dtype: str, device: str) -> object:
         made.append((size, dtype, device))
         return made[-1]
 
-    torch = ModuleType("torch")
-    vars(torch).update(ones=ones, uint8="uint8")
-    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(sys.modules["torch"], "ones", ones, raising=False)
+    monkeypatch.setattr(sys.modules["torch"], "uint8", "uint8", raising=False)
     return made
 
 
@@ -126,10 +133,14 @@ def test_an_answer_goes_through_a_file_however_the_method_is_called(
 @pytest.mark.usefixtures("digested")
 @pytest.mark.parametrize("call", [newer, older])
 def test_one_rank_answers_for_all_and_each_does_what_it_is_asked(
-    tmp_path: Path, leaked: list[Any], call: Callable[[Any, str, dict[str, str]], None]
+    tmp_path: Path,
+    leaked: list[Any],
+    ranks: list[int],
+    call: Callable[[Any, str, dict[str, str]], None],
 ) -> None:
     path = tmp_path / "answer.json"
-    second = Scheduler(rank=1)
+    second = Scheduler()
+    ranks.append(1)
     for method in ("smoke_held", "smoke_digests", "smoke_leak", "smoke_lose_buffers"):
         call(second, method, {"path": str(path)})
     assert not path.exists()
@@ -165,8 +176,6 @@ def test_sglangs_scheduler_runs_with_our_methods(
     ran: list[Any] = []
 
     class Theirs:
-        tp_rank = 0
-
         def generate(self) -> str:
             return "theirs"
 

@@ -141,9 +141,8 @@ def scheduler(seen: Comparison) -> None:
             what = f"has {name!r} itself"
             seen.look("names", SCHEDULER, not hasattr(kind, name), what)
     seen.thing(f"{SCHEDULER}:run_scheduler_process")
-    for name in ("tp_rank", "tp_worker"):
-        assigned = f"self.{name} = " in Path(seen.thing(SCHEDULER).__file__).read_text("utf-8")
-        seen.look("attributes", SCHEDULER, assigned, f"assigns no {name!r}")
+    assigned = "self.tp_worker = " in Path(seen.thing(SCHEDULER).__file__).read_text("utf-8")
+    seen.look("attributes", SCHEDULER, assigned, "assigns no 'tp_worker'")
     replaced = hasattr(seen.thing(ENGINE), "run_scheduler_process_func") or hasattr(
         seen.thing("sglang.srt.entrypoints.engine"), "run_scheduler_process"
     )

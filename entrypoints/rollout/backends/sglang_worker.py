@@ -53,7 +53,6 @@ class Extension:
     """
 
     tp_worker: Any
-    tp_rank: int
 
     def smoke_held(self, given: dict[str, str] | None = None, *, path: str = "") -> None:
         """Bytes of weights and KV cache in the memory that sleeping gives back."""
@@ -61,11 +60,11 @@ class Extension:
         tensors = [*runner.model.parameters(), *runner.model.buffers()]
         pool = runner.token_to_kv_pool
         tensors += [*pool.k_buffer, *pool.v_buffer]
-        _reply(self, given, path, sum(t.numel() * t.element_size() for t in tensors))
+        _reply(given, path, sum(t.numel() * t.element_size() for t in tensors))
 
     def smoke_digests(self, given: dict[str, str] | None = None, *, path: str = "") -> None:
         """sha256 of each weight's bytes by its Hugging Face name."""
-        _reply(self, given, path, placement.digests(_runner(self).model))
+        _reply(given, path, placement.digests(_runner(self).model))
 
     def smoke_leak(self, given: dict[str, str] | None = None, *, path: str = "") -> None:
         """A fault: keep some memory outside the pool."""
@@ -73,13 +72,13 @@ class Extension:
 
         kept = self.__dict__.setdefault("smoke_leaks", [])
         kept.append(torch.ones(LEAK_BYTES, dtype=torch.uint8, device="cuda"))
-        _reply(self, given, path, None)
+        _reply(given, path, None)
 
     def smoke_lose_buffers(self, given: dict[str, str] | None = None, *, path: str = "") -> None:
         """A fault: buffers as new memory has them, had SGLang not saved them before sleeping."""
         for buffer in _runner(self).model.buffers():
             buffer.zero_()
-        _reply(self, given, path, None)
+        _reply(given, path, None)
 
 
 def _runner(scheduler: Any) -> Any:
@@ -87,8 +86,18 @@ def _runner(scheduler: Any) -> Any:
     return getattr(worker, "worker", worker).model_runner  # 0.4.6 wraps the one in the other
 
 
-def _reply(scheduler: Any, given: dict[str, str] | None, path: str, answer: object) -> None:
-    if scheduler.tp_rank == 0:
+def _rank() -> int:
+    """This process among those of the engine.
+
+    The scheduler of 0.5.23 does not know it any more; torch does, whatever the version.
+    """
+    import torch
+
+    return int(torch.distributed.get_rank())
+
+
+def _reply(given: dict[str, str] | None, path: str, answer: object) -> None:
+    if _rank() == 0:
         Path((given or {"path": path})["path"]).write_text(json.dumps(answer), encoding="utf-8")
 
 
