@@ -2,8 +2,9 @@
 
 Where the machine that builds has no GPU, the image is exported and run on one that has. The folder
 holds what those runs wrote: verify.json and smoke.json, and where they are there
-fault-<name>.json of injected faults, warm.json of a second start and calibration.json. Only reports
-of this image are taken: they name its lock and its layers.
+smoke-<any>.json of further parts of the smoke test (``--only``), fault-<name>.json of injected
+faults, warm.json of a second start and calibration.json. Only reports of this image are taken: they
+name its lock and its layers.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def adopt(image: Image, tool: Builder, folder: Path, *, keep: bool) -> int:
         return 0
     built = build.build(image, tool)
     now = proofs.today(image, built.diff_ids)
-    whole = proofs.merge([read_report(path, now) for path in proof])
+    verified, smoked = (read_report(path, now) for path in proof)
+    whole = proofs.merge([verified, in_parts(smoked, folder, image, now)])
     faults = found_faults(folder, image, now)
     calibrated = calibration(folder / "calibration.json", image, now)
     second = folder / "warm.json"
@@ -77,6 +79,23 @@ def adopt(image: Image, tool: Builder, folder: Path, *, keep: bool) -> int:
         kept = shown(proofs.kept(image))
         host.say(f"kept as {kept}, with {len(faults)} faults; 'nox -s docs' is next")
     return code
+
+
+def in_parts(smoked: dict[str, Any], folder: Path, image: Image, now: Today) -> dict[str, Any]:
+    """The report smoke.json, with what those of further parts beside it add.
+
+    Raises:
+        Problem: exit code 2 for a part of another image, or of another run than smoke.json.
+    """
+    more = [read_report(path, now) for path in sorted(folder.glob("smoke-*.json"))]
+    if not more:
+        return smoked
+    try:
+        return proofs.join([smoked, *more], image)
+    except ValueError as error:
+        raise Problem(
+            f"--from: {folder}: smoke*.json are no parts of one proof: {error}", 2
+        ) from None
 
 
 def _there(path: Path) -> bool:

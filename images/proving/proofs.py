@@ -15,7 +15,7 @@ from images.catalog import ROOT, Image, shown
 from images.locking import lock
 from images.proving import report_file, standing
 from images.proving.standing import Standing, Today
-from rollout import smoke
+from rollout import report, smoke
 from rollout.faults import find
 from rollout.problem import Problem
 
@@ -96,6 +96,39 @@ def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         whole["program"] = {key: value for one in programs for key, value in one.items()}
     order = ("failed", "unproved", "in-part", "proved")
     whole["verdict"] = min((part["verdict"] for part in parts), key=order.index)
+    return whole
+
+
+def join(parts: Sequence[Mapping[str, Any]], image: Image) -> dict[str, Any]:
+    """One report of ``smoke`` from reports of parts of it (``--only``).
+
+    A check of which several tell counts as the first that did not pass, else as the first. What one
+    part had to leave out, for want of a second GPU, and another ran is not skipped.
+
+    Raises:
+        ValueError: they are of different runs: not of one model, program or machine.
+    """
+    whole = dict(max(parts, key=lambda part: len(part["gpus"])))
+    for name in ("model", "cycles", "program", "framework", "added", "device", "driver"):
+        if any(part[name] != whole[name] for part in parts):
+            raise ValueError(f"they differ in {name!r}")
+    told = sorted(
+        (check for part in parts for check in part["checks"]),
+        key=lambda check: bool(check["status"] == "passed"),
+    )
+    first = {check["name"]: check for check in reversed(told)}
+    promised = smoke.promised(image.smoke.facts)
+    others = [name for name in first if name not in promised]
+    whole["checks"] = [first[name] for name in (*promised, *others) if name in first]
+    ran = {*first, *standing.sent_by(whole, image.smoke.refit)}
+    left_out = {name: why for part in parts for name, why in part["skipped"].items()}
+    whole["skipped"] = {name: why for name, why in left_out.items() if name not in ran}
+    whole["started"] = min(part["started"] for part in parts)
+    whole["seconds"] = sum(part["seconds"] for part in parts)
+    statuses = [
+        report.Check(c["name"], c["status"], 0.0, reason=c["reason"]) for c in first.values()
+    ]
+    whole["verdict"] = report.verdict(statuses, promised, whole["skipped"])
     return whole
 
 

@@ -116,7 +116,8 @@ usage: nox -s prove -- [REF ...] [--keep] [OPTION ...]
 
   --keep         keep the report, and the layers that it holds for, in the repository
   --from FOLDER  take in the reports that runs on another machine have left there: verify.json,
-                 smoke.json and those beside them; nothing is run here. A folder with
+                 smoke.json and those beside them; nothing is run here. A smoke test that ran in
+                 parts (--only) leaves smoke.json and smoke-ANY.json. A folder with
                  fault-NAME.json alone adds these faults to those that are kept
 
 Every OPTION goes to `rollout smoke` in the image:

@@ -694,6 +694,72 @@ def test_verify_and_smoke_are_both_asked_for(image: Image, folder: Path, name: s
     assert nothing_is_kept(image)
 
 
+def parted(folder: Path, name: str, gpus: int = 1) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The smoke test of a folder as two runs left it: all but one check, and that check alone."""
+    whole = json.loads((folder / "smoke.json").read_text())
+    rest = [check for check in whole["checks"] if check["name"] != name]
+    alone = [check for check in whole["checks"] if check["name"] == name]
+    first = whole | {"checks": rest, "verdict": "unproved"}
+    second = whole | {"checks": alone, "verdict": "unproved", "gpus": whole["gpus"] * gpus}
+    put(folder, "smoke", first)
+    put(folder, "smoke-alone", second)
+    return first, second
+
+
+def test_a_smoke_test_in_two_parts_is_one_proof(image: Image, folder: Path) -> None:
+    whole = json.loads((folder / "smoke.json").read_text())
+    parted(folder, "sleep-2")
+    assert adoption.adopt(image, Fake(), folder, keep=True) == 0
+    kept = json.loads(proofs.kept(image).read_text())
+    assert kept["verdict"] == "proved"
+    names = [check["name"] for check in kept["checks"]]
+    assert names[-len(whole["checks"]) :] == [check["name"] for check in whole["checks"]]
+
+
+def test_a_part_that_is_missing_leaves_the_whole_unproved(image: Image, folder: Path) -> None:
+    parted(folder, "sleep-2")
+    (folder / "smoke-alone.json").unlink()
+    assert adoption.adopt(image, Fake(), folder, keep=True) == 3
+    assert nothing_is_kept(image)
+
+
+def test_a_check_that_failed_in_one_part_is_not_mended_by_another(
+    image: Image, folder: Path
+) -> None:
+    first, second = parted(folder, "sleep-2")
+    failed = second["checks"][0] | {"status": "failed", "reason": "it freed nothing"}
+    for checks in ([*first["checks"], failed], [failed, *first["checks"]]):
+        put(folder, "smoke", first | {"checks": checks, "verdict": "failed"})
+        assert adoption.adopt(image, Fake(), folder, keep=True) == 1
+        assert nothing_is_kept(image)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("model", "probe of another seed"), ("driver", "1.2"), ("cycles", 5)]
+)
+def test_parts_of_different_runs_are_refused(
+    image: Image, folder: Path, name: str, other: object
+) -> None:
+    _, second = parted(folder, "sleep-2")
+    put(folder, "smoke-alone", second | {name: other})
+    with pytest.raises(Problem) as caught:
+        adoption.adopt(image, Fake(), folder, keep=True)
+    said = f"--from: {folder}: smoke*.json are no parts of one proof: they differ in {name!r}"
+    assert (caught.value.code, caught.value.sentence) == (2, said)
+    assert nothing_is_kept(image)
+
+
+def test_what_one_part_ran_another_did_not_have_to_skip(image: Image, folder: Path) -> None:
+    first, second = parted(folder, "sleep-2", gpus=2)
+    put(folder, "smoke", first | {"skipped": {"sleep-2": "it needs 2 GPUs; one GPU is visible"}})
+    whole = proofs.join([first, second], image)
+    assert (whole["skipped"], whole["verdict"]) == ({}, "proved")
+    assert whole["gpus"] == second["gpus"]
+    both = [first | {"skipped": {"nccl": "no second GPU"}}, second]
+    joined = proofs.join(both, image)
+    assert (joined["skipped"], joined["verdict"]) == ({"nccl": "no second GPU"}, "in-part")
+
+
 def test_one_report_twice_is_not_taken_for_both(image: Image, folder: Path) -> None:
     put(folder, "smoke", json.loads((folder / "verify.json").read_text()))
     with pytest.raises(Problem, match="checks: files is there 2 times"):
