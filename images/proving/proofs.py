@@ -114,7 +114,7 @@ def join(parts: Sequence[Mapping[str, Any]], image: Image) -> dict[str, Any]:
             raise ValueError(f"they differ in {name!r}")
     told = sorted(
         (check for part in parts for check in part["checks"]),
-        key=lambda check: bool(check["status"] == "passed"),
+        key=lambda check: check["status"] == "passed",
     )
     first = {check["name"]: check for check in reversed(told)}
     promised = smoke.promised(image.smoke.facts)
