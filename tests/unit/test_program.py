@@ -223,7 +223,7 @@ def test_another_bound_of_two_gpus_changes_the_images_that_promise_them(package:
             "return before > asleep",
             "sleep-1",
         ),
-        ("training.py", "BOUND = 0.01", "BOUND = 0.02", "training"),
+        ("training.py", "BOUND = 0.003", "BOUND = 0.004", "training"),
         ("checks.py", "ROLLOUT = 128", "ROLLOUT = 64", "partial-rollout"),
         ("checks.py", "TURNS = 3", "TURNS = 2", "multi-turn"),
         ("smoke.py", "CALM = 0.25", "CALM = 0.5", "fp8"),

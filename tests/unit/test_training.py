@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+from images.catalog import ROOT
 from rollout import checks, report, smoke, training
 from rollout.checks import Failed
 from rollout.faults import FAULTS
@@ -95,7 +97,7 @@ def test_a_sound_run_passes_and_says_what_ran() -> None:
     assert list(metrics)[:4] == ["divergence", "control_divergence", "reward_first", "reward_last"]
     assert (metrics["divergence"], metrics["control_divergence"]) == (0.002, 0.046)
     assert metrics["reward_last"] - metrics["reward_first"] == pytest.approx(0.09 * (STEPS - 2))
-    assert (metrics["steps"], metrics["bound"], metrics["left_out"]) == (8, 0.01, "lm_head.weight")
+    assert (metrics["steps"], metrics["bound"], metrics["left_out"]) == (8, BOUND, "lm_head.weight")
     assert (metrics["first_step_seconds"], metrics["step_seconds"]) == (31.0, 5.0)
     assert (metrics["framework"], metrics["framework_path"]) == ("paper 1.0", "/paper")
     assert metrics["sender"] == "paper.Sender.send"
@@ -120,7 +122,7 @@ def test_the_control_ends_with_the_first_step_that_shows_it() -> None:
 
 
 def test_a_tensor_that_stays_as_it_was_is_seen_when_the_others_have_moved() -> None:
-    late = [replace(WRONG[0], divergence=0.006), replace(WRONG[1], divergence=0.02)]
+    late = [replace(WRONG[0], divergence=0.9 * BOUND), replace(WRONG[1], divergence=0.02)]
     _, run = ran([*RIGHT, *late])
     assert training.training(run)["control_divergence"] == 0.02
 
@@ -138,6 +140,23 @@ def test_trainer_and_engine_have_to_agree_at_every_step(number: int, wrong: floa
     assert len(paper.seen) == number, "nothing is learned from more steps"
     assert failed.metrics["steps"] == number
     assert paper.stopped == 1
+
+
+def test_the_bound_lies_far_from_both_sides_in_every_kept_report() -> None:
+    right, wrong = [], []
+    for path in sorted((ROOT / "images" / "proofs").glob("*/**/*.json")):
+        for check in json.loads(path.read_text(encoding="utf-8")).get("checks", []):
+            metrics = check.get("metrics", {})
+            if check["name"] != "training" or "divergences" not in metrics:
+                continue
+            if check["status"] == "passed":
+                right += metrics["divergences"]
+                wrong.append(metrics["control_divergence"])
+            else:
+                wrong.append(max(metrics["divergences"]))
+    assert right and wrong, "no kept report has trained"
+    assert max(right) <= BOUND / 4
+    assert min(wrong) >= 2 * BOUND
 
 
 def test_the_bound_itself_is_still_right() -> None:
@@ -184,11 +203,11 @@ def test_growth_is_found_in_what_is_held_asleep_as_well_as_awake() -> None:
 
 
 def test_a_tensor_left_out_has_to_be_seen() -> None:
-    blind = [replace(step, divergence=0.003) for step in WRONG]
+    blind = [replace(step, divergence=BOUND) for step in WRONG]
     paper, run = ran([*RIGHT, *blind])
     assert failure(run).reason == (
         "control: with lm_head.weight left out of the framework's sender, "
-        "trainer and engine still agree (0.003)"
+        f"trainer and engine still agree ({BOUND})"
     )
     assert len(paper.seen) == STEPS + CONTROLS
 
