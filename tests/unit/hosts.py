@@ -93,3 +93,9 @@ def meminfo(root: Path, available: int) -> None:
 
 def sentences(findings: Iterable[Finding]) -> list[str]:
     return [finding.sentence for finding in findings]
+
+
+def write(path: Path, text: str) -> None:
+    """A file of a tree, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)

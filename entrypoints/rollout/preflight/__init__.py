@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rollout.preflight import cache, gpu, memory, network, variables
-from rollout.preflight.cache import CACHE, work_folder
+from rollout.preflight.cache import CACHE, temporary, work_folder
 from rollout.preflight.finding import Finding, Host
 from rollout.preflight.gpu import DRIVER_FLOOR, driver, nvml
 
@@ -24,6 +24,7 @@ __all__ = [
     "findings",
     "look",
     "nvml",
+    "temporary",
     "warnings",
     "work_folder",
 ]
