@@ -20,7 +20,7 @@ def tree(root: Path) -> Path:
         (root / name).mkdir(parents=True)
     (root / "dev/nvidia0").touch()
     (root / "dev/nvidiactl").touch()
-    meminfo(root, memory.MEMORY_NEEDED)
+    meminfo(root, memory.MEMORY_NEEDED_BY_CUDA)
     return root
 
 
