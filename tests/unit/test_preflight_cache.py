@@ -41,7 +41,7 @@ def disk(free: int, files: int = 9) -> Callable[[Path], Any]:
 
 def closed(*paths: Path) -> cache.Access:
     """A system on which this user may do all but what these folders would need."""
-    return lambda path, _: path not in paths
+    return lambda path, _: Path(path) not in paths
 
 
 def looked(
@@ -109,6 +109,7 @@ def test_a_folder_that_a_variable_names_is_looked_at_like_the_root(machine: Path
     (machine / "shared/triton").mkdir(parents=True)
     own = {"TRITON_CACHE_DIR": "/shared/triton"}
     assert looked(machine, own) == []
+    assert looked(machine, own, None, access=closed(machine / "shared/triton")) == []
     (found,) = looked(machine, own, access=closed(machine / "shared/triton"))
     assert found.sentence.startswith("/shared/triton (TRITON_CACHE_DIR) cannot be written; ")
     mounted(machine, ROOT_DISK, at("/shared", options="ro"))
@@ -225,8 +226,8 @@ def test_kernels_that_another_user_closed_are_named_and_counted(machine: Path) -
 def test_kernels_that_another_user_left_readable_are_only_warned_of(machine: Path) -> None:
     paths = compiled(machine, 0o755)
 
-    def access(path: Path, mode: int) -> bool:
-        return not (path in paths and mode & os.W_OK)
+    def access(path: str, mode: int) -> bool:
+        return not (Path(path) in paths and mode & os.W_OK)
 
     assert in_order(looked(machine, access=access)) == [as_owned("cache-of-another-user")]
 
@@ -240,9 +241,9 @@ def test_what_lies_in_a_cache_and_is_not_compiled_may_be_anybodys(machine: Path)
 def test_a_look_through_a_large_cache_ends(machine: Path) -> None:
     for index in range(cache._ENTRIES + 50):
         (machine / f"var/cache/rollout/triton/{index}").touch()
-    asked: list[Path] = []
+    asked: list[str] = []
 
-    def access(path: Path, _: int) -> bool:
+    def access(path: str, _: int) -> bool:
         asked.append(path)
         return True
 
@@ -253,9 +254,9 @@ def test_a_look_through_a_large_cache_ends(machine: Path) -> None:
 def test_a_look_through_a_slow_cache_ends(machine: Path) -> None:
     for index in range(100):
         (machine / f"var/cache/rollout/triton/{index}").touch()
-    asked: list[Path] = []
+    asked: list[str] = []
 
-    def access(path: Path, _: int) -> bool:
+    def access(path: str, _: int) -> bool:
         asked.append(path)
         time.sleep(cache._SECONDS / 10)
         return True

@@ -57,7 +57,7 @@ PROBE = 2 << 30
 _ENTRIES = 2000
 _SECONDS = 0.03
 
-Access = Callable[[Path, int], bool]
+Access = Callable[[str, int], bool]
 Statvfs = Callable[[Path], os.statvfs_result]
 
 
@@ -89,7 +89,8 @@ def look(
     """
     mounted = mounts.read(host.root)
     root = _Place(_ROOT, str(cache_root(host.environ)))
-    compiled = [root, *_named(host.environ, _COMPILED)]
+    # An image of the CPU compiles nothing for its proof.
+    compiled = [root, *_named(host.environ, _COMPILED if host.cuda else ())]
     closed: list[str] = []
     for place in compiled:
         if not _below(place.path, closed):
@@ -152,11 +153,10 @@ def _closed(
     if mount and "ro" in mount.options:
         sentence = f"{place.said} is mounted read-only; give a writable folder: {place.change}"
         yield Finding(_KIND, "cache-read-only", sentence)
-    elif not access(_existing(host, place.path), os.W_OK | os.X_OK):
+    elif not access(str(_existing(host, place.path)), os.W_OK | os.X_OK):
         way_out = "mount a writable folder there, or run with group 0"
         yield Finding(_KIND, "cache-not-writable", f"{place.said} cannot be written; {way_out}")
     elif mount and "noexec" in mount.options and host.cuda:
-        # An image of the CPU compiles nothing for its proof.
         sentence = (
             f"{place.said} is mounted noexec, and compiled kernels cannot be loaded from there; "
             "mount it with exec (docker: '--tmpfs …:exec')"
@@ -175,7 +175,7 @@ def _kept(
             continue
         mount = _mount(host, place, mounted)
         read_only = mount is not None and "ro" in mount.options
-        if read_only or not access(_existing(host, place.path), os.W_OK | os.X_OK):
+        if read_only or not access(str(_existing(host, place.path)), os.W_OK | os.X_OK):
             said.append(place.path)
             sentence = (
                 f"{place.said} cannot be written, and nothing new is kept there; set "
@@ -186,9 +186,9 @@ def _kept(
 
 def _foreign(host: Host, places: Sequence[_Place], access: Access) -> Iterator[Finding]:
     """What another user compiled, and this one cannot read or replace."""
-    unread: list[Path] = []
-    fixed: list[Path] = []
-    for path, folder in _entries([host.root / place.path.lstrip("/") for place in places]):
+    unread: list[str] = []
+    fixed: list[str] = []
+    for path, folder in _entries([str(host.root / place.path.lstrip("/")) for place in places]):
         if not access(path, os.R_OK | (os.X_OK if folder else 0)):
             unread.append(path)
         elif folder and not access(path, os.W_OK):
@@ -208,7 +208,7 @@ def _foreign(host: Host, places: Sequence[_Place], access: Access) -> Iterator[F
         yield Finding(_KIND, "cache-of-another-user", sentence, stops=False)
 
 
-def _entries(folders: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
+def _entries(folders: Sequence[str]) -> Iterator[tuple[str, bool]]:
     """What lies below folders, those at the top first, and whether each is a folder itself."""
     waiting, seen, end = list(dict.fromkeys(folders)), set(), time.monotonic() + _SECONDS
     left = _ENTRIES
@@ -225,16 +225,16 @@ def _entries(folders: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
                     left -= 1
                     is_folder = entry.is_dir(follow_symlinks=False)
                     if is_folder:
-                        waiting.append(Path(entry.path))
+                        waiting.append(entry.path)
                     if not entry.is_symlink():
-                        yield Path(entry.path), is_folder
+                        yield entry.path, is_folder
         except OSError:  # gone meanwhile, or not to be read: that was said of it above
             continue
 
 
-def _who(host: Host, found: Sequence[Path]) -> str:
+def _who(host: Host, found: Sequence[str]) -> str:
     """The first of some files with its owner, and how many more there are."""
-    first = found[0]
+    first = Path(found[0])
     shown = f"/{first.relative_to(host.root)}"
     try:
         status = first.lstat()
@@ -314,7 +314,7 @@ def _free(host: Host, path: str, statvfs: Statvfs) -> tuple[int, int] | None:
 def temporary(host: Host, access: Access = os.access) -> Iterator[Finding]:
     """Whether TMPDIR can be written: where it cannot, another folder is taken without a word."""
     place = host.environ.get("TMPDIR", "")
-    if place and not access(host.root / place.lstrip("/"), os.W_OK | os.X_OK):
+    if place and not access(str(host.root / place.lstrip("/")), os.W_OK | os.X_OK):
         sentence = (
             f"TMPDIR names {place}, which cannot be written, and another folder is taken; make it, "
             "mount it into the container, or unset TMPDIR"
