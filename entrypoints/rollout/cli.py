@@ -54,11 +54,13 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument(
         "--inject", metavar="FAULT[@TRANSPORT]", help="break one thing; the run must fail"
     )
+    four = commands.add_parser("doctor", help="all that is wrong with this host, in milliseconds")
+    four.add_argument("--json", action="store_true", help="print JSON")
     commands.add_parser("serve", help="the engine's own OpenAI server; arguments pass through")
     return top
 
 
-COMMANDS = ("info", "verify", "smoke", "serve", "-h", "--help")
+COMMANDS = ("info", "verify", "smoke", "doctor", "serve", "-h", "--help")
 
 
 def _info(as_json: bool) -> int:
@@ -157,7 +159,7 @@ def _verify(path: Path | None) -> int:
     return _conclude(checks, expected, ran, path, started, seconds)
 
 
-def _smoke(given: argparse.Namespace) -> int:
+def _smoke(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from rollout import program, smoke
 
     only = tuple(name for name in given.only.split(",") if name)
@@ -166,6 +168,9 @@ def _smoke(given: argparse.Namespace) -> int:
     started, clock = report.now(), time.perf_counter()
     data = info.image(info.prefix())
     options = smoke.Options(only, given.model, given.cycles, given.inject, given.framework)
+    # Another folder is taken already, and the look of the proof itself sees that one.
+    replaced = preflight.temporary(preflight.Host(Path("/"), environ, data["cuda"]))
+    _warn([finding.sentence for finding in replaced])
     # The proof runs without these variables, and a job with them.
     _warn(added.warnings(info.prefix(), os.environ))
     checks, device = smoke.run(data, options, _show)
@@ -212,12 +217,36 @@ def _warn(sentences: Sequence[str]) -> None:
         print(f"rollout: warning: {sentence}", file=sys.stderr, flush=True)
 
 
-def _execute(argv: Sequence[str]) -> int:
-    """Become the given command, after a look that costs milliseconds."""
+def _doctor(environ: Mapping[str, str], *, as_json: bool) -> int:
+    """Print all findings, those that stop the proof first; the exit code of `rollout smoke`."""
     cuda = info.image(info.prefix()).get("cuda")
-    found = preflight.findings(cuda, Path("/"), os.environ, proof=False)
-    found += preflight.warnings(cuda, Path("/"), os.environ)
-    _warn(found + added.warnings(info.prefix(), os.environ))
+    found = _found(preflight.Host(Path("/"), environ, cuda))
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found], indent=1))
+    else:
+        for finding in found:
+            weight = "stops" if finding.stops else "warning"
+            print(f"{weight:<9}{finding.kind:<11}{finding.name}: {finding.sentence}")
+        stops = sum(finding.stops for finding in found)
+        tail = f"; {stops} would stop 'rollout smoke'" if found else ""
+        print(f"found on this host: {len(found) or 'nothing'}{tail}")
+    return 3 if any(finding.stops for finding in found) else 0
+
+
+def _found(host: preflight.Host) -> list[preflight.Finding]:
+    """What is found on a host: what stops, then what only warns."""
+    return sorted(preflight.look(host), key=lambda finding: not finding.stops)
+
+
+def _execute(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Become the given command, after a look that costs milliseconds.
+
+    ``environ`` is as the job gave it: what was replaced in this process is wrong there, too.
+    """
+    cuda = info.image(info.prefix()).get("cuda")
+    found = _found(preflight.Host(Path("/"), environ, cuda, proof=False))
+    sentences = [finding.sentence for finding in found]
+    _warn(sentences + added.warnings(info.prefix(), os.environ))
     try:
         os.execvp(argv[0], list(argv))  # noqa: S606 - running what the user asked for is the purpose
     except FileNotFoundError:
@@ -232,29 +261,32 @@ def _execute(argv: Sequence[str]) -> int:
 SERVERS = {"vllm": ("vllm", "serve"), "sglang": ("python3", "-m", "sglang.launch_server")}
 
 
-def _serve(arguments: Sequence[str]) -> int:
+def _serve(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     name = info.image(info.prefix())["backend"]
     if name not in SERVERS:
         sentence = f"the {name} backend has no server of its own; use an image with an engine"
         raise Problem(sentence, 2)
-    return _execute([*SERVERS[name], *arguments])
+    return _execute([*SERVERS[name], *arguments], environ)
 
 
-def _dispatch(argv: Sequence[str]) -> int:
+def _dispatch(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if not argv or argv[0] not in COMMANDS:
-        return _execute(argv) if argv else _info(as_json=False)
+        return _execute(argv, environ) if argv else _info(as_json=False)
     if argv[0] == "serve":
-        return _serve(argv[1:])
+        return _serve(argv[1:], environ)
     given = parser().parse_args(argv)
     if given.command == "info":
         return _info(given.json)
-    return _verify(given.report) if given.command == "verify" else _smoke(given)
+    if given.command == "doctor":
+        return _doctor(environ, as_json=given.json)
+    return _verify(given.report) if given.command == "verify" else _smoke(given, environ)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; a :class:`Problem` becomes one sentence and its exit code."""
     # A container is stopped with SIGTERM; the engine has to be ended then too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    environ = dict(os.environ)  # as the job gave it
     # With a read-only root /tmp cannot be written, and torch.compile fails where nothing can.
     place = preflight.work_folder(os.environ)
     if place:
@@ -269,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyError:
             os.environ["USER"] = os.environ["LOGNAME"] = "rollout"
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv)
+        return _dispatch(sys.argv[1:] if argv is None else argv, environ)
     except Problem as problem:
         print(f"rollout: {problem}", file=sys.stderr, flush=True)
         return problem.code

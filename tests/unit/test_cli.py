@@ -360,6 +360,73 @@ def test_what_ends_a_proof_early_is_a_sentence_and_an_exit_code(
     assert capsys.readouterr().err == said
 
 
+# what is wrong with this host
+
+STOPS = preflight.Finding("cache", "cache-full", "the disk is full; free some")
+WARNS = preflight.Finding("memory", "files-limited", "few files; raise the limit", stops=False)
+
+
+def finds(monkeypatch: pytest.MonkeyPatch, *findings: preflight.Finding) -> list[preflight.Host]:
+    """A host with these findings; what was looked at is noted."""
+    seen: list[preflight.Host] = []
+
+    def look(host: preflight.Host) -> list[preflight.Finding]:
+        seen.append(host)
+        return list(findings)
+
+    monkeypatch.setattr(preflight, "look", look)
+    return seen
+
+
+@pytest.mark.usefixtures("prefix")
+def test_the_doctor_prints_every_finding_and_those_that_stop_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = finds(monkeypatch, WARNS, STOPS)
+    assert cli.main(["doctor"]) == 3
+    assert seen[0].proof  # what the proof needs is looked at, too
+    assert capsys.readouterr().out.splitlines() == [
+        "stops    cache      cache-full: the disk is full; free some",
+        "warning  memory     files-limited: few files; raise the limit",
+        "found on this host: 2; 1 would stop 'rollout smoke'",
+    ]
+
+
+@pytest.mark.usefixtures("prefix")
+@pytest.mark.parametrize(
+    ("findings", "code"), [((), 0), ((WARNS,), 0), ((STOPS,), 3), ((WARNS, STOPS), 3)]
+)
+def test_the_doctor_ends_with_three_where_the_proof_would(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    findings: tuple[preflight.Finding, ...],
+    code: int,
+) -> None:
+    finds(monkeypatch, *findings)
+    assert cli.main(["doctor", "--json"]) == code
+    listed = json.loads(capsys.readouterr().out)
+    assert [item["stops"] for item in listed] == sorted(
+        (finding.stops for finding in findings), reverse=True
+    )
+    assert all(list(item) == ["kind", "name", "sentence", "stops"] for item in listed)
+    assert cli.main(["doctor"]) == code
+    assert ("found on this host: nothing" in capsys.readouterr().out) == (not findings)
+
+
+@pytest.mark.usefixtures("prefix")
+def test_a_folder_of_temporary_files_that_was_replaced_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/nowhere/job")
+    cli.main(["doctor"])
+    said = "TMPDIR names /nowhere/job, which cannot be written, and another folder is taken"
+    assert f"tmpdir-not-writable: {said}" in capsys.readouterr().out
+    monkeypatch.setenv("TMPDIR", "/nowhere/job")
+    monkeypatch.setattr(smoke, "run", lambda *_, **__: ([], None))
+    cli.main(["smoke"])
+    assert f"rollout: warning: {said}" in capsys.readouterr().err
+
+
 # anything else
 
 
@@ -460,6 +527,17 @@ def is_image_of(prefix: Path, backend: str, cuda: str | None) -> None:
 
 
 @pytest.mark.usefixtures("stands_aside", "prefix")
+def test_every_finding_is_a_warning_before_a_command_without_what_the_proof_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = finds(monkeypatch, WARNS, STOPS)
+    said, became = executed(["python3", "train.py"], capsys)
+    assert said == [f"rollout: warning: {finding.sentence}" for finding in (STOPS, WARNS)]
+    assert became == "python3 train.py"
+    assert [host.proof for host in seen] == [False]
+
+
+@pytest.mark.usefixtures("stands_aside", "prefix")
 @pytest.mark.parametrize(
     ("home", "expected"), [(None, "/caches"), ("", "/caches"), ("/home/me", "/home/me")]
 )
@@ -513,7 +591,7 @@ def test_serve_becomes_the_engines_own_server_behind_the_warnings(
     server: str,
 ) -> None:
     is_image_of(prefix, backend, "12.8")
-    monkeypatch.setattr(preflight, "driver", lambda *_: None)
+    monkeypatch.setattr(preflight.gpu, "driver", lambda *_: None)
     said, became = executed(["serve", "/model", "--port", "8000", "--help", "a b"], capsys)
     assert became == f"{server} /model --port 8000 --help 'a b'"
     assert "rollout: warning: no NVIDIA driver on this host; run it on a GPU host" in said

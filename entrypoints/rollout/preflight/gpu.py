@@ -1,24 +1,19 @@
-"""What can be known in milliseconds before an engine starts: driver, shared memory, cache, memory.
+"""The GPU and its driver, known in milliseconds before an engine starts.
 
-All but the GPU's memory is read from files, so tests give a tree of their own as ``root``. A
-finding is one sentence that says what to change: ``rollout smoke`` ends with it and exit code 3,
-anything else is run after a warning.
+All but the GPU's memory is read from files, so tests give a tree of their own as ``root``.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-CACHE = "/var/cache/rollout"
-_SHM = "/dev/shm"  # noqa: S108 - the mount point, not a file in it
-SHM_NEEDED = 16 << 20  # bytes: one bucket of the refit, twice
-SHM_OF_MANY = 1 << 30  # bytes: below it, processes that share a model over several GPUs run out
-MEMORY_NEEDED = 3 << 30  # bytes: trainer's side and engine on the CPU, each with torch loaded
+from rollout.preflight.finding import Finding, Host
+
+_KIND = "gpu"
 # Bytes on the GPU. The trainer's side holds two sets of weights and two float32 oracles of a 1 B
 # probe, about 12 GiB; the engine its weights, a KV cache of 4 GiB, CUDA graphs and contexts.
 GPU_NEEDED = 24 << 30
@@ -41,6 +36,21 @@ _LINKS = 40  # as many as the kernel follows in one path
 _NVML_NOT_FOUND = 6
 
 
+def look(host: Host) -> Iterator[Finding]:
+    """Every finding of this kind, most fundamental first; nothing for an image of the CPU.
+
+    The memory that the proof needs is not looked at where another command is to run.
+    """
+    if host.cuda is None:
+        return
+    found = gpu(host.cuda, host.root)
+    yield from found
+    if not found:  # without a GPU there is nothing to ask about it
+        yield from driver_library(host.root, host.environ)
+        if host.proof:
+            yield from gpu_memory(host.environ, nvml)
+
+
 def driver(root: Path = Path("/")) -> str | None:
     """Version of the NVIDIA kernel driver, None where there is none."""
     try:
@@ -55,28 +65,31 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-def gpu(cuda: str | None, root: Path = Path("/")) -> list[str]:
+def gpu(cuda: str | None, root: Path = Path("/")) -> list[Finding]:
     """What stands between a CUDA image and the GPU; nothing for a CPU image (``cuda`` None)."""
     if cuda is None:
         return []
     version = driver(root)
     if version is None:
-        return ["no NVIDIA driver on this host; run it on a GPU host"]
+        sentence = "no NVIDIA driver on this host; run it on a GPU host"
+        return [Finding(_KIND, "gpu-driver-missing", sentence)]
     if not any((root / "dev").glob("nvidia[0-9]*")):
-        return [
+        sentence = (
             "no GPU in this container; start it with '--gpus all' (docker) or '--nv' (Apptainer)"
-        ]
+        )
+        return [Finding(_KIND, "gpu-not-in-container", sentence)]
     floor = DRIVER_FLOOR.get(int(cuda.split(".")[0]))
     if floor and _numbers(version) < floor:
         oldest = ".".join(f"{n:02d}" if n < 10 else str(n) for n in floor)
-        return [
+        sentence = (
             f"driver {version} is older than CUDA {cuda} needs; "
             f"update it to {oldest} or newer, or take an image of an older CUDA"
-        ]
+        )
+        return [Finding(_KIND, "gpu-driver-too-old", sentence)]
     return []
 
 
-def driver_library(root: Path, environ: Mapping[str, str]) -> list[str]:
+def driver_library(root: Path, environ: Mapping[str, str]) -> list[Finding]:
     """Whether the libcuda that a process would load is the driver's own.
 
     A file name without a version says nothing about whose it is, and is not remarked on.
@@ -97,16 +110,19 @@ def driver_library(root: Path, environ: Mapping[str, str]) -> list[str]:
             change = "take that folder out of LD_LIBRARY_PATH"
         else:
             change = "remove cuda-compat there, or restart the host if its driver was just updated"
-        return [
+        sentence = (
             f"{folder} holds the {_LIBCUDA} of driver {found[1]}, but the driver of this host is "
             f"{version}; {change}"
-        ]
+        )
+        return [Finding(_KIND, "gpu-driver-shadowed", sentence)]
     if _file_name(root, f"{_MOUNTED}/{_LIBCUDA}"):
-        return [f"no {_LIBCUDA} is found but in {_MOUNTED}; add that folder to LD_LIBRARY_PATH"]
-    return [
+        sentence = f"no {_LIBCUDA} is found but in {_MOUNTED}; add that folder to LD_LIBRARY_PATH"
+        return [Finding(_KIND, "gpu-driver-library-elsewhere", sentence)]
+    sentence = (
         f"the driver's libraries ({_LIBCUDA}) are not in this container; start it with "
         "'--gpus all' and NVIDIA_DRIVER_CAPABILITIES=compute,utility"
-    ]
+    )
+    return [Finding(_KIND, "gpu-driver-library-missing", sentence)]
 
 
 def _configured(root: Path) -> list[str]:
@@ -181,7 +197,7 @@ def nvml() -> Any:
     return ctypes.CDLL("libnvidia-ml.so.1")
 
 
-def gpu_memory(environ: Mapping[str, str], load: Callable[[], Any]) -> list[str]:
+def gpu_memory(environ: Mapping[str, str], load: Callable[[], Any]) -> list[Finding]:
     """Whether the first visible GPU exists and has the memory; ``load`` gives NVML.
 
     Where NVML does not answer there is no finding: the engine will say what is wrong.
@@ -190,7 +206,8 @@ def gpu_memory(environ: Mapping[str, str], load: Callable[[], Any]) -> list[str]
     # From the first name on that is no GPU's, CUDA ignores the list.
     wanted = "0" if value is None else value.split(",")[0].strip()
     if not re.match(r"\d|GPU-|MIG-", wanted):
-        return [f"{_VISIBLE} is {value!r}, which hides every GPU; unset it, or name one"]
+        sentence = f"{_VISIBLE} is {value!r}, which hides every GPU; unset it, or name one"
+        return [Finding(_KIND, "gpu-all-hidden", sentence)]
     try:
         library = load()
         if library.nvmlInit_v2() != 0:
@@ -203,7 +220,7 @@ def gpu_memory(environ: Mapping[str, str], load: Callable[[], Any]) -> list[str]
         return []
 
 
-def _memory_of(library: Any, wanted: str, environ: Mapping[str, str]) -> list[str]:
+def _memory_of(library: Any, wanted: str, environ: Mapping[str, str]) -> list[Finding]:
     import ctypes
 
     handle, count = ctypes.c_void_p(), ctypes.c_uint()
@@ -212,10 +229,11 @@ def _memory_of(library: Any, wanted: str, environ: Mapping[str, str]) -> list[st
     number = re.match(r"\d+", wanted)
     if number:
         if count.value and int(number[0]) >= count.value:
-            return [
+            sentence = (
                 f"{_VISIBLE} names GPU {number[0]}, but this container has {count.value}, "
                 "counted from 0; name one of these"
-            ]
+            )
+            return [Finding(_KIND, "gpu-number-unknown", sentence)]
         code = library.nvmlDeviceGetHandleByIndex_v2(
             ctypes.c_uint(int(number[0])), ctypes.byref(handle)
         )
@@ -223,10 +241,11 @@ def _memory_of(library: Any, wanted: str, environ: Mapping[str, str]) -> list[st
         code = library.nvmlDeviceGetHandleByUUID(wanted.encode(), ctypes.byref(handle))
         # Unlike CUDA, NVML wants whole names: of a shortened one it knows nothing.
         if code == _NVML_NOT_FOUND and len(wanted) == len("GPU-") + 36:
-            return [
+            sentence = (
                 f"{_VISIBLE} names {wanted}, which is not in this container; "
                 "name one that 'nvidia-smi -L' lists"
-            ]
+            )
+            return [Finding(_KIND, "gpu-uuid-unknown", sentence)]
     memory = (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
     if code != 0 or library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
         return []
@@ -242,7 +261,7 @@ def _memory_of(library: Any, wanted: str, environ: Mapping[str, str]) -> list[st
     if total >= GPU_NEEDED:
         change = f"stop the other process on it, or choose another GPU by {_VISIBLE}"
     numbers = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {GPU_NEEDED >> 30} needed"
-    return [f"GPU {wanted} has {numbers}; {change}"]
+    return [Finding(_KIND, "gpu-memory-short", f"GPU {wanted} has {numbers}; {change}")]
 
 
 def _alike(library: Any, count: int) -> bool:
@@ -257,111 +276,3 @@ def _alike(library: Any, count: int) -> bool:
             return False
         names.add(name.value)
     return len(names) == 1
-
-
-def shared_memory(root: Path = Path("/")) -> list[str]:
-    """Whether /dev/shm can hold what a refit passes through it."""
-    path = root / _SHM.lstrip("/")
-    try:
-        free = shutil.disk_usage(path).free
-    except OSError:
-        return [f"{_SHM} does not exist; start the container with '--shm-size 1g'"]
-    if free < SHM_NEEDED:
-        return [f"{_SHM} has {free >> 20} MiB free; start the container with '--shm-size 1g'"]
-    return []
-
-
-def cache(environ: Mapping[str, str]) -> list[str]:
-    """Whether the cache root can be written."""
-    path = Path(environ.get("XDG_CACHE_HOME") or CACHE)
-    if os.access(path, os.W_OK | os.X_OK):
-        return []
-    return [f"{path} cannot be written; mount a writable folder there, or run with group 0"]
-
-
-def memory(root: Path = Path("/")) -> list[str]:
-    """Whether there is main memory for an engine on the CPU."""
-    try:
-        text = (root / "proc/meminfo").read_text(encoding="ascii")
-    except OSError:
-        return []
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    machine = int(found[1]) * 1024 if found else MEMORY_NEEDED
-    free = min(machine, _container_memory(root))
-    if free < MEMORY_NEEDED:
-        numbers = f"{free / 2**30:.1f} GiB of memory free, {MEMORY_NEEDED >> 30} needed"
-        return [f"{numbers}; free some, or raise the container's limit (--memory)"]
-    return []
-
-
-def _container_memory(root: Path) -> int:
-    """Bytes that the container may still take; without a limit, as many as are needed.
-
-    Files that were read and are no longer in use count as used, and the kernel gives their memory
-    to whoever asks: `rollout verify` alone reads gigabytes.
-    """
-    folder = root / "sys/fs/cgroup"
-    try:
-        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
-        used = int((folder / "memory.current").read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return MEMORY_NEEDED
-    if not limit.isdigit():
-        return MEMORY_NEEDED
-    return int(limit) - used + _cached_files(folder)
-
-
-def _cached_files(folder: Path) -> int:
-    """Bytes of files that a group has in memory and does not use; 0 where the kernel says none."""
-    try:
-        text = (folder / "memory.stat").read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        return 0
-    found = re.findall(r"^(?:inactive_file|active_file) (\d+)$", text, re.MULTILINE)
-    return sum(map(int, found))
-
-
-def allocator(environ: Mapping[str, str]) -> list[str]:
-    """Settings of torch's allocator that break sleeping (vLLM and SGLang assert on them)."""
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if "expandable_segments:true" in environ.get(name, "").lower().replace(" ", ""):
-            return [f"{name} has expandable_segments:True, which excludes sleep mode; unset it"]
-    return []
-
-
-def findings(
-    cuda: str | None, root: Path, environ: Mapping[str, str], *, proof: bool = True
-) -> list[str]:
-    """Everything that stands in the way, most fundamental first.
-
-    The memory that the proof needs is not looked at where another command is to run.
-    """
-    found = gpu(cuda, root)
-    if cuda and not found:  # without a GPU there is nothing to ask about it
-        found = driver_library(root, environ) + (gpu_memory(environ, nvml) if proof else [])
-    found += allocator(environ) + shared_memory(root) + cache(environ)
-    return found if cuda or not proof else found + memory(root)
-
-
-def warnings(cuda: str | None, root: Path, environ: Mapping[str, str]) -> list[str]:  # noqa: ARG001 - asked as `findings` is
-    """What is no obstacle to the proof, but will be one to a larger job."""
-    if cuda is None:
-        return []
-    try:
-        total = shutil.disk_usage(root / _SHM.lstrip("/")).total
-    except OSError:
-        return []  # said by `shared_memory`
-    if total < SHM_OF_MANY:
-        return [
-            f"{_SHM} has {total >> 20} MiB, which is enough for one GPU; tensor parallelism "
-            "(NCCL, vLLM's queues) needs '--shm-size 10g' or '--ipc host'"
-        ]
-    return []
-
-
-def work_folder(environ: Mapping[str, str]) -> Path | None:
-    """A folder for temporary files that can be written; with a read-only root /tmp cannot."""
-    for candidate in (environ.get("TMPDIR"), "/tmp", environ.get("XDG_CACHE_HOME") or CACHE):  # noqa: S108
-        if candidate and os.access(candidate, os.W_OK | os.X_OK):
-            return Path(candidate)
-    return None
