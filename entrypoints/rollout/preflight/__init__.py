@@ -12,8 +12,9 @@ from pathlib import Path
 
 from rollout.preflight import cache, gpu, memory, network, variables
 from rollout.preflight.cache import CACHE, work_folder
+from rollout.preflight.drivers import DRIVER_FLOOR, driver
 from rollout.preflight.finding import Finding, Host
-from rollout.preflight.gpu import DRIVER_FLOOR, driver, nvml
+from rollout.preflight.library import nvml
 
 __all__ = [
     "CACHE",

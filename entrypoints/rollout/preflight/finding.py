@@ -25,3 +25,12 @@ class Host:
     environ: Mapping[str, str]
     cuda: str | None  # CUDA version of the image, None for an image of the CPU
     proof: bool = True  # whether the proof is to run here, or another command
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a reader wants to know of one finding."""
+
+    example: str  # a sentence as it is printed, with what to do
+    cause: str  # how a host comes to be so, and what fails there else
+    stops: bool = True
