@@ -123,7 +123,7 @@ def _memory(library: Any, handle: Any) -> tuple[int | None, int | None]:
     import ctypes
 
     found = (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
-    if _call(library, "nvmlDeviceGetMemoryInfo", handle, found) != SUCCESS:
+    if _call(library, "nvmlDeviceGetMemoryInfo", handle, ctypes.byref(found)) != SUCCESS:
         return None, None
     return found[0], found[1]
 
@@ -134,7 +134,7 @@ def _fabric(library: Any, handle: Any) -> tuple[int, int] | None:
 
     # nvmlGpuFabricInfo_t: 16 bytes of the cluster, status, clique, state.
     found = (ctypes.c_ubyte * 28)()
-    if _call(library, "nvmlDeviceGetGpuFabricInfo", handle, found) != SUCCESS:
+    if _call(library, "nvmlDeviceGetGpuFabricInfo", handle, ctypes.byref(found)) != SUCCESS:
         return None
     return found[24], int.from_bytes(bytes(found[16:20]), sys.byteorder)
 
