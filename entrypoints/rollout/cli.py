@@ -168,12 +168,7 @@ def _smoke(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     started, clock = report.now(), time.perf_counter()
     data = info.image(info.prefix())
     options = smoke.Options(only, given.model, given.cycles, given.inject, given.framework)
-    # Another folder is taken already, and the look of the proof itself sees that one.
-    replaced = preflight.temporary(preflight.Host(Path("/"), environ, data["cuda"]))
-    _warn([finding.sentence for finding in replaced])
-    # The proof runs without these variables, and a job with them.
-    _warn(added.warnings(info.prefix(), os.environ))
-    checks, device = smoke.run(data, options, _show)
+    checks, device = smoke.run(data, options, _show, environ)
     seconds = time.perf_counter() - clock
     # Some checks alone prove no image: the verdict is 'unproved', unless one of them failed.
     expected, wanted = smoke.promised(data["smoke"]), data["smoke"]
@@ -212,15 +207,10 @@ def _trained(checks: Sequence[report.Check], data: Mapping[str, Any]) -> report.
     return report.Framework(name, version, path) if name and version else None
 
 
-def _warn(sentences: Sequence[str]) -> None:
-    for sentence in sentences:
-        print(f"rollout: warning: {sentence}", file=sys.stderr, flush=True)
-
-
 def _doctor(environ: Mapping[str, str], *, as_json: bool) -> int:
     """Print all findings, those that stop the proof first; the exit code of `rollout smoke`."""
     cuda = info.image(info.prefix()).get("cuda")
-    found = _found(preflight.Host(Path("/"), environ, cuda))
+    found = preflight.look(preflight.Host(Path("/"), environ, cuda, all=True))
     if as_json:
         print(json.dumps([asdict(finding) for finding in found], indent=1))
     else:
@@ -233,20 +223,15 @@ def _doctor(environ: Mapping[str, str], *, as_json: bool) -> int:
     return 3 if any(finding.stops for finding in found) else 0
 
 
-def _found(host: preflight.Host) -> list[preflight.Finding]:
-    """What is found on a host: what stops, then what only warns."""
-    return sorted(preflight.look(host), key=lambda finding: not finding.stops)
-
-
 def _execute(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Become the given command, after a look that costs milliseconds.
 
     ``environ`` is as the job gave it: what was replaced in this process is wrong there, too.
     """
     cuda = info.image(info.prefix()).get("cuda")
-    found = _found(preflight.Host(Path("/"), environ, cuda, proof=False))
-    sentences = [finding.sentence for finding in found]
-    _warn(sentences + added.warnings(info.prefix(), os.environ))
+    found = preflight.look(preflight.Host(Path("/"), environ, cuda, proof=False))
+    for finding in found:
+        print(f"rollout: warning: {finding.sentence}", file=sys.stderr, flush=True)
     try:
         os.execvp(argv[0], list(argv))  # noqa: S606 - running what the user asked for is the purpose
     except FileNotFoundError:

@@ -208,7 +208,7 @@ def test_the_exit_code_is_the_verdict(
 ) -> None:
     asked: list[smoke.Options] = []
 
-    def run(_: Any, options: smoke.Options, __: Any) -> tuple[list[Check], str]:
+    def run(_: Any, options: smoke.Options, *__: Any) -> tuple[list[Check], str]:
         asked.append(options)
         return checks, "a CPU"
 
@@ -374,7 +374,7 @@ def finds(monkeypatch: pytest.MonkeyPatch, *findings: preflight.Finding) -> list
         seen.append(host)
         return list(findings)
 
-    monkeypatch.setattr(preflight, "look", look)
+    monkeypatch.setattr(preflight, "KINDS", (SimpleNamespace(look=look),))
     return seen
 
 
@@ -385,6 +385,7 @@ def test_the_doctor_prints_every_finding_and_those_that_stop_first(
     seen = finds(monkeypatch, WARNS, STOPS)
     assert cli.main(["doctor"]) == 3
     assert seen[0].proof  # what the proof needs is looked at, too
+    assert seen[0].all
     assert capsys.readouterr().out.splitlines() == [
         "stops    cache      cache-full: the disk is full; free some",
         "warning  memory     files-limited: few files; raise the limit",
@@ -419,10 +420,10 @@ def test_a_folder_of_temporary_files_that_was_replaced_is_said(
 ) -> None:
     monkeypatch.setenv("TMPDIR", "/nowhere/job")
     cli.main(["doctor"])
-    said = "TMPDIR names /nowhere/job, which cannot be written, and another folder is taken"
+    said = "TMPDIR is /nowhere/job, which is not there or cannot be written, so /tmp is taken; "
     assert f"tmpdir-not-writable: {said}" in capsys.readouterr().out
     monkeypatch.setenv("TMPDIR", "/nowhere/job")
-    monkeypatch.setattr(smoke, "run", lambda *_, **__: ([], None))
+    monkeypatch.setattr(smoke, "proof", lambda *_: ([], None))
     cli.main(["smoke"])
     assert f"rollout: warning: {said}" in capsys.readouterr().err
 
@@ -464,9 +465,11 @@ def test_a_path_that_hides_what_is_locked_is_said_before_a_command_and_a_proof(
     said, _ = executed(["python3", "train.py"], capsys)
     wanted = f"rollout: warning: PYTHONPATH: {folder} holds torch, which the lock has too"
     assert [line.startswith(wanted) for line in said].count(True) == 1
-    monkeypatch.setattr(smoke, "run", lambda *_, **__: ([], None))
+    monkeypatch.setattr(smoke, "proof", lambda *_: ([], None))
     cli.main(["smoke"])
     assert wanted in capsys.readouterr().err
+    cli.main(["doctor"])
+    assert f"python-path-hides: PYTHONPATH: {folder} holds torch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -591,7 +594,7 @@ def test_serve_becomes_the_engines_own_server_behind_the_warnings(
     server: str,
 ) -> None:
     is_image_of(prefix, backend, "12.8")
-    monkeypatch.setattr(preflight.gpu, "driver", lambda *_: None)
+    monkeypatch.setattr(preflight.drivers, "driver", lambda *_: None)
     said, became = executed(["serve", "/model", "--port", "8000", "--help", "a b"], capsys)
     assert became == f"{server} /model --port 8000 --help 'a b'"
     assert "rollout: warning: no NVIDIA driver on this host; run it on a GPU host" in said

@@ -35,7 +35,6 @@ def names(root: Path, cuda: str | None, **environ: str) -> list[str]:
 def test_a_machine_with_everything_has_no_findings(machine: Path) -> None:
     for cuda in (None, "12.8", "13.0"):
         assert names(machine, cuda) == []
-        assert preflight.findings(cuda, machine, {"XDG_CACHE_HOME": "/cache"}) == []
 
 
 def test_the_most_fundamental_finding_comes_first(
@@ -65,9 +64,9 @@ def test_the_most_fundamental_finding_comes_first(
 def test_what_stops_and_what_only_warns_are_told_apart(
     machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`rollout smoke` ends with the former alone."""
+    """`rollout smoke` ends with the first of the former."""
     stops = Finding("cache", "a", "a is wrong; mend a")
     warns = Finding("cache", "b", "b is wrong; mend b", stops=False)
-    monkeypatch.setattr(preflight, "look", lambda _: [warns, stops])
-    assert preflight.findings("12.8", machine, {}) == [stops.sentence]
-    assert preflight.warnings("12.8", machine, {}) == [warns.sentence]
+    kind = SimpleNamespace(look=lambda _: iter([warns, stops]))
+    monkeypatch.setattr(preflight, "KINDS", (kind, kind))
+    assert preflight.look(Host(machine, {}, "12.8")) == [stops, stops, warns, warns]

@@ -22,8 +22,9 @@ def yielded() -> set[tuple[str, str, bool]]:
             assert isinstance(node, ast.Call)
             name = node.args[1]
             assert isinstance(name, ast.Constant), f"{path.name}: a name has to be written out"
+            kind = node.args[0].value if isinstance(node.args[0], ast.Constant) else path.stem
             stops = {k.arg: ast.literal_eval(k.value) for k in node.keywords}.get("stops", True)
-            found.add((path.stem, str(name.value), stops))
+            found.add((str(kind), str(name.value), stops))
     return found
 
 

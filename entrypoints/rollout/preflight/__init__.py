@@ -7,13 +7,12 @@ exit code 3, anything else is run after a warning, and ``rollout doctor`` prints
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
-from rollout.preflight import cache, gpu, memory, network, variables
-from rollout.preflight.cache import CACHE, temporary, work_folder
+from rollout.preflight import cache, gpu, memory, network, temporary, variables
+from rollout.preflight.cache import CACHE
+from rollout.preflight.drivers import DRIVER_FLOOR, driver
 from rollout.preflight.finding import Finding, Host
-from rollout.preflight.gpu import DRIVER_FLOOR, driver, nvml
+from rollout.preflight.library import nvml
+from rollout.preflight.temporary import work_folder
 
 __all__ = [
     "CACHE",
@@ -21,33 +20,16 @@ __all__ = [
     "Finding",
     "Host",
     "driver",
-    "findings",
     "look",
     "nvml",
-    "temporary",
-    "warnings",
     "work_folder",
 ]
 
 # Most fundamental first: `rollout smoke` ends with the first one alone.
-KINDS = (gpu, variables, memory, cache, network)
+KINDS = (gpu, variables, memory, cache, temporary, network)
 
 
 def look(host: Host) -> list[Finding]:
-    """Everything that is found on a host."""
-    return [finding for kind in KINDS for finding in kind.look(host)]
-
-
-def findings(
-    cuda: str | None, root: Path, environ: Mapping[str, str], *, proof: bool = True
-) -> list[str]:
-    """Everything that stands in the way, most fundamental first.
-
-    What the proof alone needs is not looked at where another command is to run.
-    """
-    return [f.sentence for f in look(Host(root, environ, cuda, proof)) if f.stops]
-
-
-def warnings(cuda: str | None, root: Path, environ: Mapping[str, str]) -> list[str]:
-    """What is no obstacle to the proof, but will be one to a larger job."""
-    return [f.sentence for f in look(Host(root, environ, cuda, proof=False)) if not f.stops]
+    """Everything that is found on a host: what stops the proof, then what only warns."""
+    found = [finding for kind in KINDS for finding in kind.look(host)]
+    return sorted(found, key=lambda finding: not finding.stops)

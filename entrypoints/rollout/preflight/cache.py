@@ -1,4 +1,4 @@
-"""The folders that hold what engines compile and download, and the one of temporary files."""
+"""The folders that hold what engines compile and download."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rollout.preflight import mounts
+from rollout.environment import printable
+from rollout.preflight import files, mounts
 from rollout.preflight.finding import Finding, Host
 
 _KIND = "cache"
@@ -28,6 +29,7 @@ _KEPT = (
     *("CUDA_CACHE_PATH", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "TRANSFORMERS_CACHE"),
     "TORCH_HOME",
 )
+_REOPENED = (".lock", ".log")  # files that whoever comes next opens to write (FlashInfer, inductor)
 _TRUE = frozenset({"1", "on", "true", "yes"})  # as huggingface_hub reads its variables
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
@@ -39,6 +41,10 @@ _CLUSTER = {
     "ceph": "CephFS",
     "wekafs": "WekaFS",
     "panfs": "PanFS",
+    "pvfs2": "OrangeFS",
+    "gfs2": "GFS2",
+    "ocfs2": "OCFS2",
+    "afs": "AFS",
 }
 _CIFS = frozenset({"cifs", "smb3", "smbfs"})
 # FUSE that lies on a local disk: how podman, enroot and Apptainer make a container's root.
@@ -48,9 +54,6 @@ _LOCAL_FUSE = frozenset({"fuse.fuse-overlayfs", "fuse.squashfuse", "fuse.squashf
 # kernels are some hundred MB, their sizes were not measured.
 ROOM_NEEDED = 64 << 20
 ROOM_OF_MANY = 2 << 30
-# Bytes of temporary files: the proof on a GPU writes its probe there, of which the weights are
-# 1.8 GiB ("bytes" of refit in the kept reports).
-PROBE = 2 << 30
 
 # A look through the caches ends after so many entries or seconds: a shared disk may take a
 # millisecond for each.
@@ -70,13 +73,14 @@ class _Place:
 
     @property
     def said(self) -> str:
-        return self.path if self.variable == _ROOT else f"{self.path} ({self.variable})"
+        shown = printable(self.path)
+        return shown if self.variable == _ROOT else f"{shown} ({self.variable})"
 
     @property
     def change(self) -> str:
         """What to change so that another folder is taken."""
         if self.variable == _ROOT:
-            return f"mount one at {self.path}"
+            return f"mount one at {printable(self.path)}"
         return f"set {self.variable} to one"
 
 
@@ -100,8 +104,6 @@ def look(
     if not closed:
         yield from _foreign(host, compiled[1:], access)
         yield from _room(host, root, statvfs)
-    yield from temporary(host, access)
-    yield from _temporary_room(host, statvfs)
     slow: list[str] = []
     for place in compiled:
         if not _below(place.path, [*closed, *slow]):
@@ -128,8 +130,8 @@ def _below(path: str, folders: Sequence[str]) -> bool:
 
 def _existing(host: Host, path: str) -> Path:
     """The folder itself, or the nearest one above it that exists: there it would be made."""
-    place = host.root / path.lstrip("/")
-    while not place.exists() and place != host.root and place != place.parent:
+    place = files.below(host.root, path)
+    while not files.there(place) and place not in (host.root, place.parent):
         place = place.parent
     return place
 
@@ -188,10 +190,10 @@ def _foreign(host: Host, places: Sequence[_Place], access: Access) -> Iterator[F
     """What another user compiled, and this one cannot read or replace."""
     unread: list[str] = []
     fixed: list[str] = []
-    for path, folder in _entries([str(host.root / place.path.lstrip("/")) for place in places]):
+    for path, folder in _entries([str(files.below(host.root, place.path)) for place in places]):
         if not access(path, os.R_OK | (os.X_OK if folder else 0)):
             unread.append(path)
-        elif folder and not access(path, os.W_OK):
+        elif (folder or path.endswith(_REOPENED)) and not access(path, os.W_OK):
             fixed.append(path)
     if unread:
         sentence = (
@@ -235,7 +237,7 @@ def _entries(folders: Sequence[str]) -> Iterator[tuple[str, bool]]:
 def _who(host: Host, found: Sequence[str]) -> str:
     """The first of some files with its owner, and how many more there are."""
     first = Path(found[0])
-    shown = f"/{first.relative_to(host.root)}"
+    shown = printable(f"/{first.relative_to(host.root)}")
     try:
         status = first.lstat()
         shown += f" (user {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o})"
@@ -281,63 +283,27 @@ def _remote(host: Host, place: _Place, mounted: Sequence[mounts.Mount]) -> Itera
 
 def _room(host: Host, root: _Place, statvfs: Statvfs) -> Iterator[Finding]:
     """What is left on the disk of the root."""
-    found = _free(host, root.path, statvfs)
+    disk = f"the disk of {printable(root.path)} has room for"
+    found = room(host, root.path, statvfs)
     if found is None:
         return
     free, files = found
     if free < ROOM_NEEDED or files == 0:
         left = "no file more" if files == 0 else f"{free >> 20} MiB"
-        sentence = (
-            f"the disk of {root.path} has room for {left}; free some, or {root.change} on another"
-        )
+        sentence = f"{disk} {left}; free some, or {root.change} on another"
         yield Finding(_KIND, "cache-full", sentence)
     elif free < ROOM_OF_MANY and host.cuda:
         sentence = (
-            f"the disk of {root.path} has room for {free >> 20} MiB, and engines compile and "
-            f"download more; free some, or {root.change} on another"
+            f"{disk} {free >> 20} MiB, and engines compile and download more; free some, or "
+            f"{root.change} on another"
         )
         yield Finding(_KIND, "cache-nearly-full", sentence, stops=False)
 
 
-def _free(host: Host, path: str, statvfs: Statvfs) -> tuple[int, int] | None:
+def room(host: Host, path: str, statvfs: Statvfs) -> tuple[int, int] | None:
     """Bytes and files that this user may still write, -1 where files are not counted."""
     try:
         found = statvfs(_existing(host, path))
     except OSError:
         return None
     return found.f_bavail * found.f_frsize, found.f_favail if found.f_files else -1
-
-
-# Temporary files ----------------------------------------------------------------------------------
-
-
-def temporary(host: Host, access: Access = os.access) -> Iterator[Finding]:
-    """Whether TMPDIR can be written: where it cannot, another folder is taken without a word."""
-    place = host.environ.get("TMPDIR", "")
-    if place and not access(str(host.root / place.lstrip("/")), os.W_OK | os.X_OK):
-        sentence = (
-            f"TMPDIR names {place}, which cannot be written, and another folder is taken; make it, "
-            "mount it into the container, or unset TMPDIR"
-        )
-        yield Finding(_KIND, "tmpdir-not-writable", sentence, stops=False)
-
-
-def _temporary_room(host: Host, statvfs: Statvfs) -> Iterator[Finding]:
-    """Room for temporary files: the proof's, or the least of any command."""
-    needed = PROBE if host.proof and host.cuda else ROOM_NEEDED
-    place = host.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - where temporary files go else
-    found = _free(host, place, statvfs)
-    if found and found[0] < needed:
-        sentence = (
-            f"the disk of {place} has room for {found[0] >> 20} MiB of temporary files, "
-            f"{needed >> 20} needed; free some, or set TMPDIR to a folder on another"
-        )
-        yield Finding(_KIND, "tmpdir-full", sentence)
-
-
-def work_folder(environ: Mapping[str, str]) -> Path | None:
-    """A folder for temporary files that can be written; with a read-only root /tmp cannot."""
-    for candidate in (environ.get("TMPDIR"), "/tmp", environ.get(_ROOT) or CACHE):  # noqa: S108
-        if candidate and os.access(candidate, os.W_OK | os.X_OK):
-            return Path(candidate)
-    return None

@@ -1,39 +1,21 @@
-"""The GPU and its driver, known in milliseconds before an engine starts.
-
-All but the GPU's memory is read from files, so tests give a tree of their own as ``root``.
-"""
+"""The GPU and its driver: from the device nodes to the memory that the proof needs."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+from rollout.preflight import devices, drivers, health, library, visible
 from rollout.preflight.finding import Finding, Host
+from rollout.preflight.library import Gpu, nvml
+from rollout.preflight.visible import VISIBLE, Choice, Taken
 
-_KIND = "gpu"
 # Bytes on the GPU. The trainer's side holds two sets of weights and two float32 oracles of a 1 B
 # probe, about 12 GiB; the engine its weights, a KV cache of 4 GiB, CUDA graphs and contexts.
 GPU_NEEDED = 24 << 30
-
-# The oldest driver that runs a CUDA major version (minor version compatibility). Source: NVIDIA,
-# CUDA Compatibility, table "minimum required driver version".
-DRIVER_FLOOR = {12: (525, 60, 13), 13: (580, 65, 6)}
-
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
-_LIBCUDA = "libcuda.so.1"
-# Where the loader looks last: Debian's own folders, and those of other distributions.
-_LOADER_FOLDERS = (
-    *("/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu"),
-    *("/lib/aarch64-linux-gnu", "/usr/lib/aarch64-linux-gnu"),
-    *("/lib64", "/usr/lib64", "/lib", "/usr/lib"),
-)
-# Where Kubernetes' device plugins mount the driver's libraries; the loader does not look there.
-_MOUNTED = "/usr/local/nvidia/lib64"
-_LINKS = 40  # as many as the kernel follows in one path
-_NVML_NOT_FOUND = 6
+# Bytes that no process gets: what the driver holds of an idle card. One of 24 GB never has 24 GiB.
+_DRIVERS_OWN = 1 << 30
+_PATIENCE_S = 1.0  # how long a command that is no proof waits for the driver
+_OTHERS = 2 << 30  # bytes in use, above what an idle card of any size shows, that are a process's
 
 
 def look(host: Host) -> Iterator[Finding]:
@@ -43,236 +25,62 @@ def look(host: Host) -> Iterator[Finding]:
     """
     if host.cuda is None:
         return
-    found = gpu(host.cuda, host.root)
+    found = [*devices.look(host)] or [*drivers.old(host, None)]
     yield from found
-    if not found:  # without a GPU there is nothing to ask about it
-        yield from driver_library(host.root, host.environ)
-        if host.proof:
-            yield from gpu_memory(host.environ, nvml)
-
-
-def driver(root: Path = Path("/")) -> str | None:
-    """Version of the NVIDIA kernel driver, None where there is none."""
-    try:
-        text = (root / "proc/driver/nvidia/version").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
-    return found[1] if found else None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
-
-
-def gpu(cuda: str | None, root: Path = Path("/")) -> list[Finding]:
-    """What stands between a CUDA image and the GPU; nothing for a CPU image (``cuda`` None)."""
-    if cuda is None:
-        return []
-    version = driver(root)
-    if version is None:
-        sentence = "no NVIDIA driver on this host; run it on a GPU host"
-        return [Finding(_KIND, "gpu-driver-missing", sentence)]
-    if not any((root / "dev").glob("nvidia[0-9]*")):
-        sentence = (
-            "no GPU in this container; start it with '--gpus all' (docker) or '--nv' (Apptainer)"
-        )
-        return [Finding(_KIND, "gpu-not-in-container", sentence)]
-    floor = DRIVER_FLOOR.get(int(cuda.split(".")[0]))
-    if floor and _numbers(version) < floor:
-        oldest = ".".join(f"{n:02d}" if n < 10 else str(n) for n in floor)
-        sentence = (
-            f"driver {version} is older than CUDA {cuda} needs; "
-            f"update it to {oldest} or newer, or take an image of an older CUDA"
-        )
-        return [Finding(_KIND, "gpu-driver-too-old", sentence)]
-    return []
-
-
-def driver_library(root: Path, environ: Mapping[str, str]) -> list[Finding]:
-    """Whether the libcuda that a process would load is the driver's own.
-
-    A file name without a version says nothing about whose it is, and is not remarked on.
-    """
-    version = driver(root)
-    if version is None or not any((root / "dev").glob("nvidia[0-9]*")):
-        return []  # said by `gpu`
-    given = [part for part in re.split("[:;]", environ.get("LD_LIBRARY_PATH", "")) if part]
-    for folder in (*given, *_configured(root), *_cached(root), *_LOADER_FOLDERS):
-        name = _file_name(root, f"{folder}/{_LIBCUDA}")
-        if name is None:
-            continue
-        # Three digits: the name libcuda.so.1.1 (WSL) holds no version of a driver.
-        found = re.fullmatch(r"libcuda\.so\.(\d{3,}(?:\.\d+)+)", name)
-        if found is None or found[1] == version:
-            return []
-        if folder in given:
-            change = "take that folder out of LD_LIBRARY_PATH"
-        else:
-            change = "remove cuda-compat there, or restart the host if its driver was just updated"
-        sentence = (
-            f"{folder} holds the {_LIBCUDA} of driver {found[1]}, but the driver of this host is "
-            f"{version}; {change}"
-        )
-        return [Finding(_KIND, "gpu-driver-shadowed", sentence)]
-    if _file_name(root, f"{_MOUNTED}/{_LIBCUDA}"):
-        sentence = f"no {_LIBCUDA} is found but in {_MOUNTED}; add that folder to LD_LIBRARY_PATH"
-        return [Finding(_KIND, "gpu-driver-library-elsewhere", sentence)]
-    sentence = (
-        f"the driver's libraries ({_LIBCUDA}) are not in this container; start it with "
-        "'--gpus all' and NVIDIA_DRIVER_CAPABILITIES=compute,utility"
-    )
-    return [Finding(_KIND, "gpu-driver-library-missing", sentence)]
-
-
-def _configured(root: Path) -> list[str]:
-    """The folders of /etc/ld.so.conf and of the files that it includes, in their order."""
-    folders = []
-    for line in _lines(root / "etc/ld.so.conf"):
-        words = line.split()
-        if words[0] != "include":
-            folders.append(line)
-            continue
-        for pattern in words[1:]:
-            # Sorted, and relative to /etc, as ldconfig has it.
-            for file in sorted(root.glob(str(Path("/etc", pattern))[1:])):
-                folders += _lines(file)
-    return folders
-
-
-def _lines(file: Path) -> list[str]:
-    """What a file of ld.so.conf's format says, without comments."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    lines = (line.split("#")[0].strip() for line in text.splitlines())
-    return [line for line in lines if line]
-
-
-def _cached(root: Path) -> Iterator[str]:
-    """The folders with a libcuda that /etc/ld.so.cache names, in whatever order.
-
-    ldconfig takes folders on its command line too, so the configuration may not name them all.
-    """
-    try:
-        content = (root / "etc/ld.so.cache").read_bytes()
-    except OSError:
+    if found:  # without a GPU there is nothing to ask about it
         return
-    for found in re.finditer(rb"(/[^\0]*)/libcuda\.so\.1\0", content):
-        yield os.fsdecode(found[1])
+    yield from drivers.compiled(host)
+    found = [*drivers.library(host)]
+    yield from found
+    if not any(finding.name.startswith("gpu-driver-library") for finding in found):
+        yield from _asked(host)
 
 
-def _file_name(root: Path, path: str) -> str | None:
-    """The name of the file that a path leads to, None where it leads to none.
-
-    Every link is followed as a process would whose root folder is ``root``.
-    """
-    ahead, behind, links = path.split("/")[::-1], [root], 0
-    try:
-        while ahead:
-            part = ahead.pop()
-            here = behind[-1] / part
-            if part == "..":
-                behind = behind[:-1] or [root]
-            elif part in ("", "."):
-                continue
-            elif not here.is_symlink():
-                behind.append(here)
-            elif (links := links + 1) > _LINKS:
-                return None
-            else:
-                target = str(here.readlink())
-                behind = [root] if target.startswith("/") else behind
-                ahead += target.split("/")[::-1]
-        return behind[-1].name if behind[-1].is_file() else None
-    except OSError:  # the loader cannot look there either
-        return None
+def _asked(host: Host) -> Iterator[Finding]:
+    """What the driver's own library tells."""
+    answer = library.ask(nvml, library.LIMIT_S if host.proof else _PATIENCE_S)
+    if answer.code == library.HANGS and not host.proof:
+        return  # it may be waking the GPUs, which takes longer than another command should wait
+    yield from health.answered(answer)
+    if drivers.driver(host.root) is None:
+        yield from drivers.old(host, answer.cuda)
+    gpus = answer.gpus
+    choice = visible.chosen(host, gpus)
+    yield from visible.look(host, gpus, choice)
+    for taken in choice.taken:
+        if taken.gpu is not None:
+            yield from health.look(host, taken.gpu)
+    if host.proof:
+        yield from memory(gpus, choice)
 
 
-def nvml() -> Any:
-    """The driver's library that tells of GPUs without CUDA; OSError where there is none."""
-    import ctypes
-
-    return ctypes.CDLL("libnvidia-ml.so.1")
-
-
-def gpu_memory(environ: Mapping[str, str], load: Callable[[], Any]) -> list[Finding]:
-    """Whether the first visible GPU exists and has the memory; ``load`` gives NVML.
-
-    Where NVML does not answer there is no finding: the engine will say what is wrong.
-    """
-    value = environ.get(_VISIBLE)
-    # From the first name on that is no GPU's, CUDA ignores the list.
-    wanted = "0" if value is None else value.split(",")[0].strip()
-    if not re.match(r"\d|GPU-|MIG-", wanted):
-        sentence = f"{_VISIBLE} is {value!r}, which hides every GPU; unset it, or name one"
-        return [Finding(_KIND, "gpu-all-hidden", sentence)]
-    try:
-        library = load()
-        if library.nvmlInit_v2() != 0:
-            return []
-        try:
-            return _memory_of(library, wanted, environ)
-        finally:
-            library.nvmlShutdown()
-    except (OSError, AttributeError):  # no library, or one without these functions
-        return []
-
-
-def _memory_of(library: Any, wanted: str, environ: Mapping[str, str]) -> list[Finding]:
-    import ctypes
-
-    handle, count = ctypes.c_void_p(), ctypes.c_uint()
-    if library.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-        return []
-    number = re.match(r"\d+", wanted)
-    if number:
-        if count.value and int(number[0]) >= count.value:
+def memory(gpus: Sequence[Gpu], choice: Choice) -> Iterator[Finding]:
+    """Whether the first visible GPU, on which the proof runs, has the memory for it."""
+    first = next(iter(choice.taken), Taken(""))
+    of = first.part or first.gpu
+    if of is None or of.total is None or of.free is None:
+        return
+    name = f"GPU {first.entry}"
+    numbers = f"{of.free / 2**30:.1f} of {of.total / 2**30:.1f} GiB free"
+    if of.free >= GPU_NEEDED:
+        if of.total - of.free >= _OTHERS:
             sentence = (
-                f"{_VISIBLE} names GPU {number[0]}, but this container has {count.value}, "
-                "counted from 0; name one of these"
+                f"{name} has {numbers}: another process works on it, and the proof measures the "
+                f"memory of the whole GPU; choose another GPU by {VISIBLE} if a check of memory "
+                "fails"
             )
-            return [Finding(_KIND, "gpu-number-unknown", sentence)]
-        code = library.nvmlDeviceGetHandleByIndex_v2(
-            ctypes.c_uint(int(number[0])), ctypes.byref(handle)
+            yield Finding("gpu", "gpu-shared", sentence, stops=False)
+        return
+    if of.total < GPU_NEEDED + _DRIVERS_OWN:
+        larger = f"choose a larger GPU by {VISIBLE}" if len(gpus) > 1 else "take a larger GPU"
+        sentence = (
+            f"{name} has {of.total / 2**30:.1f} GiB in all, too small for the proof, which needs "
+            f"{GPU_NEEDED >> 30} free; {larger} for it: engines with a smaller model may run here"
         )
-    else:
-        code = library.nvmlDeviceGetHandleByUUID(wanted.encode(), ctypes.byref(handle))
-        # Unlike CUDA, NVML wants whole names: of a shortened one it knows nothing.
-        if code == _NVML_NOT_FOUND and len(wanted) == len("GPU-") + 36:
-            sentence = (
-                f"{_VISIBLE} names {wanted}, which is not in this container; "
-                "name one that 'nvidia-smi -L' lists"
-            )
-            return [Finding(_KIND, "gpu-uuid-unknown", sentence)]
-    memory = (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
-    if code != 0 or library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) != 0:
-        return []
-    total, free, _ = memory
-    if free >= GPU_NEEDED:
-        return []
-    # CUDA counts the fastest GPU first, NVML by slot: which one a number means is known only
-    # where all are alike or CUDA was told to count by slot, too.
-    by_slot = environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
-    if number and not by_slot and not _alike(library, count.value):
-        return []
-    change = f"choose a larger GPU by {_VISIBLE}"
-    if total >= GPU_NEEDED:
-        change = f"stop the other process on it, or choose another GPU by {_VISIBLE}"
-    numbers = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {GPU_NEEDED >> 30} needed"
-    return [Finding(_KIND, "gpu-memory-short", f"GPU {wanted} has {numbers}; {change}")]
-
-
-def _alike(library: Any, count: int) -> bool:
-    """Whether all GPUs are of one model."""
-    import ctypes
-
-    names = set()
-    for index in range(count):
-        handle, name = ctypes.c_void_p(), ctypes.create_string_buffer(96)
-        code = library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
-        if code != 0 or library.nvmlDeviceGetName(handle, name, ctypes.c_uint(96)) != 0:
-            return False
-        names.add(name.value)
-    return len(names) == 1
+        yield Finding("gpu", "gpu-too-small", sentence)
+        return
+    sentence = (
+        f"{name} has {numbers}, {GPU_NEEDED >> 30} needed; stop the other process on it, or choose "
+        f"another GPU by {VISIBLE}"
+    )
+    yield Finding("gpu", "gpu-memory-short", sentence)

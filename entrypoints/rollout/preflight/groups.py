@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rollout.preflight import mounts
+from rollout.preflight import files, mounts
 
 _FOLDER = "/sys/fs/cgroup"
-# Files of v2 and of v1: limit, use.
+# Files of v2 and of v1: limit, use. Above "high" the kernel kills nobody, and lets nobody go on.
 _MEMORY = (
     ("memory.max", "memory.current"),
+    ("memory.high", "memory.current"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 )
 _RECLAIMED = ("inactive_file", "active_file")  # of memory.stat
@@ -97,12 +98,8 @@ def _upwards(mount: mounts.Mount, path: str) -> list[str]:
 
 def _paths(root: Path, controller: str) -> dict[str, str]:
     """The path of the own group: of v2 under "", of v1 under the controller's name."""
-    try:
-        text = (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
     found = {}
-    for line in text.splitlines():
+    for line in files.text(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         if number == "0" and not names:
@@ -122,8 +119,5 @@ def _pair(folder: Path, limit: str, used: str) -> tuple[int, int] | None:
 
 
 def _stat(folder: Path) -> dict[str, int]:
-    try:
-        text = (folder / "memory.stat").read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        return {}
+    text = files.text(folder / "memory.stat")
     return {name: int(value) for name, value in re.findall(r"^(\w+) (\d+)$", text, re.MULTILINE)}

@@ -8,7 +8,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 
-from rollout.preflight import groups
+from rollout.preflight import files, groups, interfaces
 from rollout.preflight.finding import Finding, Host
 
 _KIND = "memory"
@@ -90,10 +90,7 @@ def main_memory(host: Host) -> Iterator[Finding]:
 
 def _available(host: Host) -> int | None:
     """Bytes that the machine has to give, as the kernel estimates; None where it does not."""
-    try:
-        text = (host.root / "proc/meminfo").read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        return None
+    text = files.text(host.root / "proc/meminfo")
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else None
 
@@ -125,10 +122,10 @@ def limited(host: Host, limits: Limits) -> Iterator[Finding]:
         )
         yield Finding(_KIND, "pids-limited", sentence, stops=False)
     locked, _ = limits(resource.RLIMIT_MEMLOCK)
-    verbs = any((host.root / "dev/infiniband").glob("uverbs*"))
-    if verbs and locked != resource.RLIM_INFINITY and locked < LOCKED_OF_MANY:
+    if interfaces.verbs(host.root) and locked != resource.RLIM_INFINITY and locked < LOCKED_OF_MANY:
         sentence = (
-            f"there is InfiniBand, and a process may lock {locked >> 10} KiB of memory, which "
-            "NCCL exceeds when it registers buffers; start the container with '--ulimit memlock=-1'"
+            "there is a fast network (/dev/infiniband), and a process may lock "
+            f"{locked >> 10} KiB of memory, which NCCL exceeds when it registers buffers; start "
+            "the container with '--ulimit memlock=-1'"
         )
         yield Finding(_KIND, "locked-memory-limited", sentence, stops=False)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rollout.preflight import files
+
 
 @dataclass(frozen=True)
 class Mount:
@@ -30,12 +32,8 @@ def read(root: Path) -> list[Mount]:
     A line is ``36 35 98:0 /root /point rw,noatime master:1 - ext4 /dev/sda1 rw``; before the dash
     are any number of fields (proc_pid_mountinfo(5)).
     """
-    try:
-        text = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
     found = []
-    for line in text.splitlines():
+    for line in files.text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         left, right = before.split(" "), after.split(" ")
         if len(left) < 6 or len(right) < 3:
