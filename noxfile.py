@@ -33,9 +33,11 @@ def tools(session: nox.Session) -> None:
 
 
 def shell_scripts() -> list[str]:
-    """Those of a build, the launcher, and what CI runs."""
+    """Those of a build, the launcher, what users copy for their cluster, and what CI runs."""
     recipes = sorted(Path("images/recipes").iterdir())
-    return [".ci/run", *(str(p) for p in recipes if p.read_bytes().startswith(b"#!/bin/sh"))]
+    copied = sorted(p for p in Path("docs/clusters").glob("*/*") if p.suffix in (".sh", ".sbatch"))
+    scripts = [*recipes, *copied]
+    return [".ci/run", *(str(p) for p in scripts if p.read_bytes().startswith(b"#!/bin/sh"))]
 
 
 @nox.session

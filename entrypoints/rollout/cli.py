@@ -29,6 +29,13 @@ def cycles(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """A number of nodes or seconds, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of the image."""
     top = argparse.ArgumentParser(
@@ -57,10 +64,29 @@ def parser() -> argparse.ArgumentParser:
     four = commands.add_parser("doctor", help="all that is wrong with this host, in milliseconds")
     four.add_argument("--json", action="store_true", help="print JSON")
     commands.add_parser("serve", help="the engine's own OpenAI server; arguments pass through")
+    _fleet_parser(
+        commands.add_parser("fleet", help="smoke or verify on every node of a Ray cluster")
+    )
     return top
 
 
-COMMANDS = ("info", "verify", "smoke", "doctor", "serve", "-h", "--help")
+def _fleet_parser(five: argparse.ArgumentParser) -> None:
+    five.description = "Run it on every node of the Ray cluster that this one is in."
+    five.add_argument("what", nargs="?", choices=("smoke", "verify"), default="smoke")
+    five.add_argument("--only", metavar="CHECK,…", help="as of smoke")
+    five.add_argument("--model", metavar="DIR", help="as of smoke; a folder that all nodes have")
+    five.add_argument("--framework", metavar="DIR", help="as of smoke; a folder that all have")
+    five.add_argument("--cycles", type=cycles, metavar="N", help="as of smoke")
+    five.add_argument("--report", type=Path, metavar="FILE", help="write all reports as JSON")
+    five.add_argument(
+        "--timeout", type=count, metavar="SECONDS", help="for each node; 1800 by default"
+    )
+    five.add_argument("--nodes", type=count, default=1, metavar="N", help="wait for so many")
+    five.add_argument("--gpu-nodes", action="store_true", help="leave out nodes without a GPU")
+    five.add_argument("--address", metavar="HOST:PORT", help="of the cluster, if not this node's")
+
+
+COMMANDS = ("info", "verify", "smoke", "doctor", "fleet", "serve", "-h", "--help")
 
 
 def _info(as_json: bool) -> int:
@@ -185,6 +211,30 @@ def _smoke(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     return _injected(given.inject, checks, expected) if given.inject and code == 1 else code
 
 
+def _fleet(given: argparse.Namespace) -> int:
+    from rollout import fleet, smoke
+
+    names = ("only", "model", "framework", "cycles")
+    said = {f"--{name}": getattr(given, name) for name in names if getattr(given, name)}
+    if given.what == "verify" and said:
+        raise Problem(f"fleet verify: {', '.join(said)} is for smoke alone", 2)
+    data = info.image(info.prefix())
+    only = [name for name in (given.only or "").split(",") if name]
+    if only:  # a check that no image has would end with the same sentence on every node
+        smoke.selected(only, data["smoke"], smoke.ANY)
+    if given.report:
+        report.writable(given.report)
+    options = fleet.Options(
+        command=given.what,
+        arguments=tuple(str(word) for pair in said.items() for word in pair),
+        address=given.address,
+        timeout=given.timeout or fleet.TIMEOUT,
+        nodes=given.nodes,
+        gpu_nodes=given.gpu_nodes,
+    )
+    return fleet.run(options, lambda line: print(line, flush=True), given.report)
+
+
 def _injected(fault: str, checks: Sequence[report.Check], known: Sequence[str]) -> int:
     """The exit code of a run with a fault that failed: 1 if it failed as it has to, else 4."""
     from rollout.faults import unseen
@@ -264,6 +314,8 @@ def _dispatch(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         return _info(given.json)
     if given.command == "doctor":
         return _doctor(environ, as_json=given.json)
+    if given.command == "fleet":
+        return _fleet(given)
     return _verify(given.report) if given.command == "verify" else _smoke(given, environ)
 
 
