@@ -113,6 +113,12 @@ def relock(session: nox.Session) -> None:
 
 
 @nox.session
+def audit(session: nox.Session) -> None:
+    """Ask for known vulnerabilities of every lock and of the base; writes lockfiles/AUDIT.md."""
+    station(session, "telling.audit")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Formatting, lint, types, workflows, and generated files that are fresh."""
     tools(session)

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import pwd
+import re
 import signal
 import sys
 import time
@@ -63,7 +64,11 @@ def parser() -> argparse.ArgumentParser:
     )
     four = commands.add_parser("doctor", help="all that is wrong with this host, in milliseconds")
     four.add_argument("--json", action="store_true", help="print JSON")
-    commands.add_parser("serve", help="the engine's own OpenAI server; arguments pass through")
+    commands.add_parser(
+        "serve",
+        help="the engine's own OpenAI server; arguments pass through; "
+        "on 127.0.0.1 unless --host says otherwise",
+    )
     _fleet_parser(
         commands.add_parser("fleet", help="smoke or verify on every node of a Ray cluster")
     )
@@ -292,8 +297,27 @@ def _execute(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         raise Problem(f"{argv[0]!r} cannot be executed: {error}", 2) from None
 
 
+LOOPBACK = "127.0.0.1"
 # The engines' own servers, by backend.
 SERVERS = {"vllm": ("vllm", "serve"), "sglang": ("python3", "-m", "sglang.launch_server")}
+
+
+def _has_host(arguments: Sequence[str]) -> bool:
+    """Whether arguments of a server say where it listens; a file of settings may, too."""
+    for number, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name in ("--host", "--hos", "--ho"):  # argparse takes a part of a name
+            return True
+        if name == "--config":
+            path = Path(value or "".join(arguments[number + 1 : number + 2]))
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except OSError:
+                continue  # the engine says so
+            # A key of its own: a "host" inside of another one is not where the server listens.
+            if re.search(r"^['\"]?host['\"]?[ \t]*:", text, re.MULTILINE):
+                return True
+    return False
 
 
 def _serve(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -301,6 +325,12 @@ def _serve(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     if name not in SERVERS:
         sentence = f"the {name} backend has no server of its own; use an image with an engine"
         raise Problem(sentence, 2)
+    # vLLM would listen on every address, and who reaches it can have it load other weights. Behind
+    # the user's own arguments: vLLM looks for the model in front.
+    if not _has_host(arguments):
+        arguments = [*arguments, "--host", LOOPBACK]
+        sentence = f"rollout: listening on {LOOPBACK} alone; --host 0.0.0.0 lets others in"
+        print(sentence, file=sys.stderr, flush=True)
     return _execute([*SERVERS[name], *arguments], environ)
 
 

@@ -520,7 +520,7 @@ def executed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[list[
     with pytest.raises(SystemExit):
         cli.main(argv)
     *said, last = capsys.readouterr().err.splitlines()
-    assert all(line.startswith("rollout: warning: ") for line in said)
+    assert all(line.startswith("rollout: ") for line in said)
     return said, last.removeprefix("executed: ")
 
 
@@ -595,9 +595,44 @@ def test_serve_becomes_the_engines_own_server_behind_the_warnings(
 ) -> None:
     is_image_of(prefix, backend, "12.8")
     monkeypatch.setattr(preflight.drivers, "driver", lambda *_: None)
-    said, became = executed(["serve", "/model", "--port", "8000", "--help", "a b"], capsys)
-    assert became == f"{server} /model --port 8000 --help 'a b'"
+    said, became = executed(["serve", "/model", "--host", "::", "--help", "a b"], capsys)
+    assert became == f"{server} /model --host :: --help 'a b'"
     assert "rollout: warning: no NVIDIA driver on this host; run it on a GPU host" in said
+
+
+@pytest.mark.usefixtures("stands_aside")
+@pytest.mark.parametrize(
+    ("given", "config", "alone"),
+    [
+        (["/model", "--port", "8000"], "", True),
+        (["/model", "--host-x", "a"], "", True),
+        (["/model", "--host", "10.0.0.7"], "", False),
+        (["/model", "--host=::"], "", False),
+        (["/model", "--ho", "10.0.0.7"], "", False),
+        (["/model", "--config", "{file}"], "port: 8000\nhost: 0.0.0.0\n", False),
+        (["/model", "--config={file}"], "host : 0.0.0.0\n", False),
+        (["/model", "--config", "{file}"], "port: 8000\n# host: 1\n", True),
+        (["/model", "--config", "{file}"], "kv-transfer-config:\n  host: 10.0.0.7\n", True),
+        (["/model", "--config", "{file}"], "'host': 0.0.0.0\n", False),
+        (["/model", "--config", "/nowhere"], "", True),
+        (["/model", "--config"], "", True),
+    ],
+)
+def test_a_server_listens_on_this_machine_alone_unless_its_user_says_otherwise(
+    prefix: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    config: str,
+    alone: bool,
+) -> None:
+    is_image_of(prefix, "vllm", None)
+    file = prefix / "config.yaml"
+    file.write_text(config)
+    given = [argument.format(file=file) for argument in given]
+    said, became = executed(["serve", *given], capsys)
+    assert became == shlex.join(["vllm", "serve", *given, *["--host", "127.0.0.1"] * alone])
+    note = "rollout: listening on 127.0.0.1 alone; --host 0.0.0.0 lets others in"
+    assert (note in said) is alone
 
 
 @pytest.mark.usefixtures("stands_aside")

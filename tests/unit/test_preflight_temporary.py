@@ -88,6 +88,13 @@ def test_a_folder_too_long_for_the_engines_sockets_stops(
     assert f"({most} bytes at most); set TMPDIR=/tmp" in found.sentence
 
 
+@pytest.mark.parametrize("name", ["tmpdir-too-long", "tmpdir-too-long-for-ray"])
+def test_a_folder_that_is_too_long_is_said_as_the_page_has_it(machine: Path, name: str) -> None:
+    path = KNOWN["temporary"][name].example.removeprefix("TMPDIR is ").split(",")[0]
+    (machine / path[1:]).mkdir(parents=True)
+    assert looked(machine, TMPDIR=path) == [example(name)]
+
+
 def test_a_folder_too_long_for_ray_is_a_warning(machine: Path) -> None:
     assert looked(machine, TMPDIR=folder(machine, 35)) == []
     (found,) = looked(machine, TMPDIR=folder(machine, 36))

@@ -18,7 +18,8 @@ GPU = {
     ),
     "gpu-control-missing": Known(
         "/dev/nvidiactl is not in this container, though a GPU is: it was given by '--device' "
-        "alone; start it with '--gpus all' (docker) …",
+        "alone; start it with '--gpus all' (docker), '--device nvidia.com/gpu=all' (podman, CDI), "
+        "'--nv' (Apptainer) or the limit 'nvidia.com/gpu: 1' (Kubernetes)",
         "The driver's own node was not passed on. Nothing can ask the driver then.",
     ),
     "gpu-uvm-missing": Known(

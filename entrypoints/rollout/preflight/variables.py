@@ -216,11 +216,16 @@ def text(environ: Mapping[str, str]) -> Iterator[Finding]:
     for name, value in environ.items():
         if not _is_text(name + value):
             sentence = (
-                f"{printable(name)} holds bytes that are no UTF-8 ({printable(value)}), and who "
+                f"{_escaped(name)} holds bytes that are no UTF-8 ({_escaped(value)}), and who "
                 "sends the variables on as text ends with UnicodeEncodeError; unset it, or write "
                 "it in UTF-8"
             )
             yield Finding(_KIND, "not-utf8", sentence, stops=False)
+
+
+def _escaped(value: str) -> str:
+    """The bytes of a variable as a shell's $'…' has them."""
+    return repr(os.fsencode(value))[2:-1]
 
 
 def _is_text(value: str) -> bool:
