@@ -255,6 +255,20 @@ def keep(image: Image, tool: Buildah, built: builder.Built) -> None:
         layers_of.write(image, record(image, tool, built))
 
 
+def compare(image: Image, tool: Buildah, built: builder.Built) -> None:
+    """Say whether an image that was just built has the recorded layers.
+
+    Raises:
+        Problem: it has not, though it was made of the same inputs by the same builder.
+    """
+    expected, version = layers_of.read(image), tool.version()
+    verdict = layers_of.compare(expected, inputs(image), built, version)
+    if verdict.differs and expected and expected.builder == version:
+        command = f"nox -s reproduce -- {image.reference}"
+        raise Problem(f"{image.reference}: {verdict.sentence} ('{command}' says what differs)")
+    host.say(f"{image.reference}: {verdict.sentence}")
+
+
 def main(arguments: Sequence[str]) -> int:
     """``nox -s build [-- REF … --builder docker --no-cache --tag NAME --record]``."""
     parser = argparse.ArgumentParser(prog="nox -s build --", description="Build images.")
@@ -280,8 +294,12 @@ def main(arguments: Sequence[str]) -> int:
     for image in chosen:
         cache, check = not given.no_cache, not given.no_check
         built = build(image, tool, tag=given.tag, cache=cache, check=check)
-        if given.record and isinstance(tool, Buildah):
+        if not isinstance(tool, Buildah):
+            continue
+        if given.record:
             keep(image, tool, built)
+        elif check:
+            compare(image, tool, built)
     return 0
 
 

@@ -22,7 +22,7 @@ from packaging.pylock import PackageSdist
 from urllib3.exceptions import HTTPError
 
 from images import host
-from images.building import streaming
+from images.building import fetched, streaming
 from images.host import leftovers, web
 from images.locking import lock, pylock
 from images.locking.lock import Locked
@@ -73,7 +73,8 @@ def fetch(
     with the content of the others, and may refuse it. Returns the sources' files.
 
     Raises:
-        Problem: the index does not answer, or does not have the locked file.
+        Problem: the index does not answer, or does not have the locked file; a file in the cache is
+            not its wheel's.
     """
     environ = {**os.environ, **settings, "UV_CACHE_DIR": str(cache()), "UV_LINK_MODE": "hardlink"}
     cache().mkdir(parents=True, exist_ok=True)
@@ -85,6 +86,7 @@ def fetch(
         listed.write_text("".join(entry.text for entry in wanted), encoding="utf-8")
         if wanted:
             streaming.run(wheels_argv(host.uv(), python, listed, place / "target"), environ)
+            fetched.check(place / "target", cache())
             look(place / "target")
     return _sources([e for e in locked if e.name in sources], python, settings, environ, folder)
 

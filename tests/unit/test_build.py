@@ -875,9 +875,34 @@ def test_a_build_is_made_as_it_was_asked_for(
     made: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(builders, "detect", lambda _: Fake())
     monkeypatch.setattr(build, "build", lambda i, _, **given: made.append((i.tag, given)))
+    monkeypatch.setattr(build, "compare", lambda *_: None)
     assert build.main(arguments) == 0
     usual = {"tag": "", "cache": True, "check": True}
     assert made == [(reference, usual | options) for reference in references]
+
+
+@pytest.mark.parametrize("builder_version", ["buildah 9", "buildah 8"])
+def test_a_build_that_gives_other_layers_than_the_recorded_ones_fails(
+    monkeypatch: pytest.MonkeyPatch, builder_version: str
+) -> None:
+    """Another builder may write other tars, and that is said; the same one may not."""
+    image = catalog.find(catalog.DEFAULT, catalog.load())
+    record = SimpleNamespace(inputs=build.inputs(image), builder=builder_version, diff_ids=("x",))
+    built = builder.Built("0" * 64, {}, ("sha256:a", "sha256:own"), "sha256:manifest")
+    monkeypatch.setattr(builders, "detect", lambda _: Fake())
+    monkeypatch.setattr(Fake, "version", lambda _: "buildah 9")
+    monkeypatch.setattr(build, "build", lambda *_, **__: built)
+    monkeypatch.setattr(build.layers_of, "read", lambda _: record)
+    said: list[str] = []
+    monkeypatch.setattr(build.host, "say", said.append)
+    if builder_version == "buildah 9":
+        with pytest.raises(Problem, match=r"NOT the recorded layers: .*that is a bug") as caught:
+            build.main([image.reference])
+        assert caught.value.code == 1
+        assert build.main([image.reference, "--no-check"]) == 0
+    else:
+        assert build.main([image.reference]) == 0
+        assert "they were recorded with buildah 8, and this is buildah 9" in said[-1]
 
 
 def test_what_was_built_is_recorded_where_it_was_asked_for(
@@ -886,6 +911,7 @@ def test_what_was_built_is_recorded_where_it_was_asked_for(
     recorded: list[tuple[str, object]] = []
     monkeypatch.setattr(builders, "detect", lambda _: Fake())
     monkeypatch.setattr(build, "build", lambda *_, **__: BUILT)
+    monkeypatch.setattr(build, "compare", lambda *_: None)
     monkeypatch.setattr(build, "keep", lambda i, _, built: recorded.append((i.tag, built)))
     assert build.main(["verl-rollout:vllm-0.12"]) == 0
     assert recorded == []

@@ -33,6 +33,12 @@ LOGIN = "Basic " + base64.b64encode(b"me:s3cret").decode()
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
+def said(text: str) -> str:
+    """Hash and size of a file, as a RECORD says them."""
+    digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return f"sha256={digest.rstrip('=')},{len(text)}"
+
+
 def wheel() -> bytes:
     """toy 1: with a file that would run as soon as an interpreter started beside it."""
     made = io.BytesIO()
@@ -42,8 +48,8 @@ def wheel() -> bytes:
         "toy.pth": marker,
         "toy-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: toy\nVersion: 1\n",
         "toy-1.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        "toy-1.dist-info/RECORD": "",
     }
+    files["toy-1.dist-info/RECORD"] = "".join(f"{n},{said(t)}\n" for n, t in files.items())
     with zipfile.ZipFile(made, "w") as archive:
         for name, text in files.items():
             archive.writestr(name, text)
@@ -194,6 +200,26 @@ def test_a_wheel_that_this_host_has_is_not_asked_for(
 ) -> None:
     assert fetch([TOY], sources=(), here={"toy"}) == []
     assert index.seen == []
+
+
+@pytest.mark.parametrize("content", ["VALUE = 1\nMORE = 2\n", "VALUE = 2\n", None])
+def test_a_file_that_was_changed_in_the_cache_goes_into_no_layer(
+    fetch: functools.partial[list[Path]], content: str | None
+) -> None:
+    """An installed file is a link to the cache's, so whoever edits the one edits the other."""
+    assert fetch([TOY], sources=()) == []
+    [file] = fetching.cache().rglob("toy.py")
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    with pytest.raises(Problem) as caught:
+        fetch([TOY], sources=())
+    assert "files that differ from their wheels: toy.py; something changed" in caught.value.sentence
+    assert f"UV_CACHE_DIR={fetching.cache()} uv cache clean toy'" in caught.value.sentence
+    environ = {**os.environ, "UV_CACHE_DIR": str(fetching.cache())}
+    subprocess.run([host.uv(), "cache", "clean", "toy"], env=environ, check=True)
+    assert fetch([TOY], sources=()) == []
 
 
 def test_whoever_looks_sees_what_was_fetched_and_may_refuse_it(
