@@ -190,6 +190,36 @@ def test_a_job_of_one_node_waits_for_no_other(path: Path, tmp_path: Path) -> Non
     assert not any("--block" in line or "health-check" in line for line in log)
 
 
+@pytest.mark.parametrize("path", [p for p in SCRIPTS if "launcher" not in named(p)], ids=named)
+def test_no_kernels_are_loaded_from_a_folder_that_somebody_else_made(
+    path: Path, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a folder somebody else's")
+    (tmp_path / "cache").mkdir()
+    os.chown(tmp_path / "cache", 12345, 12345)
+    done, log = played(path, tmp_path, "head", SLURM_JOB_NUM_NODES="1")
+    assert done.returncode == 3
+    assert "not yours; say CACHE=" in done.stderr
+    assert log == []
+    assert done.stdout == ""  # nor does docker start anything
+
+
+@pytest.mark.parametrize("given", ["/local/kept", ""])
+def test_the_launcher_chooses_its_cache_unless_the_job_names_one(
+    given: str, tmp_path: Path
+) -> None:
+    path = CLUSTERS / "slurm-launcher/ray.sbatch"
+    (tmp_path / "run").mkdir()
+    spy = tmp_path / "run/run"
+    spy.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> "$LOG"\n', encoding="utf-8")
+    spy.chmod(0o755)
+    image = str(tmp_path / "run")
+    done, log = played(path, tmp_path, CACHE=given, IMAGE=image, SLURM_JOB_NUM_NODES="1")
+    assert done.returncode == 0, done.stderr
+    assert log[: 2 if given else 1] == (["--cache", given] if given else ["--bind"])
+
+
 @pytest.mark.parametrize("gpus", ["0,1", ""])
 def test_apptainer_is_told_the_gpus_of_the_job_where_slurm_names_any(
     gpus: str, tmp_path: Path

@@ -14,6 +14,8 @@ port=${PORT:-6379}
 
 start() { # ARGUMENTS of `ray start`
     mkdir -p "$cache"
+    # Programs are loaded from there: somebody else may have made a folder of that name.
+    [ "$(stat -L -c %u "$cache")" = "$(id -u)" ] || { echo "$cache is not yours; say CACHE=" >&2; exit 3; }
     set -- "$image" ray start "$@" --disable-usage-stats --block
     # InfiniBand and RoCE: the devices, and memory that may be locked for them.
     [ ! -e /dev/infiniband ] || set -- --device /dev/infiniband --ulimit memlock=-1 "$@"

@@ -19,7 +19,7 @@ VARIABLES = {
         "MASTER_PORT is tcp://10.0.0.7:29500: Kubernetes sets it for a Service of that name, and "
         "who reads it expects a number; set 'enableServiceLinks: false' in the pod's spec, or run "
         "'env -u MASTER_PORT …'",
-        "Likewise for Services named sglang, ray or master, and for longer names.",
+        "Services named sglang, ray or master set it likewise.",
         stops=False,
     ),
     "gloo-interface-missing": Known(
