@@ -33,9 +33,11 @@ def tools(session: nox.Session) -> None:
 
 
 def shell_scripts() -> list[str]:
-    """Those of a build, the launcher, and what CI runs."""
+    """Those of a build, the launcher, what users copy for their cluster, and what CI runs."""
     recipes = sorted(Path("images/recipes").iterdir())
-    return [".ci/run", *(str(p) for p in recipes if p.read_bytes().startswith(b"#!/bin/sh"))]
+    copied = sorted(p for p in Path("docs/clusters").glob("*/*") if p.suffix in (".sh", ".sbatch"))
+    scripts = [*recipes, *copied]
+    return [".ci/run", *(str(p) for p in scripts if p.read_bytes().startswith(b"#!/bin/sh"))]
 
 
 @nox.session
@@ -108,6 +110,12 @@ def matrix(session: nox.Session) -> None:
 def relock(session: nox.Session) -> None:
     """Make every lock again and say what moved: [--since REV] [--report FILE]."""
     station(session, "locking.relock")
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Ask for known vulnerabilities of every lock and of the base; writes lockfiles/AUDIT.md."""
+    station(session, "telling.audit")
 
 
 @nox.session

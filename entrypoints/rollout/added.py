@@ -261,34 +261,19 @@ def _hidden(
     return {folder: names for folder, names in hidden.items() if names}
 
 
-def warnings(prefix: Path, environ: Mapping[str, str]) -> list[str]:
-    """What PYTHONPATH and PYTHONHOME do to every command: one sentence, or none. Milliseconds.
+def other_home(environ: Mapping[str, str]) -> str:
+    """The folder that PYTHONHOME names in the place of the image's Python; empty where none."""
+    home = environ.get("PYTHONHOME", "").split(os.pathsep)[0]
+    return home if home and os.path.realpath(home) != os.path.realpath(sys.base_prefix) else ""
+
+
+def hidden(prefix: Path, environ: Mapping[str, str]) -> dict[str, list[str]]:
+    """For each folder of PYTHONPATH the locked modules that it hides. Milliseconds.
 
     A user's site-packages (~/.local, PYTHONUSERBASE) are not on the path of this environment.
     """
-    home = environ.get("PYTHONHOME", "").split(os.pathsep)[0]
-    if home and os.path.realpath(home) != os.path.realpath(sys.base_prefix):
-        return [
-            f"PYTHONHOME is {home}: Python takes its standard library from there, which is not the "
-            "image's, or does not start; unset it"
-        ]
     folders = python_path(environ)
-    if not folders:
-        return []
-    hidden = _hidden(*_opened(prefix), framework(info.image(prefix)), folders)
-    if not hidden:
-        return []
-    said = "; ".join(f"{folder} holds {_listed(names)}" for folder, names in hidden.items())
-    return [
-        f"PYTHONPATH: {printable(said)}, which the lock has too: Python takes it from there, and "
-        "what was proved is not what runs; take the folder out of PYTHONPATH"
-    ]
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    more = [f"{len(names) - most} more"] if len(names) > most else []
-    shown = [*names[:most], *more]
-    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+    return _hidden(*_opened(prefix), framework(info.image(prefix)), folders) if folders else {}
 
 
 def shadows(

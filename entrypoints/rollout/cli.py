@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import pwd
+import re
 import signal
 import sys
 import time
@@ -26,6 +27,13 @@ def cycles(text: str) -> int:
     """A number of cycles, for argparse. Fewer than four do not show growth from cycle to cycle."""
     if not text.isdigit() or int(text) < 4:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 4")
+    return int(text)
+
+
+def count(text: str) -> int:
+    """A number of nodes or seconds, for argparse."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
     return int(text)
 
 
@@ -54,11 +62,36 @@ def parser() -> argparse.ArgumentParser:
     three.add_argument(
         "--inject", metavar="FAULT[@TRANSPORT]", help="break one thing; the run must fail"
     )
-    commands.add_parser("serve", help="the engine's own OpenAI server; arguments pass through")
+    four = commands.add_parser("doctor", help="all that is wrong with this host, in milliseconds")
+    four.add_argument("--json", action="store_true", help="print JSON")
+    commands.add_parser(
+        "serve",
+        help="the engine's own OpenAI server; arguments pass through; "
+        "on 127.0.0.1 unless --host says otherwise",
+    )
+    _fleet_parser(
+        commands.add_parser("fleet", help="smoke or verify on every node of a Ray cluster")
+    )
     return top
 
 
-COMMANDS = ("info", "verify", "smoke", "serve", "-h", "--help")
+def _fleet_parser(five: argparse.ArgumentParser) -> None:
+    five.description = "Run it on every node of the Ray cluster that this one is in."
+    five.add_argument("what", nargs="?", choices=("smoke", "verify"), default="smoke")
+    five.add_argument("--only", metavar="CHECK,…", help="as of smoke")
+    five.add_argument("--model", metavar="DIR", help="as of smoke; a folder that all nodes have")
+    five.add_argument("--framework", metavar="DIR", help="as of smoke; a folder that all have")
+    five.add_argument("--cycles", type=cycles, metavar="N", help="as of smoke")
+    five.add_argument("--report", type=Path, metavar="FILE", help="write all reports as JSON")
+    five.add_argument(
+        "--timeout", type=count, metavar="SECONDS", help="for each node; 1800 by default"
+    )
+    five.add_argument("--nodes", type=count, default=1, metavar="N", help="wait for so many")
+    five.add_argument("--gpu-nodes", action="store_true", help="leave out nodes without a GPU")
+    five.add_argument("--address", metavar="HOST:PORT", help="of the cluster, if not this node's")
+
+
+COMMANDS = ("info", "verify", "smoke", "doctor", "fleet", "serve", "-h", "--help")
 
 
 def _info(as_json: bool) -> int:
@@ -157,7 +190,7 @@ def _verify(path: Path | None) -> int:
     return _conclude(checks, expected, ran, path, started, seconds)
 
 
-def _smoke(given: argparse.Namespace) -> int:
+def _smoke(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from rollout import program, smoke
 
     only = tuple(name for name in given.only.split(",") if name)
@@ -166,9 +199,7 @@ def _smoke(given: argparse.Namespace) -> int:
     started, clock = report.now(), time.perf_counter()
     data = info.image(info.prefix())
     options = smoke.Options(only, given.model, given.cycles, given.inject, given.framework)
-    # The proof runs without these variables, and a job with them.
-    _warn(added.warnings(info.prefix(), os.environ))
-    checks, device = smoke.run(data, options, _show)
+    checks, device = smoke.run(data, options, _show, environ)
     seconds = time.perf_counter() - clock
     # Some checks alone prove no image: the verdict is 'unproved', unless one of them failed.
     expected, wanted = smoke.promised(data["smoke"]), data["smoke"]
@@ -183,6 +214,30 @@ def _smoke(given: argparse.Namespace) -> int:
     )
     code = _conclude(checks, expected, ran, given.report, started, seconds)
     return _injected(given.inject, checks, expected) if given.inject and code == 1 else code
+
+
+def _fleet(given: argparse.Namespace) -> int:
+    from rollout import fleet, smoke
+
+    names = ("only", "model", "framework", "cycles")
+    said = {f"--{name}": getattr(given, name) for name in names if getattr(given, name)}
+    if given.what == "verify" and said:
+        raise Problem(f"fleet verify: {', '.join(said)} is for smoke alone", 2)
+    data = info.image(info.prefix())
+    only = [name for name in (given.only or "").split(",") if name]
+    if only:  # a check that no image has would end with the same sentence on every node
+        smoke.selected(only, data["smoke"], smoke.ANY)
+    if given.report:
+        report.writable(given.report)
+    options = fleet.Options(
+        command=given.what,
+        arguments=tuple(str(word) for pair in said.items() for word in pair),
+        address=given.address,
+        timeout=given.timeout or fleet.TIMEOUT,
+        nodes=given.nodes,
+        gpu_nodes=given.gpu_nodes,
+    )
+    return fleet.run(options, lambda line: print(line, flush=True), given.report)
 
 
 def _injected(fault: str, checks: Sequence[report.Check], known: Sequence[str]) -> int:
@@ -207,17 +262,31 @@ def _trained(checks: Sequence[report.Check], data: Mapping[str, Any]) -> report.
     return report.Framework(name, version, path) if name and version else None
 
 
-def _warn(sentences: Sequence[str]) -> None:
-    for sentence in sentences:
-        print(f"rollout: warning: {sentence}", file=sys.stderr, flush=True)
-
-
-def _execute(argv: Sequence[str]) -> int:
-    """Become the given command, after a look that costs milliseconds."""
+def _doctor(environ: Mapping[str, str], *, as_json: bool) -> int:
+    """Print all findings, those that stop the proof first; the exit code of `rollout smoke`."""
     cuda = info.image(info.prefix()).get("cuda")
-    found = preflight.findings(cuda, Path("/"), os.environ, proof=False)
-    found += preflight.warnings(cuda, Path("/"), os.environ)
-    _warn(found + added.warnings(info.prefix(), os.environ))
+    found = preflight.look(preflight.Host(Path("/"), environ, cuda, all=True))
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found], indent=1))
+    else:
+        for finding in found:
+            weight = "stops" if finding.stops else "warning"
+            print(f"{weight:<9}{finding.kind:<11}{finding.name}: {finding.sentence}")
+        stops = sum(finding.stops for finding in found)
+        tail = f"; {stops} would stop 'rollout smoke'" if found else ""
+        print(f"found on this host: {len(found) or 'nothing'}{tail}")
+    return 3 if any(finding.stops for finding in found) else 0
+
+
+def _execute(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Become the given command, after a look that costs milliseconds.
+
+    ``environ`` is as the job gave it: what was replaced in this process is wrong there, too.
+    """
+    cuda = info.image(info.prefix()).get("cuda")
+    found = preflight.look(preflight.Host(Path("/"), environ, cuda, proof=False))
+    for finding in found:
+        print(f"rollout: warning: {finding.sentence}", file=sys.stderr, flush=True)
     try:
         os.execvp(argv[0], list(argv))  # noqa: S606 - running what the user asked for is the purpose
     except FileNotFoundError:
@@ -228,33 +297,63 @@ def _execute(argv: Sequence[str]) -> int:
         raise Problem(f"{argv[0]!r} cannot be executed: {error}", 2) from None
 
 
+LOOPBACK = "127.0.0.1"
 # The engines' own servers, by backend.
 SERVERS = {"vllm": ("vllm", "serve"), "sglang": ("python3", "-m", "sglang.launch_server")}
 
 
-def _serve(arguments: Sequence[str]) -> int:
+def _has_host(arguments: Sequence[str]) -> bool:
+    """Whether arguments of a server say where it listens; a file of settings may, too."""
+    for number, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name in ("--host", "--hos", "--ho"):  # argparse takes a part of a name
+            return True
+        if name == "--config":
+            path = Path(value or "".join(arguments[number + 1 : number + 2]))
+            try:
+                text = path.read_text(encoding="utf-8", errors="replace")
+            except OSError:
+                continue  # the engine says so
+            # A key of its own: a "host" inside of another one is not where the server listens.
+            if re.search(r"^['\"]?host['\"]?[ \t]*:", text, re.MULTILINE):
+                return True
+    return False
+
+
+def _serve(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     name = info.image(info.prefix())["backend"]
     if name not in SERVERS:
         sentence = f"the {name} backend has no server of its own; use an image with an engine"
         raise Problem(sentence, 2)
-    return _execute([*SERVERS[name], *arguments])
+    # vLLM would listen on every address, and who reaches it can have it load other weights. Behind
+    # the user's own arguments: vLLM looks for the model in front.
+    if not _has_host(arguments):
+        arguments = [*arguments, "--host", LOOPBACK]
+        sentence = f"rollout: listening on {LOOPBACK} alone; --host 0.0.0.0 lets others in"
+        print(sentence, file=sys.stderr, flush=True)
+    return _execute([*SERVERS[name], *arguments], environ)
 
 
-def _dispatch(argv: Sequence[str]) -> int:
+def _dispatch(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if not argv or argv[0] not in COMMANDS:
-        return _execute(argv) if argv else _info(as_json=False)
+        return _execute(argv, environ) if argv else _info(as_json=False)
     if argv[0] == "serve":
-        return _serve(argv[1:])
+        return _serve(argv[1:], environ)
     given = parser().parse_args(argv)
     if given.command == "info":
         return _info(given.json)
-    return _verify(given.report) if given.command == "verify" else _smoke(given)
+    if given.command == "doctor":
+        return _doctor(environ, as_json=given.json)
+    if given.command == "fleet":
+        return _fleet(given)
+    return _verify(given.report) if given.command == "verify" else _smoke(given, environ)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; a :class:`Problem` becomes one sentence and its exit code."""
     # A container is stopped with SIGTERM; the engine has to be ended then too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    environ = dict(os.environ)  # as the job gave it
     # With a read-only root /tmp cannot be written, and torch.compile fails where nothing can.
     place = preflight.work_folder(os.environ)
     if place:
@@ -269,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyError:
             os.environ["USER"] = os.environ["LOGNAME"] = "rollout"
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv)
+        return _dispatch(sys.argv[1:] if argv is None else argv, environ)
     except Problem as problem:
         print(f"rollout: {problem}", file=sys.stderr, flush=True)
         return problem.code

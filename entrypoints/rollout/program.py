@@ -132,7 +132,8 @@ class Sources:
             module = self.modules.get(where)
             if module is None:
                 return ""
-            if name in module.units:
+            # What stands outside is not followed, wherever in it a definition lies.
+            if name in module.units or (where in _OUTSIDE and name in module.imported):
                 return dotted
             if name not in module.imported:
                 return ""

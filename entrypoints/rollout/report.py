@@ -176,8 +176,13 @@ def writable(path: Path) -> None:
 
 
 def write(path: Path, report: Report) -> None:
-    """Write a report whole or not at all; Problem (code 3) where that is no longer possible."""
-    text = json.dumps(document(report), indent=1, allow_nan=False) + "\n"
+    """Write a report as :func:`save` does."""
+    save(path, document(report))
+
+
+def save(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all; Problem (code 3) where that is no longer possible."""
+    text = json.dumps(_finite(data), indent=1, allow_nan=False) + "\n"
     try:
         if _special(path):  # such as /dev/stdout: nothing there that could be replaced
             path.write_text(text, encoding="utf-8")

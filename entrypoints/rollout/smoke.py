@@ -467,9 +467,14 @@ def cached(cache: Path = Path(preflight.CACHE)) -> set[str]:
 
 
 def run(
-    data: dict[str, Any], options: Options, show: Callable[[report.Check], None]
+    data: dict[str, Any],
+    options: Options,
+    show: Callable[[report.Check], None],
+    given: Mapping[str, str],
 ) -> tuple[list[report.Check], str | None]:
     """``rollout smoke``: the checks as they ended, and the device they ran on.
+
+    ``given`` are the variables as the job set them: what was replaced in this process is wrong.
 
     Raises:
         Problem: exit code 2 for wrong usage, 3 where this machine cannot prove anything.
@@ -478,11 +483,10 @@ def run(
     fault(options.inject, data["smoke"])
     if options.framework is not None:
         framed(options.framework, data)
-    found = preflight.findings(data["cuda"], Path("/"), os.environ)
-    if found:
-        raise Problem(found[0], 3)
-    for warning in preflight.warnings(data["cuda"], Path("/"), os.environ):
-        print(f"rollout: warning: {warning}", file=sys.stderr, flush=True)
+    for finding in preflight.look(preflight.Host(Path("/"), given, data["cuda"])):
+        if finding.stops:  # these come first
+            raise Problem(finding.sentence, 3)
+        print(f"rollout: warning: {finding.sentence}", file=sys.stderr, flush=True)
     # Nothing is downloaded: a look-up in a hub is a bug, and is to fail at once.
     os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     if options.inject:

@@ -24,6 +24,7 @@ PACKAGES = {
     "buildah": "buildah",
     "docker": "docker.io",
     "docker-registry": "docker-registry",
+    "debsecan": "debsecan",
     "dpkg-deb": "dpkg",
     "htpasswd": "apache2-utils",
     "mksquashfs": "squashfs-tools",

@@ -15,7 +15,7 @@ from images.catalog import ROOT, Image, shown
 from images.locking import locks
 from images.proving import measure
 from images.proving import standing as rule
-from images.telling import features, keys, numbers, pages, releases, sizes, tables
+from images.telling import features, findings, keys, numbers, pages, releases, sizes, tables
 from rollout import report, verify
 from rollout.problem import Problem
 
@@ -82,7 +82,8 @@ def sections(images: Sequence[Image]) -> dict[str, dict[str, str]]:
 def whole(images: Sequence[Image]) -> dict[str, str]:
     """The files that are generated as a whole; links of pages from the root."""
     found = {f"docs/images/{i.repository}/{i.tag}.md": pages.page(i) for i in images}
-    return {**found, shown(sizes.PAGE): sizes.page(images), SCHEMA: schema.published()}
+    found |= {shown(sizes.PAGE): sizes.page(images), findings.PAGE: findings.page()}
+    return {**found, SCHEMA: schema.published()}
 
 
 def linked(text: str, page: str) -> str:

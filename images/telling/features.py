@@ -147,6 +147,15 @@ FEATURES = (
         lambda smoke: smoke.tensor_parallel == 2,
         two_gpus,
     ),
+    Feature(
+        "training by the framework itself",
+        "training",
+        lambda smoke: smoke.training,
+        lambda found, _: (
+            f"{found['framework']}: reward {found['reward_first']:.2f} to "
+            f"{found['reward_last']:.2f}, {found['divergence']:.5f} ≤ {found['bound']}"
+        ),
+    ),
 )
 
 

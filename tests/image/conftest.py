@@ -21,6 +21,8 @@ from images.building import build, builder, builders
 from images.building.buildah import Buildah
 from rollout.problem import Problem
 
+from .ray_nodes import Node
+
 Result = subprocess.CompletedProcess[str]
 
 
@@ -129,6 +131,37 @@ def sealed(container: Callable[[], Container], built: builder.Built, tmp_path: P
     os.chown(cache, 0, 0)
     env = dict(pair.split("=", 1) for pair in built.config["Env"])
     return Sealed(container().root, cache, env)
+
+
+@pytest.fixture
+def node(tool: Buildah, tmp_path: Path) -> Iterator[Callable[[str], Node]]:
+    """Makes nodes of images that are built here, and removes them."""
+    made: list[Node] = []
+    containers: list[str] = []
+
+    def make(reference: str) -> Node:
+        built = tool.inspect(tool.local + reference)
+        if built is None:
+            pytest.skip(f"{reference} is not built here: nox -s build -- {reference}")
+        name = f"test-{uuid.uuid4().hex[:12]}"
+        argv = ["buildah", "from", "--pull-never", "--name", name, tool.local + reference]
+        subprocess.run(argv, check=True, capture_output=True)
+        containers.append(name)
+        mounted = subprocess.run(
+            ["buildah", "mount", name], check=True, capture_output=True, text=True
+        )
+        folder = tmp_path / f"node{len(made)}"
+        folder.mkdir()
+        folder.chmod(0o1777)
+        env = dict(pair.split("=", 1) for pair in built.config["Env"])
+        made.append(Node(reference, Path(mounted.stdout.strip()), folder, env))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+    for name in containers:
+        subprocess.run(["buildah", "rm", name], check=False, capture_output=True)
 
 
 def lines(result: Result) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""A sealed environment as an image has it, small enough for every test to break its own."""
+"""Small stand-ins that every test may break: a sealed environment, and an unpacked export."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import base64
 import hashlib
 import json
 import os
+import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,8 @@ import pytest
 
 from rollout import hashes, shared_objects
 from rollout.environment import Findings
+
+from .launcher import IMAGE, LAUNCHER, Run
 
 SITE = f"lib/python3.{sys.version_info.minor}/site-packages"
 COMPILED = f"{SITE}/demo/__pycache__/core.cpython-311.pyc"
@@ -124,3 +128,32 @@ def put(prefix: Path, path: str, content: bytes, mode: int = 0o644) -> None:
     (prefix / path).parent.mkdir(parents=True, exist_ok=True)
     (prefix / path).write_bytes(content)
     (prefix / path).chmod(mode)
+
+
+@pytest.fixture
+def unpacked(tmp_path: Path) -> Path:
+    """An unpacked export with no image in it, in a folder whose name needs quoting."""
+    top = tmp_path / "verl rollout-toy"
+    for folder in ("opt/rollout/bin", "usr/local/bin", "mnt", "etc", "var/cache/rollout"):
+        (top / "rootfs" / folder).mkdir(parents=True)
+    (top / "rootfs/opt/rollout/bin/rollout").touch(mode=0o755)
+    (top / "rootfs/usr/local/man").symlink_to("share/man")
+    (top / "rootfs/lib").symlink_to("usr/lib")
+    (top / "environment").write_text(IMAGE)
+    shutil.copy(LAUNCHER, top / "run")
+    return top
+
+
+@pytest.fixture
+def run(unpacked: Path, tmp_path: Path) -> Run:
+    """Runs the launcher with little more than a PATH."""
+
+    def once(*argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), **env}
+        command = ["sh", str(unpacked / "run"), *argv]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        if "make no namespaces" in done.stderr:
+            pytest.skip(done.stderr.strip())
+        return done
+
+    return once

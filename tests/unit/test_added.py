@@ -14,6 +14,8 @@ import pytest
 
 from rollout import added, startup, verify
 from rollout.environment import Finding
+from rollout.preflight import interpreter
+from rollout.preflight.finding import Host
 from rollout.report import Added
 
 from .conftest import SITE, install
@@ -67,6 +69,12 @@ def hidden(
     return added.shadows(prefix, lock, FACTS, {**environ, **(env or {})}, places)
 
 
+def warnings(prefix: Path, environ: Mapping[str, str]) -> list[str]:
+    """What is said before a command that has these variables."""
+    host = Host(Path("/"), {**environ, "ROLLOUT_PREFIX": str(prefix)}, None)
+    return [finding.sentence for finding in interpreter.look(host)]
+
+
 def named(findings: list[Finding]) -> list[str]:
     return [finding.where for finding in findings]
 
@@ -89,7 +97,7 @@ def test_what_python_takes_instead_of_a_locked_module_is_found(
 ) -> None:
     folder = put(tmp_path / "mine", path)
     name = path.removesuffix("/__init__.py").split(".")[0].replace("/", ".")
-    (warning,) = added.warnings(sealed, {"PYTHONPATH": folder})
+    (warning,) = warnings(sealed, {"PYTHONPATH": folder})
     assert f"{folder} holds {name}, which the lock has too" in warning
     assert named(hidden(sealed, folder)) == [name]
 
@@ -113,7 +121,7 @@ def test_what_python_does_not_take_instead_is_left_alone(
 ) -> None:
     put(sealed / SITE, "tests/__init__.py")
     folder = put(tmp_path / "mine", path)
-    assert added.warnings(sealed, {"PYTHONPATH": folder}) == []
+    assert warnings(sealed, {"PYTHONPATH": folder}) == []
     assert hidden(sealed, folder) == []
 
 
@@ -132,8 +140,8 @@ def test_a_link_to_the_locked_module_hides_nothing(sealed: Path, tmp_path: Path)
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "demo").symlink_to(sealed / SITE / "demo")
-    assert added.warnings(sealed, {"PYTHONPATH": str(folder)}) == []
-    assert added.warnings(sealed, {"PYTHONPATH": str(sealed / SITE)}) == []
+    assert warnings(sealed, {"PYTHONPATH": str(folder)}) == []
+    assert warnings(sealed, {"PYTHONPATH": str(sealed / SITE)}) == []
 
 
 def test_every_folder_of_the_path_is_looked_at_and_one_sentence_names_them(
@@ -143,18 +151,18 @@ def test_every_folder_of_the_path_is_looked_at_and_one_sentence_names_them(
     here = put(tmp_path / "three", "nvidia/__init__.py")
     monkeypatch.chdir(here)
     # An empty entry is the current folder; one that does not exist is nothing.
-    (warning,) = added.warnings(sealed, {"PYTHONPATH": f"{one}:/nowhere:{two}:"})
+    (warning,) = warnings(sealed, {"PYTHONPATH": f"{one}:/nowhere:{two}:"})
     for part in (f"{one} holds demo", f"{two} holds other and tqdm", f"{here} holds nvidia"):
         assert part in warning
-    assert added.warnings(sealed, {"PYTHONPATH": ""}) == []
-    assert added.warnings(sealed, {}) == []
+    assert warnings(sealed, {"PYTHONPATH": ""}) == []
+    assert warnings(sealed, {}) == []
 
 
 def test_another_standard_library_is_warned_of(sealed: Path) -> None:
-    (warning,) = added.warnings(sealed, {"PYTHONHOME": "/opt/conda"})
+    (warning,) = warnings(sealed, {"PYTHONHOME": "/opt/conda"})
     assert "PYTHONHOME is /opt/conda" in warning
     assert "unset it" in warning
-    assert added.warnings(sealed, {"PYTHONHOME": sys.base_prefix}) == []
+    assert warnings(sealed, {"PYTHONHOME": sys.base_prefix}) == []
     assert named(hidden(sealed, env={"PYTHONHOME": "/nowhere"})) == ["python"]
 
 
@@ -170,7 +178,7 @@ def test_the_look_takes_milliseconds(tmp_path: Path) -> None:
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
-        (warning,) = added.warnings(prefix, {"PYTHONPATH": str(folder)})
+        (warning,) = warnings(prefix, {"PYTHONPATH": str(folder)})
         seconds.append(time.perf_counter() - started)
         assert "package7" in warning
     assert min(seconds) < 0.02
@@ -308,7 +316,7 @@ def test_a_folder_that_cannot_be_listed_is_no_addition(
     sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = put(tmp_path / "closed", "demo.py")
-    assert added.warnings(sealed, {"PYTHONPATH": folder})
+    assert warnings(sealed, {"PYTHONPATH": folder})
     scandir, listdir = os.scandir, os.listdir
 
     def refused(listing: Any) -> Any:
@@ -321,5 +329,5 @@ def test_a_folder_that_cannot_be_listed_is_no_addition(
 
     monkeypatch.setattr(os, "scandir", refused(scandir))
     monkeypatch.setattr(os, "listdir", refused(listdir))
-    assert added.warnings(sealed, {"PYTHONPATH": folder}) == []
+    assert warnings(sealed, {"PYTHONPATH": folder}) == []
     assert added.found(sealed, {"PYTHONPATH": folder}, []) == []

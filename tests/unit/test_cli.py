@@ -208,7 +208,7 @@ def test_the_exit_code_is_the_verdict(
 ) -> None:
     asked: list[smoke.Options] = []
 
-    def run(_: Any, options: smoke.Options, __: Any) -> tuple[list[Check], str]:
+    def run(_: Any, options: smoke.Options, *__: Any) -> tuple[list[Check], str]:
         asked.append(options)
         return checks, "a CPU"
 
@@ -360,6 +360,74 @@ def test_what_ends_a_proof_early_is_a_sentence_and_an_exit_code(
     assert capsys.readouterr().err == said
 
 
+# what is wrong with this host
+
+STOPS = preflight.Finding("cache", "cache-full", "the disk is full; free some")
+WARNS = preflight.Finding("memory", "files-limited", "few files; raise the limit", stops=False)
+
+
+def finds(monkeypatch: pytest.MonkeyPatch, *findings: preflight.Finding) -> list[preflight.Host]:
+    """A host with these findings; what was looked at is noted."""
+    seen: list[preflight.Host] = []
+
+    def look(host: preflight.Host) -> list[preflight.Finding]:
+        seen.append(host)
+        return list(findings)
+
+    monkeypatch.setattr(preflight, "KINDS", (SimpleNamespace(look=look),))
+    return seen
+
+
+@pytest.mark.usefixtures("prefix")
+def test_the_doctor_prints_every_finding_and_those_that_stop_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = finds(monkeypatch, WARNS, STOPS)
+    assert cli.main(["doctor"]) == 3
+    assert seen[0].proof  # what the proof needs is looked at, too
+    assert seen[0].all
+    assert capsys.readouterr().out.splitlines() == [
+        "stops    cache      cache-full: the disk is full; free some",
+        "warning  memory     files-limited: few files; raise the limit",
+        "found on this host: 2; 1 would stop 'rollout smoke'",
+    ]
+
+
+@pytest.mark.usefixtures("prefix")
+@pytest.mark.parametrize(
+    ("findings", "code"), [((), 0), ((WARNS,), 0), ((STOPS,), 3), ((WARNS, STOPS), 3)]
+)
+def test_the_doctor_ends_with_three_where_the_proof_would(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    findings: tuple[preflight.Finding, ...],
+    code: int,
+) -> None:
+    finds(monkeypatch, *findings)
+    assert cli.main(["doctor", "--json"]) == code
+    listed = json.loads(capsys.readouterr().out)
+    assert [item["stops"] for item in listed] == sorted(
+        (finding.stops for finding in findings), reverse=True
+    )
+    assert all(list(item) == ["kind", "name", "sentence", "stops"] for item in listed)
+    assert cli.main(["doctor"]) == code
+    assert ("found on this host: nothing" in capsys.readouterr().out) == (not findings)
+
+
+@pytest.mark.usefixtures("prefix")
+def test_a_folder_of_temporary_files_that_was_replaced_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/nowhere/job")
+    cli.main(["doctor"])
+    said = "TMPDIR is /nowhere/job, which is not there or cannot be written, so /tmp is taken; "
+    assert f"tmpdir-not-writable: {said}" in capsys.readouterr().out
+    monkeypatch.setenv("TMPDIR", "/nowhere/job")
+    monkeypatch.setattr(smoke, "proof", lambda *_: ([], None))
+    cli.main(["smoke"])
+    assert f"rollout: warning: {said}" in capsys.readouterr().err
+
+
 # anything else
 
 
@@ -397,9 +465,11 @@ def test_a_path_that_hides_what_is_locked_is_said_before_a_command_and_a_proof(
     said, _ = executed(["python3", "train.py"], capsys)
     wanted = f"rollout: warning: PYTHONPATH: {folder} holds torch, which the lock has too"
     assert [line.startswith(wanted) for line in said].count(True) == 1
-    monkeypatch.setattr(smoke, "run", lambda *_, **__: ([], None))
+    monkeypatch.setattr(smoke, "proof", lambda *_: ([], None))
     cli.main(["smoke"])
     assert wanted in capsys.readouterr().err
+    cli.main(["doctor"])
+    assert f"python-path-hides: PYTHONPATH: {folder} holds torch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -450,13 +520,24 @@ def executed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[list[
     with pytest.raises(SystemExit):
         cli.main(argv)
     *said, last = capsys.readouterr().err.splitlines()
-    assert all(line.startswith("rollout: warning: ") for line in said)
+    assert all(line.startswith("rollout: ") for line in said)
     return said, last.removeprefix("executed: ")
 
 
 def is_image_of(prefix: Path, backend: str, cuda: str | None) -> None:
     facts = FACTS | {"backend": backend, "cuda": cuda}
     (prefix / "share/rollout/image.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.usefixtures("stands_aside", "prefix")
+def test_every_finding_is_a_warning_before_a_command_without_what_the_proof_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = finds(monkeypatch, WARNS, STOPS)
+    said, became = executed(["python3", "train.py"], capsys)
+    assert said == [f"rollout: warning: {finding.sentence}" for finding in (STOPS, WARNS)]
+    assert became == "python3 train.py"
+    assert [host.proof for host in seen] == [False]
 
 
 @pytest.mark.usefixtures("stands_aside", "prefix")
@@ -513,10 +594,45 @@ def test_serve_becomes_the_engines_own_server_behind_the_warnings(
     server: str,
 ) -> None:
     is_image_of(prefix, backend, "12.8")
-    monkeypatch.setattr(preflight, "driver", lambda *_: None)
-    said, became = executed(["serve", "/model", "--port", "8000", "--help", "a b"], capsys)
-    assert became == f"{server} /model --port 8000 --help 'a b'"
+    monkeypatch.setattr(preflight.drivers, "driver", lambda *_: None)
+    said, became = executed(["serve", "/model", "--host", "::", "--help", "a b"], capsys)
+    assert became == f"{server} /model --host :: --help 'a b'"
     assert "rollout: warning: no NVIDIA driver on this host; run it on a GPU host" in said
+
+
+@pytest.mark.usefixtures("stands_aside")
+@pytest.mark.parametrize(
+    ("given", "config", "alone"),
+    [
+        (["/model", "--port", "8000"], "", True),
+        (["/model", "--host-x", "a"], "", True),
+        (["/model", "--host", "10.0.0.7"], "", False),
+        (["/model", "--host=::"], "", False),
+        (["/model", "--ho", "10.0.0.7"], "", False),
+        (["/model", "--config", "{file}"], "port: 8000\nhost: 0.0.0.0\n", False),
+        (["/model", "--config={file}"], "host : 0.0.0.0\n", False),
+        (["/model", "--config", "{file}"], "port: 8000\n# host: 1\n", True),
+        (["/model", "--config", "{file}"], "kv-transfer-config:\n  host: 10.0.0.7\n", True),
+        (["/model", "--config", "{file}"], "'host': 0.0.0.0\n", False),
+        (["/model", "--config", "/nowhere"], "", True),
+        (["/model", "--config"], "", True),
+    ],
+)
+def test_a_server_listens_on_this_machine_alone_unless_its_user_says_otherwise(
+    prefix: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    config: str,
+    alone: bool,
+) -> None:
+    is_image_of(prefix, "vllm", None)
+    file = prefix / "config.yaml"
+    file.write_text(config)
+    given = [argument.format(file=file) for argument in given]
+    said, became = executed(["serve", *given], capsys)
+    assert became == shlex.join(["vllm", "serve", *given, *["--host", "127.0.0.1"] * alone])
+    note = "rollout: listening on 127.0.0.1 alone; --host 0.0.0.0 lets others in"
+    assert (note in said) is alone
 
 
 @pytest.mark.usefixtures("stands_aside")

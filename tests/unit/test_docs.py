@@ -366,6 +366,7 @@ def test_renewed_pages_pass_the_check(
         *PARTS,
         own,
         "lockfiles/SIZES.md",
+        "docs/findings.md",
         docs.SCHEMA,
     }
     assert "| verl 0.7.1 | `verl-rollout:vllm-0.12` |" in read("docs/frameworks.md")

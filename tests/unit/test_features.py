@@ -28,6 +28,7 @@ EVERYTHING = Smoke(
     fp8=True,
     server=True,
     tensor_parallel=2,
+    training=True,
 )
 # The keys of a catalog file that promises a little more than that.
 SGLANG = {
@@ -81,6 +82,13 @@ CHECKS: dict[str, dict[str, Any]] = {
         "divergence": 1.0131,
         "refused": True,
     },
+    "training": {
+        "framework": "verl 0.7.1",
+        "reward_first": 0.2,
+        "reward_last": 0.81,
+        "divergence": 0.0003,
+        "bound": 0.003,
+    },
 }
 
 
@@ -120,6 +128,7 @@ def test_a_cell_is_what_the_report_shows_with_its_telling_number() -> None:
         "two GPUs with unequal free memory": (
             "140 and 98 GB free: 1.0131 ≤ 1.043; refused when told to insist"
         ),
+        "training by the framework itself": ("verl 0.7.1: reward 0.20 to 0.81, 0.00030 ≤ 0.003"),
     }
 
 

@@ -114,9 +114,9 @@ def images_with(check: str, backend: str = "") -> set[str]:
         ("cli.py", 'help="the proof: generation, sleep, wake, refit"', 'help="the GPU proof"'),
         (
             "cli.py",
-            '    commands.add_parser("serve",',
+            '    four = commands.add_parser("doctor",',
             '    two.add_argument("--quick", action="store_true", help="a new option")\n'
-            '    commands.add_parser("serve",',
+            '    four = commands.add_parser("doctor",',
         ),
         ("faults.py", '"one tensor is never sent"', '"a tensor is lost"'),
         ("report.py", "SHOWN_METRICS = 4", "SHOWN_METRICS = 5"),

@@ -305,22 +305,23 @@ def environment() -> Iterator[None]:
 def test_wrong_usage_is_said_before_what_this_machine_lacks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(preflight, "findings", lambda *_: ["no GPU", "little memory"])
+    finding = preflight.Finding("gpu", "gpu-driver-missing", "no GPU")
+    monkeypatch.setattr(preflight, "look", lambda _: [finding])
     for options in (smoke.Options(only=("refits",)), smoke.Options(inject="x")):
         with pytest.raises(Problem) as caught:
-            smoke.run(FACTS, options, print)
+            smoke.run(FACTS, options, print, {})
         assert caught.value.code == 2
     with pytest.raises(Problem, match=r"^no GPU$") as caught:
-        smoke.run(FACTS, smoke.Options(), print)
+        smoke.run(FACTS, smoke.Options(), print, {})
     assert caught.value.code == 3
 
 
 @pytest.mark.usefixtures("environment")
 def test_nothing_is_looked_up_in_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, str] = {}
-    monkeypatch.setattr(preflight, "findings", lambda *_: [])
+    monkeypatch.setattr(preflight, "look", lambda _: [])
     monkeypatch.setattr(smoke, "proof", lambda *_: (seen.update(os.environ) or [], None))
-    smoke.run(FACTS, smoke.Options(), print)
+    smoke.run(FACTS, smoke.Options(), print, {})
     assert (seen["HF_HUB_OFFLINE"], seen["TRANSFORMERS_OFFLINE"]) == ("1", "1")
 
 
@@ -328,9 +329,9 @@ def test_an_injected_fault_that_no_check_finds_fails_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     passed = report.Check("refit", "passed", 1.0)
-    monkeypatch.setattr(preflight, "findings", lambda *_: [])
+    monkeypatch.setattr(preflight, "look", lambda _: [])
     monkeypatch.setattr(smoke, "proof", lambda *_: ([passed], None))
-    checks, _ = smoke.run(FACTS, smoke.Options(inject="leak-per-cycle"), lambda _: None)
+    checks, _ = smoke.run(FACTS, smoke.Options(inject="leak-per-cycle"), lambda _: None, {})
     assert report.verdict(checks) == "failed"
     assert checks[-1].reason == "leak-per-cycle was injected, and no check found it"
 
@@ -670,7 +671,7 @@ def test_a_checkout_and_a_fault_reach_the_run(runs: list[training.Run], tmp_path
 @pytest.mark.parametrize("facts", [FACTS, TRAINS | {"framework": None}, TRAINS | {"smoke": WANTED}])
 def test_a_checkout_is_refused_where_nothing_trains(facts: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Problem) as caught:
-        smoke.run(facts, smoke.Options(framework=tmp_path), print)
+        smoke.run(facts, smoke.Options(framework=tmp_path), print, {})
     assert caught.value.code == 2
     assert "no check that trains" in caught.value.sentence
 
