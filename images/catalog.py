@@ -26,6 +26,7 @@ CATALOG = ROOT / "images" / "catalog"
 RECIPES = ROOT / "images" / "recipes"  # what builds read: the Dockerfile, scripts, their rules
 FRAGMENTS = "fragments"  # the folder of the catalog that holds no images
 DEFAULT = "verl-rollout:transformers-cpu"
+GZIP = "-gzip"  # behind the tags of what is published with layers of gzip
 UNPROVED = "-unproved"  # behind the tags of what is published without a proof
 # What a registry takes: a repository in small letters, a tag of at most 128 characters.
 _REPOSITORY = re.compile(r"[a-z0-9]+([._-]+[a-z0-9]+)*")
@@ -205,6 +206,8 @@ def _check_names(image: Image) -> None:
         what = f"{tag!r} is no tag; use at most 128 of A-Z, a-z, 0-9, _ . -, a letter first"
     elif tag.endswith(UNPROVED):
         what = f"a tag that ends in {UNPROVED} stands for an image without a proof; rename the file"
+    elif tag.endswith(GZIP):
+        what = f"a tag that ends in {GZIP} stands for an image with layers of gzip; rename the file"
     else:
         return
     raise Problem(f"{shown(image.path)}: {what}", 2)

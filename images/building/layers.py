@@ -155,24 +155,29 @@ def zstd_argv(level: int = LEVEL) -> list[str]:
     return ["zstd", "--quiet", "--stdout", f"-{level}", "--long=27", "-T0"]
 
 
-def zstd(blob: Path) -> Iterator[bytes]:
+def gzip_argv() -> list[str]:
+    """The command that compresses for tools that read no zstd; without the name and the time."""
+    return ["gzip", "--no-name", "--stdout", "-6"]
+
+
+def packed(blob: Path, argv: Sequence[str]) -> Iterator[bytes]:
     """A layer as a registry holds it, piece by piece; the same tar gives the same bytes.
 
     Raises:
-        Problem: zstd failed.
+        Problem: the command that compresses failed.
     """
-    host.require("zstd")
-    # zstd opens the tar itself: it takes other parameters where it knows the size than for a pipe.
-    with subprocess.Popen([*zstd_argv(), str(blob)], stdout=subprocess.PIPE) as process:
+    host.require(argv[0])
+    # It opens the tar itself: zstd takes other parameters where it knows the size than for a pipe.
+    with subprocess.Popen([*argv, str(blob)], stdout=subprocess.PIPE) as process:
         while process.stdout and (piece := process.stdout.read(1 << 20)):
             yield piece
     if process.returncode:
-        raise Problem(f"zstd exited with {process.returncode}; is there disk space?")
+        raise Problem(f"{argv[0]} exited with {process.returncode}; is there disk space?")
 
 
 def compressed(blob: Path) -> int:
     """The bytes of a layer as a registry holds it."""
-    return sum(map(len, zstd(blob)))
+    return sum(map(len, packed(blob, zstd_argv())))
 
 
 # What a record says of an image that was built

@@ -16,7 +16,7 @@ from images.host import leftovers
 from images.publishing import failures, oci, packing, skopeo
 from images.publishing.failures import Broken
 from images.publishing.oci import Descriptor
-from images.publishing.packing import Source
+from images.publishing.packing import Packing, Source
 from images.publishing.registry import Registry
 from rollout.problem import Problem
 
@@ -46,15 +46,21 @@ class Copy:
 # From where
 
 
-def of_source(source: Source, annotations: Mapping[str, str], siblings: Sequence[str] = ()) -> Copy:
+def of_source(
+    source: Source,
+    annotations: Mapping[str, str],
+    siblings: Sequence[str] = (),
+    how: Packing = packing.ZSTD,
+) -> Copy:
     """A source with its layers compressed, ready for a registry.
 
     A layer that was compressed here before is not read again; only a registry that lacks it needs
     its file.
     """
     names = {layer.diff_id: layer.name for layer in source.layers}
-    found = {diff_id: packing.remembered(diff_id) for diff_id in names}
-    new = packing.compressed(source, [diff_id for diff_id in names if not found[diff_id]], names)
+    found = {diff_id: packing.remembered(diff_id, how) for diff_id in names}
+    unseen = [diff_id for diff_id in names if not found[diff_id]]
+    new = packing.compressed(source, unseen, names, how)
     packs = {diff_id: pack for diff_id in names if (pack := new.get(diff_id) or found[diff_id])}
     by_digest = {pack.digest: diff_id for diff_id, pack in packs.items()}
     data = oci.manifest(
@@ -66,15 +72,15 @@ def of_source(source: Source, annotations: Mapping[str, str], siblings: Sequence
     @contextmanager
     def upload(missing: Collection[str]) -> Iterator[tuple[str, bool]]:
         wanted = {by_digest[name]: name for name in missing if name in by_digest}
-        files = {d: file for d, pack in packs.items() if (file := packing.kept(d, pack))}
+        files = {d: file for d, pack in packs.items() if (file := packing.kept(d, pack, how))}
         gone = [diff_id for diff_id in wanted if diff_id not in files]
-        for diff_id, again in packing.compressed(source, gone, names).items():
+        for diff_id, again in packing.compressed(source, gone, names, how).items():
             if again.digest != wanted[diff_id]:
                 raise Problem(
                     f"layer {names[diff_id]} was compressed into other bytes than before, by "
-                    "another zstd; run this again to publish it so"
+                    f"another {how.name}; run this again to publish it so"
                 )
-            files[diff_id] = packing.packed(diff_id)
+            files[diff_id] = packing.packed(diff_id, how)
         placed = {packs[diff_id].digest: file for diff_id, file in files.items()}
         with leftovers.temporary("layout", host.scratch()) as folder:
             oci.write_layout(folder / "layout", data, source.config, placed)

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+zstd"
+GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 EMPTY = "application/vnd.oci.empty.v1+json"
 SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
 EMPTY_DATA = b"{}"
@@ -192,6 +193,11 @@ def index(manifests: Sequence[Descriptor]) -> bytes:
             "manifests": [entry.plain for entry in manifests],
         }
     )
+
+
+def gzipped(layers: Iterable[Descriptor]) -> bool:
+    """Whether layers are for tools that read no zstd."""
+    return any(layer.media_type == GZIP_LAYER for layer in layers)
 
 
 def fallback_tag(subject: str) -> str:

@@ -28,6 +28,22 @@ from rollout.problem import Problem
 
 
 @dataclass(frozen=True)
+class Packing:
+    """A way to compress layers: its name, what a registry calls the result, and the command."""
+
+    name: str
+    media_type: str
+    suffix: str
+    argv: Callable[[], list[str]]
+
+
+ZSTD = Packing("zstd", oci.LAYER, ".tar.zst", lambda: layers.zstd_argv())
+# For docker before 23, containerd before 1.5, enroot before 4 and Apptainer before 1.5.
+GZIP = Packing("gzip", oci.GZIP_LAYER, ".tar.gz", layers.gzip_argv)
+PACKINGS = {packing.name: packing for packing in (ZSTD, GZIP)}
+
+
+@dataclass(frozen=True)
 class Layer:
     """A layer by its name for people and the sha256 of its tar."""
 
@@ -92,46 +108,47 @@ def store() -> Path:
     return host.cache() / "layers" / "compressed"
 
 
-def _record(diff_id: str) -> Path:
-    return store() / f"{diff_id.removeprefix('sha256:')}.json"
+def _record(diff_id: str, packing: Packing) -> Path:
+    name = diff_id.removeprefix("sha256:")
+    return store() / (f"{name}.json" if packing is ZSTD else f"{name}.{packing.name}.json")
 
 
-def packed(diff_id: str) -> Path:
+def packed(diff_id: str, packing: Packing = ZSTD) -> Path:
     """The file of a compressed layer."""
-    return _record(diff_id).with_suffix(".tar.zst")
+    return store() / f"{diff_id.removeprefix('sha256:')}{packing.suffix}"
 
 
-def remembered(diff_id: str) -> Descriptor | None:
+def remembered(diff_id: str, packing: Packing = ZSTD) -> Descriptor | None:
     """What a layer is when compressed, None where this machine has not done that yet.
 
     The file may be gone all the same: a registry that has it needs no other copy.
     """
     try:
-        data = json.loads(_record(diff_id).read_text(encoding="utf-8"))
+        data = json.loads(_record(diff_id, packing).read_text(encoding="utf-8"))
         found = oci.parse_descriptor(data)
     except (OSError, ValueError, AttributeError, TypeError, Problem):
         return None
-    return found if found.media_type == oci.LAYER else None
+    return found if found.media_type == packing.media_type else None
 
 
-def kept(diff_id: str, layer: Descriptor) -> Path | None:
+def kept(diff_id: str, layer: Descriptor, packing: Packing = ZSTD) -> Path | None:
     """The file of a compressed layer, where it is there in full."""
-    file = packed(diff_id)
+    file = packed(diff_id, packing)
     if not file.is_file() or file.stat().st_size != layer.size:
         return None
     leftovers.used(file)
     return file
 
 
-def compress(diff_id: str, tar: Path) -> Descriptor:
+def compress(diff_id: str, tar: Path, packing: Packing = ZSTD) -> Descriptor:
     """Compress a layer into the store; the same tar gives the same bytes with the same zstd.
 
     Raises:
-        Problem: the tar is not what its name says, or zstd failed.
+        Problem: the tar is not what its name says, or it could not be compressed.
     """
     out, size = hashlib.sha256(), 0
-    with host.replacing(packed(diff_id)) as temporary, temporary.open("wb") as file:
-        for piece in layers.zstd(tar):
+    with host.replacing(packed(diff_id, packing)) as temporary, temporary.open("wb") as file:
+        for piece in layers.packed(tar, packing.argv()):
             file.write(piece)
             out.update(piece)
             size += len(piece)
@@ -139,13 +156,13 @@ def compress(diff_id: str, tar: Path) -> Descriptor:
             raise Problem(f"a layer is damaged: {tar} is not {diff_id}; build the image anew")
         file.flush()
         os.fsync(file.fileno())  # a record of what a power cut has halved would be believed
-    found = Descriptor(oci.LAYER, f"sha256:{out.hexdigest()}", size)
-    host.write(_record(diff_id), json.dumps(found.plain) + "\n")
+    found = Descriptor(packing.media_type, f"sha256:{out.hexdigest()}", size)
+    host.write(_record(diff_id, packing), json.dumps(found.plain) + "\n")
     return found
 
 
 def compressed(
-    source: Source, wanted: Collection[str], names: Mapping[str, str]
+    source: Source, wanted: Collection[str], names: Mapping[str, str], packing: Packing = ZSTD
 ) -> dict[str, Descriptor]:
     """Compress layers of a source, by ``diff_id``."""
     found = {}
@@ -153,7 +170,7 @@ def compressed(
         leftovers.sweep()
         with source.opened(wanted) as tars:
             for diff_id in wanted:
-                found[diff_id] = compress(diff_id, tars[diff_id])
+                found[diff_id] = compress(diff_id, tars[diff_id], packing)
                 tell(names[diff_id], found[diff_id], "compressed")
     return found
 

@@ -56,7 +56,9 @@ def promote(
         raise Problem(f"{whole} is not promoted: it is of another lock than {shown(image.lock)}")
     siblings = [origin.path(repository)] if origin.host == registry.host else []
     copy = copies.of_registry(data, origin, repository, siblings)
-    names, there = naming.of_image(image), image.repository
+    # Promoted as it is: with layers of gzip, under the names of those.
+    gzip = oci.gzipped(oci.parse(data).layers)
+    names, there = naming.of_image(image, gzip=gzip), image.repository
     naming.free(copy, registry, there, names.immutable)
     done = copies.bring(copy, registry, there)
     if registry.name(there) != origin.name(repository):

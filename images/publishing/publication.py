@@ -19,6 +19,7 @@ from images.publishing import tags as naming
 from images.publishing.attestations import ENVELOPE, REPORT, SBOM, STATEMENT, Attestation
 from images.publishing.copies import Copy
 from images.publishing.keys import Key
+from images.publishing.packing import Packing
 from images.publishing.registry import Registry
 from images.publishing.tags import Tags
 from rollout.problem import Problem
@@ -50,6 +51,7 @@ def publish_image(
     *,
     key: Key | None = None,
     unproved: bool = False,
+    how: Packing = packing.ZSTD,
 ) -> None:
     """Publish an image of buildah's storage.
 
@@ -58,7 +60,7 @@ def publish_image(
     """
     built = build.current(image, tool)
     proved = None if unproved else proof.passing(image, built.diff_ids)
-    names = naming.of_image(image, unproved=unproved)
+    names = naming.of_image(image, unproved=unproved, gzip=how is packing.GZIP)
     commit = provenance.checkout_commit()
     if not unproved and commit.endswith(provenance.DIRTY):
         raise Problem(
@@ -76,6 +78,7 @@ def publish_image(
         packing.source(image, tool, built),
         oci.of_proof(missing),
         sorted(siblings - {registry.path(image.repository)}),
+        how,
     )
     attaching = attested(
         image,

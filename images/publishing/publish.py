@@ -17,6 +17,7 @@ from images.building import builders
 from images.building.buildah import Buildah
 from images.publishing import keys
 from images.publishing.names import parse_reference
+from images.publishing.packing import PACKINGS
 from images.publishing.promotion import promote
 from images.publishing.publication import publish_image
 from images.publishing.registry import Registry
@@ -32,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--to", metavar="HOST[/PREFIX]", help="the registry")
     found.add_argument("--key", type=Path, metavar="FILE", help="sign with this key (PEM)")
     found.add_argument("--unproved", action="store_true", help="without a passing report")
+    found.add_argument(
+        "--layers", choices=sorted(PACKINGS), default="zstd", help="gzip: for tools before zstd"
+    )
     found.add_argument("--promote", action="store_true", help="from a registry; see --from")
     found.add_argument(
         "--from", dest="origin", metavar="HOST[/PREFIX]/REPOSITORY@DIGEST", help="or :TAG"
@@ -62,6 +66,10 @@ def _refuse(given: argparse.Namespace) -> None:
             "what is unproved is not promoted; leave out --unproved",
         ),
         (
+            given.promote and given.layers != "zstd",
+            "what is promoted keeps its layers; leave out --layers",
+        ),
+        (
             given.trust and not given.promote,
             "--trust is for --promote: publish signs with --key, and trusts nobody",
         ),
@@ -76,7 +84,9 @@ def _refuse(given: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``nox -s publish -- REF --to HOST[/PREFIX] [--key FILE --unproved]``, or with ``--promote``.
+    """``nox -s publish -- REF --to HOST[/PREFIX] [--key FILE --unproved --layers gzip]``.
+
+    With ``--promote`` the source is a registry.
 
     ``--new-key FILE`` makes a key and publishes nothing.
     """
@@ -105,7 +115,8 @@ def main(arguments: Sequence[str]) -> int:
     tool = builders.detect()
     if not isinstance(tool, Buildah):
         raise Problem("only images of buildah are published", 2)
-    publish_image(image, tool, registry, key=key, unproved=given.unproved)
+    how = PACKINGS[given.layers]
+    publish_image(image, tool, registry, key=key, unproved=given.unproved, how=how)
     return 0
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from images import catalog
 from images.building import labels
-from images.publishing import attach, oci, signatures
+from images.publishing import attach, oci, signatures, tags
 from images.publishing.attestations import Attestation
 from images.publishing.keys import PublicKey
 from images.publishing.oci import Descriptor, Manifest
@@ -115,8 +114,9 @@ def check_tags(image: Published) -> Metrics:
     if not immutable.endswith(image.labels[labels.LOCK][:8]):
         raise Problem(f"the immutable tag {immutable} is not of the lock that the image names")
     repository, _, alias = title.partition(":")
-    if image.unproved:  # then neither of its tags is one that a proved image may have
-        immutable, alias = immutable + catalog.UNPROVED, alias + catalog.UNPROVED
+    # Unproved, it has neither of the tags that a proved image may have.
+    behind = tags.ending(unproved=image.unproved, gzip=oci.gzipped(image.layers))
+    immutable, alias = immutable + behind, alias + behind
     here = f"{image.repository}:{image.reference}"
     by_digest = oci.is_digest(image.reference)
     if image.repository != repository or not (by_digest or image.reference in (alias, immutable)):

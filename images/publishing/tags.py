@@ -25,14 +25,20 @@ class Tags:
     moving: str
 
 
-def of_image(image: Image, *, unproved: bool = False) -> Tags:
+def of_image(image: Image, *, unproved: bool = False, gzip: bool = False) -> Tags:
     """The tags of an image.
 
-    What is not proved takes neither of the names that a proved one has, or is going to have.
+    What is not proved takes neither of the names that a proved one has, or is going to have. The
+    same image with layers of gzip has another manifest, and so names of its own.
     """
     name = labels.immutable_tag(image, lock.read(image), host.sha256(image.lock))
-    ending = catalog.UNPROVED if unproved else ""
-    return Tags(name + ending, image.tag + ending)
+    behind = ending(unproved=unproved, gzip=gzip)
+    return Tags(name + behind, image.tag + behind)
+
+
+def ending(*, unproved: bool, gzip: bool) -> str:
+    """What stands behind both tags of an image."""
+    return (catalog.GZIP if gzip else "") + (catalog.UNPROVED if unproved else "")
 
 
 def free(image: Copy, registry: Registry, repository: str, tag: str) -> bool:

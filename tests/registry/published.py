@@ -22,11 +22,11 @@ from images import host
 from images.building import build, labels
 from images.catalog import Image
 from images.locking import lock
-from images.publishing import attach, copies, oci, publication, tags
+from images.publishing import attach, copies, oci, packing, publication, tags
 from images.publishing.attestations import Attestation
 from images.publishing.copies import Copy
 from images.publishing.keys import Key
-from images.publishing.packing import Layer, Source
+from images.publishing.packing import Layer, Packing, Source
 from images.publishing.registry import Registry
 from images.publishing.tags import Tags
 from images.publishing.unpacking import LOCK_INSIDE
@@ -60,6 +60,7 @@ class Release:
     registry: Registry
     seed: str = "base"
     annotations: Mapping[str, str] | None = None
+    how: Packing = packing.ZSTD
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,10 +85,12 @@ class Release:
         }
         self.config = json.dumps(config).encode()
         self.copy: Copy = copies.of_source(
-            Source(self.config, tuple(layers), self._opened), self.annotations or {}
+            Source(self.config, tuple(layers), self._opened), self.annotations or {}, how=self.how
         )
         unproved = oci.UNPROVED in (self.annotations or {})
-        self.tags: Tags = tags.of_image(self.image, unproved=unproved)
+        self.tags: Tags = tags.of_image(
+            self.image, unproved=unproved, gzip=self.how is packing.GZIP
+        )
 
     @contextmanager
     def _opened(self, wanted: Collection[str]) -> Iterator[Mapping[str, Path]]:

@@ -562,6 +562,42 @@ def test_promotion_gives_the_same_digest_and_its_attestations_the_public_tags(
 
 
 @pytest.mark.usefixtures("built")
+def test_an_image_for_older_tools_stands_beside_the_usual_one(
+    servers: Callable[..., Server], key: Path
+) -> None:
+    """The same image id and attestations, layers of gzip, and names of its own, promoted too."""
+    first, second = servers(), servers()
+    staging, public = Registry(f"{first.address}/staging"), Registry(second.address)
+    usual, names = tags.of_image(IMAGE), tags.of_image(IMAGE, gzip=True)
+    arguments = [IMAGE.tag, "--to", staging.target, "--key", str(key)]
+    assert publish.main(arguments) == 0
+    assert publish.main([*arguments, "--layers", "gzip"]) == 0
+    both = [staging.manifest(IMAGE.repository, tag) for tag in (usual.moving, names.moving)]
+    zstd, gzip = (oci.parse(found[0]) for found in both if found)
+    assert gzip.config == zstd.config
+    assert {layer.media_type for layer in gzip.layers} == {oci.GZIP_LAYER}
+    assert {layer.media_type for layer in zstd.layers} == {oci.LAYER}
+    digest = digest_of(staging, names.immutable)
+    trust = ["--trust", f"{key}.pub"]
+    source = staging.reference(IMAGE.repository, digest)
+    promotion = [IMAGE.tag, "--to", public.target, "--promote", "--from", source, *trust]
+    assert publish.main(promotion) == 0
+    assert public.resolve(IMAGE.repository, usual.moving) is None, "that is another manifest"
+    trusted = keys.read_public(Path(f"{key}.pub"))
+    for tag in (names.moving, names.immutable):
+        found = Published(public, IMAGE.repository, tag, trusted)
+        assert {check.status for check in verify_published.verify(found)} == {"passed"}
+
+
+@pytest.mark.usefixtures("built")
+def test_what_is_promoted_keeps_its_layers(here: Registry, key: Path) -> None:
+    source = here.reference(IMAGE.repository, f"sha256:{'0' * 64}")
+    arguments = [IMAGE.tag, "--to", here.target, "--promote", "--from", source]
+    with pytest.raises(Problem, match="what is promoted keeps its layers; leave out --layers"):
+        publish.main([*arguments, "--trust", f"{key}.pub", "--layers", "gzip"])
+
+
+@pytest.mark.usefixtures("built")
 def test_what_fails_a_check_or_is_unproved_is_not_promoted(
     server: Server, key: Path, tmp_path: Path
 ) -> None:

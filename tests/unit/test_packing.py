@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -49,6 +51,20 @@ def test_a_layer_is_compressed_into_what_its_record_says(tmp_path: Path) -> None
     assert packing.kept(diff_id, found) == packed
     argv = [*layers.zstd_argv(), str(file)]
     assert packed.read_bytes() == subprocess.run(argv, capture_output=True, check=True).stdout
+
+
+def test_a_layer_for_tools_that_read_no_zstd_is_the_same_tar_in_gzip(tmp_path: Path) -> None:
+    data = b"".join(b"line %d\n" % n for n in range(100_000))
+    diff_id, file = tar(tmp_path, data)
+    found = packing.compress(diff_id, file, packing.GZIP)
+    os.utime(file, (1, 1))
+    assert packing.compress(diff_id, file, packing.GZIP) == found, "no time of the file is in it"
+    packed = packing.packed(diff_id, packing.GZIP)
+    assert packed.name.endswith(".tar.gz") and gzip.decompress(packed.read_bytes()) == data
+    assert found.media_type == "application/vnd.oci.image.layer.v1.tar+gzip"
+    assert packing.remembered(diff_id, packing.GZIP) == found
+    assert packing.remembered(diff_id) is None, "each way has a record of its own"
+    assert packing.kept(diff_id, found, packing.GZIP) == packed
 
 
 @needs_zstd

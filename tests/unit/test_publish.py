@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import ssl
@@ -104,10 +105,20 @@ def test_what_is_unproved_has_other_tags_than_what_is_proved(checkout: Checkout)
     assert unproved.moving == f"{proved.moving}-unproved"
 
 
+def test_an_image_with_layers_of_gzip_has_other_tags_than_one_with_layers_of_zstd(
+    checkout: Checkout,
+) -> None:
+    image = checkout.image()
+    usual, gzip = tags.of_image(image), tags.of_image(image, gzip=True)
+    assert gzip == tags.Tags(f"{usual.immutable}-gzip", f"{usual.moving}-gzip")
+    both = tags.of_image(image, gzip=True, unproved=True)
+    assert both.moving == f"{usual.moving}-gzip-unproved"
+
+
 def test_every_image_of_the_catalog_has_tags_that_a_registry_takes() -> None:
     for image in catalog.load():
-        for unproved in (False, True):
-            names = tags.of_image(image, unproved=unproved)
+        for unproved, gzip in itertools.product((False, True), repeat=2):
+            names = tags.of_image(image, unproved=unproved, gzip=gzip)
             assert is_tag(names.immutable) and is_tag(names.moving)
         assert Registry("localhost").name(image.repository)
 
