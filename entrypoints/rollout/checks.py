@@ -761,6 +761,13 @@ def tensor_parallel(trial: Trial) -> Metrics:
     return metrics
 
 
+def long(trial: Trial) -> Metrics:
+    """Long sequences, in chunks and preempted: :mod:`rollout.long`, which uses this module."""
+    from rollout.long import check
+
+    return check(trial)
+
+
 def ballast(first: int, second: int) -> int:
     """Bytes to take from the second GPU, so that it has less than the first by ``IMBALANCE``.
 
@@ -828,6 +835,7 @@ CHECKS: dict[str, Callable[[Trial], Metrics]] = {
     "sleep-1": sleep_1,
     "sleep-2": sleep_2,
     "cycle": cycle,
+    "long": long,
     "fp8": fp8,
     "server": server,
     "tensor-parallel": tensor_parallel,
