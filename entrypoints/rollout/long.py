@@ -74,10 +74,11 @@ class Judged:
 
 
 def edges(longest: int) -> list[int]:
-    """Where bands of positions begin, and the end of the last one."""
-    found = [0]
-    while FIRST << len(found) - 1 < longest:
-        found.append(FIRST << len(found) - 1)
+    """Where bands of positions begin, and the end of the last one, which has room for answers."""
+    found, bound = [0], FIRST
+    while bound + FIRST // 2 <= longest:
+        found.append(bound)
+        bound *= 2
     return [*found, longest]
 
 
@@ -160,11 +161,21 @@ def named(found: Sequence[Band], bound: float) -> str:
 
 
 def judge(
-    oracle: LongOracle, prompts: Sequence[Sequence[int]], answers: Sequence[Completion]
+    oracle: LongOracle,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Completion],
+    tokens: int,
 ) -> list[Judged]:
-    """The answers beside what the oracle says of them."""
+    """The answers beside what the oracle says of them.
+
+    Raises:
+        Failed: one has other than ``tokens`` tokens.
+    """
     found = []
     for prompt, answer in zip(prompts, answers, strict=True):
+        if not len(answer.tokens) == len(answer.logprobs) == tokens:
+            what = f"asked for {tokens} tokens behind {len(prompt)}, the engine gave"
+            raise Failed(f"{what} {len(answer.tokens)}", {})
         right, shifted = oracle.both(prompt, answer.tokens)
         found.append(Judged(len(prompt), answer.logprobs, right, shifted))
     return found
@@ -245,7 +256,7 @@ def measured(trial: Trial, engine: Lengthy, config: Mapping[str, Any]) -> Metric
         return probe.prompts(config, SEED + number, 2, length)[1]
 
     def held(what: str, prompts: list[list[int]], answers: list[Completion], key: str) -> None:
-        judged = judge(oracle, prompts, answers)
+        judged = judge(oracle, prompts, answers, tokens)
         found, wrongly = bands(judged, longest), bands(judged, longest, shifted=True)
         metrics[key] = told(found, wrongly)
         worst = [band.worst for band in found]
@@ -262,7 +273,8 @@ def measured(trial: Trial, engine: Lengthy, config: Mapping[str, Any]) -> Metric
     if len(asked[0]) <= engine.chunk:
         raise Failed("control: the longest prompt is computed in one chunk", metrics)
     shortest = asked[-1:]
-    strange = judge(oracle, shortest, engine.generate(shortest, ANSWER))
+    tokens = ANSWER
+    strange = judge(oracle, shortest, engine.generate(shortest, tokens), tokens)
     metrics["control_divergence"] = divergence(strange[0].engine, strange[0].oracle)
     if metrics["control_divergence"] <= trial.bound:
         raise Failed("control: the engine had the weights before they were sent", metrics)
@@ -274,7 +286,7 @@ def measured(trial: Trial, engine: Lengthy, config: Mapping[str, Any]) -> Metric
     answers: list[Completion] = []
     for group in groups([len(one) for one in asked], capacity, engine.requests):
         order += group
-        answers += engine.generate([asked[number] for number in group], ANSWER)
+        answers += engine.generate([asked[number] for number in group], tokens)
     metrics["long_seconds"] = time.perf_counter() - clock
     held("long answers", [asked[number] for number in order], answers, "bands")
     if engine.preemptions() != before:
