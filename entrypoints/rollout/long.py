@@ -126,8 +126,8 @@ def pressure(capacity: int, requests: int) -> tuple[list[int], int]:
     and what it makes room for are not alike.
     """
     mean = int(FILLED * capacity) // requests
-    step = mean // max(requests - 1, 1)
-    prompts = [mean - mean // 2 + number * step for number in range(requests)]
+    last = max(requests - 1, 1)
+    prompts = [mean - mean // 2 + number * mean // last for number in range(requests)]
     return prompts, -(-int(GROWN * capacity) // requests)
 
 
@@ -263,7 +263,7 @@ def measured(trial: Trial, engine: Lengthy, config: Mapping[str, Any]) -> Metric
         metrics["worst_request"] = _finite(max([metrics.get("worst_request") or 1.0, *worst]))
         reason = named(found, trial.bound)
         if reason:
-            raise Failed(f"{what} diverge from the float32 oracle: {reason}", metrics)
+            raise Failed(f"{what}: {reason}", metrics)
         for band in wrongly:
             if band.mean <= trial.bound:
                 what = f"control: positions {band}, each taken for the next one, would not be seen"
@@ -288,7 +288,12 @@ def measured(trial: Trial, engine: Lengthy, config: Mapping[str, Any]) -> Metric
         order += group
         answers += engine.generate([asked[number] for number in group], tokens)
     metrics["long_seconds"] = time.perf_counter() - clock
-    held("long answers", [asked[number] for number in order], answers, "bands")
+    held(
+        "long answers diverge from the float32 oracle",
+        [asked[number] for number in order],
+        answers,
+        "bands",
+    )
     if engine.preemptions() != before:
         raise Failed("control: requests that fit count as preempted", metrics)
 
@@ -302,6 +307,7 @@ def measured(trial: Trial, engine: Lengthy, config: Mapping[str, Any]) -> Metric
     if metrics["preemptions"] < 1:
         need = f"{metrics['crowd_tokens']} tokens in a cache of {capacity}"
         raise Failed(f"control: {need}, and the engine preempted nothing", metrics)
-    held("preempted and resumed, answers", crowd, answers, "crowd_bands")
+    what = "preempted and resumed, answers diverge from the float32 oracle"
+    held(what, crowd, answers, "crowd_bands")
     first = ("positions", "chunk", "preemptions", "worst_request")  # a terminal shows so many
     return {**{name: metrics[name] for name in first}, **metrics}

@@ -167,7 +167,7 @@ def logprob(token: int, position: int) -> float:
 
 
 class Paper:
-    """An engine that knows the right answers; its attributes below the line are ways to be wrong."""
+    """An engine that knows the right answers. Its attributes below are ways to be wrong."""
 
     def __init__(self) -> None:
         self.longest, self.chunk, self.requests = 4096, 512, 8

@@ -36,10 +36,11 @@ def oracle(config: dict[str, Any], seed: int = SEED) -> Any:
 # the oracle
 
 
+@pytest.mark.usefixtures("transformers")
 @pytest.mark.parametrize("prompt", [1, 5, 63, 64, 65, 100, 200])
 @pytest.mark.parametrize("answer", [1, 2, 40])
 def test_block_by_block_the_oracle_says_what_it_says_at_once(
-    transformers: Any, monkeypatch: pytest.MonkeyPatch, prompt: int, answer: int
+    monkeypatch: pytest.MonkeyPatch, prompt: int, answer: int
 ) -> None:
     from rollout import long_oracle
 
@@ -57,14 +58,13 @@ def test_block_by_block_the_oracle_says_what_it_says_at_once(
         assert shifted != pytest.approx(expected, abs=1e-2)
 
 
+@pytest.mark.usefixtures("transformers")
 @pytest.mark.parametrize(
     "changes",
     [{"rope_theta": 2000.0}, {"rope_theta": 500.0}],
     ids=["rotations twice as slow", "twice as fast"],
 )
-def test_an_oracle_of_other_rotations_agrees_nowhere(
-    transformers: Any, changes: dict[str, Any]
-) -> None:
+def test_an_oracle_of_other_rotations_agrees_nowhere(changes: dict[str, Any]) -> None:
     from rollout.long import Judged, bands
     from rollout.long_oracle import LongOracle
     from rollout.oracle import BOUND_BF16
@@ -81,7 +81,8 @@ def test_an_oracle_of_other_rotations_agrees_nowhere(
     assert not any(band.within(BOUND_BF16) for band in found)
 
 
-def test_nothing_is_judged_behind_nothing(transformers: Any) -> None:
+@pytest.mark.usefixtures("transformers")
+def test_nothing_is_judged_behind_nothing() -> None:
     from rollout.long_oracle import LongOracle
 
     judge = LongOracle(oracle(SMALL))
@@ -95,6 +96,7 @@ def test_nothing_is_judged_behind_nothing(transformers: Any) -> None:
 
 @pytest.fixture
 def worker(transformers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    assert transformers
     from rollout.backends import long_transformers
 
     monkeypatch.setattr(long_transformers, "LONGEST", LONGEST)
@@ -179,7 +181,8 @@ def test_a_fault_of_preemption_spoils_what_was_preempted_alone(worker: Any) -> N
     assert 1 <= sum(value > 1.1 for value in apart) <= worker.preemptions()
 
 
-def test_the_engines_own_process_answers_and_counts(transformers: Any, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("transformers")
+def test_the_engines_own_process_answers_and_counts(tmp_path: Path) -> None:
     from rollout.backends import EngineError, long_transformers
 
     probe.save(tmp_path, SMALL, probe.weights(SMALL, SEED))
