@@ -195,6 +195,31 @@ def told(found: Sequence[Band], wrongly: Sequence[Band]) -> list[Metrics]:
     ]
 
 
+def hold(
+    answers: Sequence[Judged], longest: int, bound: float, what: str, metrics: Metrics
+) -> list[Metrics]:
+    """Hold answers against the oracle in bands of positions; returns what was found in each.
+
+    The worst request of all is noted. Control: an oracle whose positions are off by one has to
+    disagree in every band.
+
+    Raises:
+        Failed: they differ somewhere, or the control does not.
+    """
+    found, wrongly = bands(answers, longest), bands(answers, longest, shifted=True)
+    noted = told(found, wrongly)
+    worst = max(band.worst for band in found)
+    metrics["worst_request"] = _finite(max(metrics["worst_request"], worst))
+    reason = named(found, bound)
+    if reason:
+        raise Failed(f"{what}: {reason}", {**metrics, "judged_bands": noted})
+    for band in wrongly:
+        if band.mean <= bound:
+            reason = f"control: positions {band}, each taken for the next one, would not be seen"
+            raise Failed(reason, {**metrics, "judged_bands": noted})
+    return noted
+
+
 def _finite(value: float) -> float | None:
     """A number as a report may hold it."""
     return value if math.isfinite(value) else None
@@ -249,32 +274,18 @@ def measured(trial: Trial, engine: Lengthy, config: Mapping[str, Any]) -> Metric
     Controls: on dummy weights the oracle must disagree; what fits must be counted as preempted by
     nobody; and where the cache is too small, something must be.
     """
-    longest, oracle, capacity = engine.longest, LongOracle(trial.oracle), engine.capacity()
-    metrics: Metrics = {"positions": longest, "chunk": engine.chunk, "cache_tokens": capacity}
+    oracle, capacity = LongOracle(trial.oracle), engine.capacity()
+    metrics: Metrics = {"positions": engine.longest, "chunk": engine.chunk, "preemptions": 0}
+    metrics |= {"worst_request": 1.0, "cache_tokens": capacity}  # a terminal shows the first four
 
-    def prompt(number: int, length: int) -> list[int]:
-        return probe.prompts(config, SEED + number, 2, length)[1]
+    def prompts(sizes: Sequence[int], first: int = 0) -> list[list[int]]:
+        return [probe.prompts(config, SEED + first + n, 2, size)[1] for n, size in enumerate(sizes)]
 
-    def held(what: str, prompts: list[list[int]], answers: list[Completion], key: str) -> None:
-        judged = judge(oracle, prompts, answers, tokens)
-        found, wrongly = bands(judged, longest), bands(judged, longest, shifted=True)
-        metrics[key] = told(found, wrongly)
-        worst = [band.worst for band in found]
-        metrics["worst_request"] = _finite(max([metrics.get("worst_request") or 1.0, *worst]))
-        reason = named(found, trial.bound)
-        if reason:
-            raise Failed(f"{what}: {reason}", metrics)
-        for band in wrongly:
-            if band.mean <= trial.bound:
-                what = f"control: positions {band}, each taken for the next one, would not be seen"
-                raise Failed(what, metrics)
-
-    asked = [prompt(number, length) for number, length in enumerate(lengths(longest))]
-    if len(asked[0]) <= engine.chunk:
+    sizes = lengths(engine.longest)
+    if sizes[0] <= engine.chunk:
         raise Failed("control: the longest prompt is computed in one chunk", metrics)
-    shortest = asked[-1:]
-    tokens = ANSWER
-    strange = judge(oracle, shortest, engine.generate(shortest, tokens), tokens)
+    asked = prompts(sizes)
+    strange = judge(oracle, asked[-1:], engine.generate(asked[-1:], ANSWER), ANSWER)
     metrics["control_divergence"] = divergence(strange[0].engine, strange[0].oracle)
     if metrics["control_divergence"] <= trial.bound:
         raise Failed("control: the engine had the weights before they were sent", metrics)
@@ -282,32 +293,29 @@ def measured(trial: Trial, engine: Lengthy, config: Mapping[str, Any]) -> Metric
     engine.reset_prefix_cache()
 
     before, clock = engine.preemptions(), time.perf_counter()
-    order: list[int] = []
-    answers: list[Completion] = []
-    for group in groups([len(one) for one in asked], capacity, engine.requests):
-        order += group
-        answers += engine.generate([asked[number] for number in group], tokens)
+    judged, answers = [], []
+    for group in groups(sizes, capacity, engine.requests):
+        together = [asked[number] for number in group]
+        answers.append((together, engine.generate(together, ANSWER)))
     metrics["long_seconds"] = time.perf_counter() - clock
-    held(
-        "long answers diverge from the float32 oracle",
-        [asked[number] for number in order],
-        answers,
-        "bands",
-    )
+    for together, found in answers:
+        judged += judge(oracle, together, found, ANSWER)
+    what = "long answers diverge from the float32 oracle"
+    metrics["bands"] = hold(judged, engine.longest, trial.bound, what, metrics)
     if engine.preemptions() != before:
         raise Failed("control: requests that fit count as preempted", metrics)
 
     sizes, tokens = pressure(capacity, engine.requests)
-    crowd = [prompt(CROWD + number, size) for number, size in enumerate(sizes)]
+    crowd = prompts(sizes, CROWD)
     metrics["crowd_tokens"] = sum(sizes) + tokens * len(sizes)
     clock = time.perf_counter()
-    answers = engine.generate(crowd, tokens)
+    found = engine.generate(crowd, tokens)
     metrics["crowd_seconds"] = time.perf_counter() - clock
     metrics["preemptions"] = engine.preemptions() - before
     if metrics["preemptions"] < 1:
         need = f"{metrics['crowd_tokens']} tokens in a cache of {capacity}"
         raise Failed(f"control: {need}, and the engine preempted nothing", metrics)
+    judged = judge(oracle, crowd, found, tokens)
     what = "preempted and resumed, answers diverge from the float32 oracle"
-    held(what, crowd, answers, "crowd_bands")
-    first = ("positions", "chunk", "preemptions", "worst_request")  # a terminal shows so many
-    return {**{name: metrics[name] for name in first}, **metrics}
+    metrics["crowd_bands"] = hold(judged, engine.longest, trial.bound, what, metrics)
+    return metrics
