@@ -112,6 +112,7 @@ def _check_promises(file: File) -> None:
     for key, promise, able in (
         ("fp8", wanted.fp8, can.fp8),
         ("server", wanted.server, can.server),
+        ("long", wanted.long, can.long),
         ("tensor-parallel", wanted.tensor_parallel, can.tensor_parallel),
     ):
         if promise and not able:

@@ -795,6 +795,13 @@ def tensor_parallel(trial: Trial) -> Metrics:
     return metrics
 
 
+def long(trial: Trial) -> Metrics:
+    """Long sequences, in chunks and preempted: :mod:`rollout.long`, which uses this module."""
+    from rollout.long import check
+
+    return check(trial)
+
+
 def ballast(first: int, second: int) -> int:
     """Bytes to take from the second GPU, so that it has less than the first by ``IMBALANCE``.
 
@@ -863,6 +870,7 @@ CHECKS: dict[str, Callable[[Trial], Metrics]] = {
     "sleep-2": sleep_2,
     "cycle": cycle,
     "refits": refits,
+    "long": long,
     "fp8": fp8,
     "server": server,
     "tensor-parallel": tensor_parallel,

@@ -107,6 +107,26 @@ FAULTS = {
         "the engine's server reports success for new weights and keeps its own",
         "not that of the weights sent",
     ),
+    "frozen-rotary": Fault(
+        "long",
+        "from a position on every token is rotated as if it stood there",
+        "long answers diverge from the float32 oracle",
+    ),
+    "halved-window": Fault(
+        "long",
+        "a token sees half as many before it as it should",
+        "long answers diverge from the float32 oracle",
+    ),
+    "shifted-chunk": Fault(
+        "long",
+        "behind the first chunk of a prompt all positions are one too high",
+        "long answers diverge from the float32 oracle",
+    ),
+    "wrong-blocks": Fault(
+        "long",
+        "a preempted request goes on with blocks that others have written",
+        "preempted and resumed, answers diverge from the float32 oracle",
+    ),
     "lost-tensor-in-training": Fault(
         "training",
         "from the second refit on the framework's own sender leaves one tensor out",
@@ -150,6 +170,11 @@ class Faulty:
     @property
     def _keeps_nothing(self) -> bool:
         return self._fault == "wake-restores-nothing"
+
+    @property
+    def within(self) -> Engine:
+        """The engine without its fault."""
+        return self._engine
 
     @property
     def pauses(self) -> bool:

@@ -45,6 +45,8 @@ _OFFERED = frozenset({"ABILITIES"})  # what a backend could be asked for, which 
 _REGISTRIES = frozenset({f"{PACKAGE}.checks.CHECKS", f"{PACKAGE}.verify.CHECKS"})
 # What every check of the smoke test goes through.
 _DRIVEN = (f"{PACKAGE}.smoke._drive", f"{PACKAGE}.smoke._attempt")
+# One drives an engine of ours that is set otherwise, by a module beside the backend's own.
+_LONG = "long"
 # And the one that drives no engine of ours, but a framework that has its own.
 _TRAINING = "training"
 _TRAINED = (f"{PACKAGE}.smoke._train", f"{PACKAGE}.smoke._attempt", f"{PACKAGE}.smoke._last")
@@ -582,6 +584,8 @@ def identity(
         trained = name == _TRAINING
         folder, owner = ("frameworks", framework) if trained else ("backends", backend)
         modules = [m for m in _owned(sources, folder, owner) if not m.endswith(_COMPARED)]
+        if name == _LONG:
+            modules += _owned(sources, "backends", f"{_LONG}_{backend}")
         owned = [u for m in modules for u in sources.whole(m)]
         roots = [*_root(sources, name), *(_TRAINED if trained else _DRIVEN), *owned]
         said = {} if trained else settings or {}

@@ -93,6 +93,12 @@ def two_gpus(found: Metrics, _: Smoke) -> str:
     return f"{free} GB free: {within(found['divergence'], BOUND_BF16)}{refused}"
 
 
+def far(found: Metrics, _: Smoke) -> str:
+    """How many positions there were, how often a request was preempted, and what came out."""
+    far, often = f"{found['positions']:,} positions", f"{found['preemptions']} preemptions"
+    return f"{far}, {often}: {within(found['worst_request'], BOUND_BF16)}"
+
+
 def every(_: Smoke) -> bool:
     """A check that every image has."""
     return True
@@ -129,6 +135,7 @@ FEATURES = (
         ),
     ),
     Feature("partial rollout, continued", "partial-rollout", every, continued),
+    Feature("positions in the thousands, preempted", "long", lambda smoke: smoke.long, far),
     Feature(
         "new weights in the middle of rollouts, over HTTP",
         "server",

@@ -45,6 +45,8 @@ def gpu_rows(data: Mapping[str, Any], again: Mapping[str, Any] | None = None) ->
             f"≤ {BOUND_BF16}; other weights: {judged['control_divergence']:.1f}",
         ),
     ]
+    if "long" in found:
+        rows += long_rows(found["long"])
     if "fp8" in found:
         eight = found["fp8"]
         rows.append(
@@ -172,6 +174,19 @@ def refit_rows(refit: Metrics) -> list[Row]:
             rows.append((REFITS[transport], f"{refit[rate(transport)]:.3g} GB/s", beside))
             beside = ""
     return rows
+
+
+def long_rows(long: Metrics) -> list[Row]:
+    """Long sequences, on an engine that preempts."""
+    crowd = f"{long['crowd_tokens']:,} tokens in a KV cache of {long['cache_tokens']:,}"
+    return [
+        (
+            f"{DIVERGENCE} up to {long['positions']:,} positions, the worst request",
+            f"{long['worst_request']:.4f}",
+            f"≤ {BOUND_BF16}",
+        ),
+        (f"preemptions: {crowd}", str(long["preemptions"]), ""),
+    ]
 
 
 def server_rows(server: Metrics) -> list[Row]:

@@ -34,21 +34,25 @@ DEFAULT = catalog.find(catalog.DEFAULT, catalog.load())
 SOUGHT = available(DEFAULT.smoke.facts)
 
 
+# Found by a check that starts an engine of its own: what runs before it is shown by the sound run.
+BY_ITSELF = ("long",)
+
+
 @pytest.mark.parametrize("fault", [name for name in FAULTS if FAULTS[name].found_by(SOUGHT)])
 def test_every_injected_fault_fails_its_check(
     container: Callable[[], Container], fault: str
 ) -> None:
     here = container()
     path = here.root / "var/cache/rollout/report.json"
-    done = here.run(
-        *("rollout", "smoke", "--inject", fault, "--report", "/var/cache/rollout/report.json")
-    )
+    check = FAULTS[fault].found_by(SOUGHT) or ""
+    only = ("--only", check) if check in BY_ITSELF else ()
+    report = ("--report", "/var/cache/rollout/report.json")
+    done = here.run("rollout", "smoke", "--inject", fault, *only, *report)
     assert done.returncode == 1, done.stdout + done.stderr
     data = json.loads(path.read_text())
     assert report_file.validate(data) == []
     assert data["verdict"] == "failed"
     failed = {c["name"]: c["reason"] for c in data["checks"] if c["status"] == "failed"}
-    check = FAULTS[fault].found_by(SOUGHT) or ""
     assert list(failed) == [check]
     assert FAULTS[fault].reason in failed[check]
     assert any(line.startswith(check) and "failed" in line for line in lines(done))

@@ -27,6 +27,7 @@ EVERYTHING = Smoke(
     refit=("cuda-ipc", "cuda-ipc-flattened", "nccl", "disk"),
     fp8=True,
     server=True,
+    long=True,
     tensor_parallel=2,
     training=True,
 )
@@ -67,6 +68,17 @@ CHECKS: dict[str, dict[str, Any]] = {
     },
     "sleep-2": {"freed_fraction": 0.9912, "held_bytes": 6_200_000_000, "sleep_seconds": 0.012},
     "cycle": {"turn_seconds": 0.044},
+    "long": {
+        "positions": 16384,
+        "chunk": 2048,
+        "preemptions": 7,
+        "worst_request": 1.0194,
+        "start_seconds": 27.0,
+        "long_seconds": 2.5,
+        "crowd_seconds": 3.5,
+        "crowd_tokens": 25_600,
+        "cache_tokens": 20_464,
+    },
     "fp8": {"start_seconds": 16.0, "divergence": 1.0269, "stranger_divergence": 3.77},
     "server": {
         "start_seconds": 30.0,
@@ -123,6 +135,7 @@ def test_a_cell_is_what_the_report_shows_with_its_telling_number() -> None:
         "weights in fp8, refitted from bf16": "1.0269 ≤ 1.08",
         "prefix reuse over turns with a tool call": "150 of 150 tokens",
         "partial rollout, continued": "6 of 8 equal, the others part at a tie",
+        "positions in the thousands, preempted": "16,384 positions, 7 preemptions: 1.0194 ≤ 1.043",
         "new weights in the middle of rollouts, over HTTP": "8 rollouts: 1.0123 ≤ 1.043",
         "second witness of a refit": "the engine's own checker agrees on 35 tensors",
         "two GPUs with unequal free memory": (
@@ -299,9 +312,9 @@ def rows(*names: str) -> dict[str, tuple[str, str]]:
 
 
 def test_every_engine_start_that_is_timed_is_counted() -> None:
-    # 20 + 16 + 30 + 25 of 200 s, 10 of which verify's one check took.
+    # 20 + 27 + 16 + 30 + 25 of 200 s, 10 of which verify's one check took.
     whole = rows()["the whole smoke test: engine starts, and the rest"]
-    assert whole[0] == "91.0 s + 99.0 s"
+    assert whole[0] == "118.0 s + 72.0 s"
 
 
 def test_an_image_of_level_2_alone_has_the_numbers_of_that() -> None:
@@ -339,6 +352,15 @@ def test_server_and_two_gpus_have_rows_of_their_own() -> None:
         "told to insist on balance, it refused",
     )
     assert found["mean exp(\\|Δ log-probability\\|) on both, bf16"] == ("1.0131", "≤ 1.043")
+
+
+def test_long_sequences_have_rows_of_their_own() -> None:
+    found = rows()
+    assert found["mean exp(\\|Δ log-probability\\|) up to 16,384 positions, the worst request"] == (
+        "1.0194",
+        "≤ 1.043",
+    )
+    assert found["preemptions: 25,600 tokens in a KV cache of 20,464"] == ("7", "")
 
 
 def test_no_row_names_an_engine() -> None:

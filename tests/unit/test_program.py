@@ -178,6 +178,32 @@ def test_another_backend_changes_its_own_images_alone(package: Path) -> None:
     assert all(not set(verify.CHECKS) & checks for checks in found.values())
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("long.py", "ANSWER = 32", "ANSWER = 33"),
+        ("long_oracle.py", "TAIL = 64", "TAIL = 63"),
+        ("backends/long_transformers.py", "CHUNK = 512", "CHUNK = 513"),
+    ],
+)
+def test_long_sequences_stand_on_modules_of_their_own(
+    package: Path, name: str, before: str, after: str
+) -> None:
+    edit(package, name, before, after)
+    assert changed(package) == {reference: {"long"} for reference in images_with("long")}
+
+
+@pytest.mark.parametrize("name", ["vllm", "sglang"])
+def test_how_an_engine_is_set_for_long_sequences_is_part_of_that_check_alone(
+    package: Path, name: str
+) -> None:
+    before = program.identity(name, (), ("long", "cycle"), sources=program.Sources(package))
+    edit(package, f"backends/long_{name}.py", "CHUNK = 2048", "CHUNK = 1024")
+    after = program.identity(name, (), ("long", "cycle"), sources=program.Sources(package))
+    assert before["cycle"] == after["cycle"]
+    assert before["long"] != after["long"]
+
+
 def test_a_new_check_changes_no_other(package: Path) -> None:
     edit(
         package,

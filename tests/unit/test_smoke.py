@@ -29,6 +29,7 @@ WITH_SERVER = WANTED | {"server": True}
 WITH_TWO = WANTED | {"tensor_parallel": 2}
 WITH_ALL = WANTED | {"fp8": True, "server": True, "tensor_parallel": 2}
 WITH_TRAINING = WANTED | {"training": True}
+WITH_LONG = WANTED | {"long": True}
 FACTS: dict[str, Any] = {
     "backend": "transformers",
     "cuda": None,
@@ -51,6 +52,10 @@ FACTS: dict[str, Any] = {
         ([], WITH_ALL, [*ALL, "fp8", "server"]),
         ([], WITH_ALL | {"training": True}, [*ALL, "fp8", "server", "training"]),
         ([], WITH_TRAINING | {"training": False}, ALL),
+        ([], WITH_LONG, [*ALL, "long"]),
+        ([], WITH_LONG | WITH_ALL, [*ALL, "long", "fp8", "server"]),
+        (["long"], WITH_LONG, ["long"]),
+        (["long", "cycle"], WITH_LONG, ["start", "cycle", "long"]),
         (["cycle", "refit"], WANTED, ["start", "refit", "cycle"]),
         (["partial-rollout", "multi-turn"], WANTED, ["start", "multi-turn", "partial-rollout"]),
         (["fp8", "refit"], WITH_FP8, ["start", "refit", "fp8"]),
@@ -69,6 +74,7 @@ FACTS: dict[str, Any] = {
             "both last",
         ),
         *("training behind all", "no training"),
+        *("long last", "long before other engines", "long alone", "long behind others"),
         *("some, in their order", "rollouts", "fp8 behind others"),
         *("start alone", "start and fp8", "server behind others"),
     ],
@@ -235,7 +241,11 @@ def test_an_unknown_fault_is_answered_with_the_nearest(name: str, hint: str) -> 
 
 @pytest.mark.parametrize(
     ("name", "wanted", "check"),
-    [("deaf-server", WANTED, "server"), ("lost-buffer", ONE_LEVEL, "sleep-2")],
+    [
+        ("deaf-server", WANTED, "server"),
+        ("lost-buffer", ONE_LEVEL, "sleep-2"),
+        ("frozen-rotary", WANTED, "long"),
+    ],
 )
 def test_a_fault_that_no_check_of_the_image_looks_for_is_refused(
     name: str, wanted: dict[str, Any], check: str
@@ -246,7 +256,7 @@ def test_a_fault_that_no_check_of_the_image_looks_for_is_refused(
     assert caught.value.sentence == (
         f"--inject: {name} is found by {check}, which this image has not"
     )
-    assert smoke.fault(name, WITH_ALL) == name
+    assert smoke.fault(name, WITH_ALL | WITH_LONG) == name
 
 
 TWO_WAYS = {**WANTED, "refit": ["cuda-ipc", "nccl", "disk"]}

@@ -121,6 +121,23 @@ class Served(Engine, Protocol):
         """The paths that it has answered since its start."""
 
 
+class Lengthy(Engine, Protocol):
+    """An engine that is set for long sequences, of which its KV cache holds few.
+
+    A fault is made in it before it starts: some are made of what it is started with.
+    """
+
+    longest: int  # tokens of prompt and completion
+    chunk: int  # tokens at most that it computes at a time; a longer prompt goes in several
+    requests: int  # at once
+
+    def capacity(self) -> int:
+        """Tokens that its KV cache holds, by its own account."""
+
+    def preemptions(self) -> int:
+        """How often a request has lost its KV cache to others since the start, by its account."""
+
+
 @dataclass(frozen=True)
 class Abilities:
     """What a backend can be asked for, as its module says in ``ABILITIES``.
@@ -135,6 +152,7 @@ class Abilities:
     fp8: bool = False  # weights in 8 bits
     server: bool = False  # the engine's own HTTP server
     tensor_parallel: bool = False  # a model divided among GPUs
+    long: bool = False  # long sequences, by a module of its own: long_<backend>
 
 
 def abilities(backend: str) -> Abilities | None:
@@ -155,3 +173,13 @@ def create(backend: str, *, served: bool = False) -> Engine:
     module = importlib.import_module(f"rollout.backends.{backend.replace('-', '_')}")
     engine: Engine = module.Server() if served else module.Engine()
     return engine
+
+
+def lengthy(engine: Engine) -> Lengthy:
+    """An engine of the same backend for long sequences, not started yet."""
+    within = engine
+    while hasattr(within, "within"):  # one with a fault
+        within = within.within
+    name = type(within).__module__.rpartition(".")[2]
+    found: Lengthy = importlib.import_module(f"rollout.backends.long_{name}").Engine()
+    return found
