@@ -105,6 +105,7 @@ def _check_promises(file: File) -> None:
                 raise _wrong(f"smoke.{key}", what)
     for key, promise, able in (
         ("fp8", wanted.fp8, can.fp8),
+        ("lora", wanted.lora, can.lora),
         ("server", wanted.server, can.server),
         ("tensor-parallel", wanted.tensor_parallel, can.tensor_parallel),
     ):

@@ -30,6 +30,7 @@ CHECKS = (
     "sleep-2",
     "cycle",
     "fp8",
+    "lora",
     "server",
     "tensor-parallel",
     "training",
@@ -37,7 +38,7 @@ CHECKS = (
 ANY = 1 << 10  # GPUs: what is asked for is judged apart from what this machine has
 # Checks that start an engine of their own.
 TRAINING = "training"
-_ALONE = {"fp8", "server", TRAINING}
+_ALONE = {"fp8", "lora", "server", TRAINING}
 SEED, OTHER_SEED = 20260708, 20260709
 PROMPTS = 8
 # Eight bits round so coarsely that the probe, made to show every lost tensor in sixteen, exceeds
@@ -74,7 +75,7 @@ def promised(wanted: Mapping[str, Any]) -> list[str]:
 def available(wanted: Mapping[str, Any], gpus: int = 1) -> list[str]:
     """The checks of an image on so many GPUs; ``wanted`` is "smoke" in its image.json."""
     left_out = {f"sleep-{level}" for level in (1, 2) if level not in wanted["sleep_levels"]}
-    left_out |= {name for name in ("fp8", "server", TRAINING) if not wanted.get(name)}
+    left_out |= {name for name in ("fp8", "lora", "server", TRAINING) if not wanted.get(name)}
     if gpus < wanted.get("tensor_parallel", ANY + 1):
         left_out.add("tensor-parallel")
     return [name for name in CHECKS if name not in left_out]
