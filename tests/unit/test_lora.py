@@ -56,6 +56,7 @@ def numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora, "make", lambda _weights, seed, _model: made[seed])
     monkeypatch.setattr(lora, "merged", merged)
     monkeypatch.setattr(checks, "digest", str)
+    monkeypatch.setattr(lora, "digest", str)
     monkeypatch.setattr(checks.Trial, "train", lambda _self, _size: None)
 
 
@@ -82,6 +83,7 @@ class Adapted(Toy):
         self.loads = 99  # so many from folders; those that follow leave the one before
         self.takes_in = 99  # the same from memory
         self.again = True  # takes an adapter after a sleep of level 2
+        self.dies = False  # and answers nothing then
         self.stays = False  # an adapter that is removed
         self.falls = False  # an adapter with a refit of the base
         self.whose = "a toy"
@@ -107,6 +109,8 @@ class Adapted(Toy):
     def take(self, number: int, config: Mapping[str, Any], tensors: Mapping[str, float]) -> None:
         self.used.append(f"take {number}")
         assert config == Adapter.config
+        if self.dies and self.level == 2:
+            raise EngineError("the engine process ended")
         self.takes_in -= 1
         replaces = self.takes_in >= 0 and (self.level < 2 or self.again)
         self.put(number, tensors, replaces=replaces)
@@ -297,6 +301,7 @@ WAYS: list[tuple[dict[str, Any], str]] = [
     ({"falls": True}, "after a refit of the base the output is not that of its new weights"),
     ({"after_2": "wrong"}, f"{LEVEL_2} is neither right nor refused; loaded again it is right"),
     ({"after_2": "wrong", "again": False}, f"{LEVEL_2}, loaded again, is not what it was"),
+    ({"dies": True}, "after a sleep of level 2 no adapter can be loaded any more: the engine"),
     ({"base_fades": 1e-9}, "after a sleep of level 2 the answers without the adapter are others"),
 ]
 
@@ -328,6 +333,26 @@ def test_two_adapters_that_answer_alike_prove_no_replacement(
     monkeypatch.setattr(lora, "make", lambda _weights, _seed, _model: Adapter(ONE))
     what = "control: the first adapter's answers pass for the second's"
     assert failure(lora.lora, trial(toy()[1])) == what
+
+
+def test_digests_of_what_is_sent_as_it_is_are_those_that_another_check_has_made() -> None:
+    here = trial(toy()[1])
+    here._digests[id(here.weights)] = {"body": "known", HEAD: "of the whole head"}
+    made = lora.calmed(here, here.weights, 0.5)
+    assert made == {"body": 2.0, HEAD: 2.0}
+    assert here._digests[id(made)] == {"body": "known", HEAD: "2.0"}
+
+
+def test_no_digests_are_left_for_another_set_that_comes_to_lie_there() -> None:
+    here = trial(toy()[1])
+    lora.lora(here)
+    assert here._digests == {}
+
+
+def test_a_model_of_the_users_is_sent_as_it_is() -> None:
+    engine, own = toy()
+    lora.lora(trial(own, calm=1.0))
+    assert engine.calls[-1] == "stop"
 
 
 # faults

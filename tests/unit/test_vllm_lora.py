@@ -16,7 +16,8 @@ import pytest
 
 from rollout import cuda_ipc, placement
 from rollout.backends import EngineError, adapters, vllm, vllm_extension, vllm_lora
-from rollout.backends.vllm_lora_worker import Extension, Unwrapped, in_memory, renamed
+from rollout.backends.adapters import Unwrapped
+from rollout.backends.vllm_lora_worker import Extension, in_memory, renamed
 
 from . import test_vllm
 from .test_vllm import GIB, MODEL, Llm, output, takes

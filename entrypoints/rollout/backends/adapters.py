@@ -7,10 +7,11 @@ other checks stand on stays as it is.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rollout import placement
 from rollout.backends import Completion, Engine
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ NONE = 0  # the number of no adapter; those of adapters begin with 1
 LOST, KEPT = "adapter-lost-in-sleep", "adapter-not-replaced"
 SCALED, UNDER = "adapter-at-wrong-scale", "refit-lost-under-adapter"
 FAULTS = (LOST, KEPT, SCALED, UNDER)
+BASE = ".base_layer"  # what engines put between a wrapped layer's name and its parameters'
 
 
 class Adapting(Engine, Protocol):
@@ -59,6 +61,24 @@ class Adapting(Engine, Protocol):
 
     def takes_tensors(self) -> str:
         """Whose code puts an adapter from memory into the engine; empty where nothing can."""
+
+
+class Unwrapped:
+    """A model whose names are those that it has without the wrappers of adapters."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.packed_modules_mapping = getattr(model, "packed_modules_mapping", placement.PACKED)
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """As torch's, a wrapped layer's parameters under the layer's own name."""
+        for name, parameter in self._model.named_parameters():
+            yield name.replace(BASE, ""), parameter
+
+    def named_modules(self) -> Iterator[tuple[str, Any]]:
+        """As torch's; of a wrapper and what it wraps the latter comes last."""
+        for name, module in self._model.named_modules():
+            yield name.replace(BASE, ""), module
 
 
 def adapting(engine: Engine) -> Adapting:

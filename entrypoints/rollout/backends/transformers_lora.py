@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from rollout.adapter import CONFIG_FILE, RANK, TARGETS, TENSORS_FILE, names
 from rollout.backends import WEIGHTS, Completion, EngineError, transformers
-from rollout.backends.adapters import KEPT, LOST, NONE, SCALED, UNDER
+from rollout.backends.adapters import BASE, KEPT, LOST, NONE, SCALED, UNDER
 from rollout.transport import as_bytes
 
 if TYPE_CHECKING:
     import torch
 
-_BASE = ".base_layer"
 Packed = dict[str, tuple[tuple[int, ...], bytes]]  # of each tensor its shape and bytes (bfloat16)
 
 
@@ -275,7 +274,7 @@ class Worker(transformers.Worker):
             self.adapters.bytes.copy_(torch.frombuffer(bytearray(kept), dtype=torch.uint8))
 
     def refit(self, connection: Connection) -> None:
-        held = [p for n, p in self.model.named_parameters() if _BASE in n]
+        held = [p for n, p in self.model.named_parameters() if BASE in n]
         before = [p.detach().clone() for p in held] if UNDER in self.faults else []
         super().refit(connection)
         for parameter, old in zip(held, before, strict=False):
@@ -285,11 +284,11 @@ class Worker(transformers.Worker):
         found = {}
         for name in names:
             layer, _, part = name.rpartition(".")
-            found[name] = f"{layer}{_BASE}.{part}" if layer in self.layers else name
+            found[name] = f"{layer}{BASE}.{part}" if layer in self.layers else name
         return found
 
     def digests(self) -> dict[str, str]:
-        return {name.replace(_BASE, ""): value for name, value in super().digests().items()}
+        return {name.replace(BASE, ""): value for name, value in super().digests().items()}
 
 
 def _serve(*arguments: Any) -> None:

@@ -16,29 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from rollout import placement
 from rollout.backends import vllm_extension
+from rollout.backends.adapters import BASE, Unwrapped
 
 if TYPE_CHECKING:
     import torch
-
-BASE = ".base_layer"
-
-
-class Unwrapped:
-    """A model whose names are those that it has without the wrappers of adapters."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.packed_modules_mapping = getattr(model, "packed_modules_mapping", placement.PACKED)
-
-    def named_parameters(self) -> Iterator[tuple[str, Any]]:
-        """As torch's, a wrapped layer's parameters under the layer's own name."""
-        for name, parameter in self._model.named_parameters():
-            yield name.replace(BASE, ""), parameter
-
-    def named_modules(self) -> Iterator[tuple[str, Any]]:
-        """As torch's; of a wrapper and what it wraps the latter comes last."""
-        for name, module in self._model.named_modules():
-            yield name.replace(BASE, ""), module
 
 
 def renamed(model: Any, names: list[str]) -> dict[str, str]:
