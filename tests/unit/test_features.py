@@ -68,7 +68,7 @@ CHECKS: dict[str, dict[str, Any]] = {
     "sleep-2": {"freed_fraction": 0.9912, "held_bytes": 6_200_000_000, "sleep_seconds": 0.012},
     "cycle": {"turn_seconds": 0.044},
     "fp8": {"start_seconds": 16.0, "divergence": 1.0269, "stranger_divergence": 3.77},
-    "lora": {"start_seconds": 25.0, "divergence": 1.0086, "after_level_2": "refused"},
+    "lora": {"divergence": 1.0086, "after_level_2": "refused"},
     "server": {
         "start_seconds": 30.0,
         "refit_gb_per_s": 12.5,

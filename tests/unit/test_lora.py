@@ -327,6 +327,17 @@ def test_an_adapter_whose_layers_do_not_count_proves_nothing(
     )
 
 
+def test_of_a_model_with_many_layers_no_single_one_is_asked_to_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    many = {f"layer {place}": 0.03125 for place in range(lora.MOST_LAYERS)}
+    made = {lora.SEEDS[0]: Adapter(many | {"idle": 0.0}), lora.SEEDS[1]: Adapter(TWO)}
+    monkeypatch.setattr(lora, "make", lambda _weights, seed, _model: made[seed])
+    metrics = run()[0]
+    assert metrics["divergence"] == 1.0
+    assert "weakest_divergence" not in metrics
+
+
 def test_two_adapters_that_answer_alike_prove_no_replacement(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
