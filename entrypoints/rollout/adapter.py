@@ -59,9 +59,12 @@ class Adapter:
         return [n[len(_PREFIX) : -len(ending)] for n in self.tensors if n.endswith(ending)]
 
     def added(self, layer: str) -> torch.Tensor:
-        """What it adds to the weight of a layer, in float32: (outputs, inputs)."""
-        down, up = (self.tensors[name].float() for name in names(layer))
-        return (up @ down) * SCALE
+        """What it adds to the weight of a layer, in float32: (outputs, inputs).
+
+        Multiplied in float64, which no setting of an engine in this process makes coarser (TF32).
+        """
+        down, up = (self.tensors[name].double() for name in names(layer))
+        return (up @ down).mul_(SCALE).float()
 
     def save(self, folder: Path) -> Path:
         """Write PEFT's two files into a folder, which is returned."""
