@@ -67,7 +67,7 @@ class Smoke(Table, frozen=True):
 
     sleep_levels: Annotated[
         tuple[Literal[1, 2], ...],
-        says("1 (weights kept in main memory), 2 (dropped), or both", min_length=1),
+        says("1 (weights kept in main memory), 2 (dropped), or both; none where no run sleeps"),
     ]
     refit: Annotated[
         tuple[Transport, ...], says("transports of weights: " + ", ".join(TRANSPORTS), min_length=1)

@@ -578,6 +578,40 @@ def cycle(trial: Trial) -> Metrics:
     return metrics
 
 
+REFITS = 6  # in turn, of two sets of weights
+
+
+def refits(trial: Trial) -> Metrics:
+    """Weights are replaced again and again while the engine stays awake, and its memory stays.
+
+    Control: before each refit the engine must hold other weights than those to come.
+    """
+    engine, metrics = trial.engine, Metrics(refits=REFITS)
+    divergences, seconds, readings = [], [], []
+    turns = ((trial.others, trial.other_oracle), (trial.weights, trial.oracle))
+    for turn in range(REFITS):
+        weights, judge = turns[turn % 2]
+        if not trial.differing(weights):
+            raise Failed(f"control: turn {turn + 1} had its weights before the refit", metrics)
+        start = time.perf_counter()
+        trial.refit(weights)
+        seconds.append(time.perf_counter() - start)
+        wrong = trial.differing(weights)
+        if wrong:
+            raise Failed(f"turn {turn + 1}: wrong tensors after the refit: {named(wrong)}", metrics)
+        what = f"turn {turn + 1}: output is not that of the weights sent"
+        agree(trial.judged(trial.together(), judge), trial.bound, what, metrics)
+        divergences.append(metrics["divergence"])
+        metrics["divergence"] = max(divergences)
+        readings.append(engine.memory())
+    metrics["refit_seconds"] = sorted(seconds)[len(seconds) // 2]
+    # The first turn makes what a refit of either set needs once.
+    metrics["growth_bytes"] = growth(readings[1:])
+    if metrics["growth_bytes"] > (GROWTH_CPU if trial.device == "cpu" else GROWTH):
+        raise Failed(f"memory grew by {metrics['growth_bytes'] >> 10} KiB in each refit", metrics)
+    return metrics
+
+
 def fp8(trial: Trial) -> Metrics:
     """A second start with weights in 8 bits: refitted from bfloat16, asleep, and refitted again.
 
@@ -835,6 +869,7 @@ CHECKS: dict[str, Callable[[Trial], Metrics]] = {
     "sleep-1": sleep_1,
     "sleep-2": sleep_2,
     "cycle": cycle,
+    "refits": refits,
     "fp8": fp8,
     "lora": lora,
     "server": server,

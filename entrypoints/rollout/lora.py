@@ -150,7 +150,7 @@ def lora(trial: Trial) -> Metrics:
         weights, others = (calmed(trial, given, scale) for given in (trial.weights, trial.others))
         loop = Loop(trial, engine, first, second, folders, weights, others, scale)
         try:
-            begin(loop, min(trial.sleep_levels))
+            begin(loop, min(trial.sleep_levels, default=1))
             base = beneath(loop)
             answers = applied(loop, base)
             if 1 in trial.sleep_levels:

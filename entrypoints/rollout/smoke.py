@@ -29,12 +29,14 @@ CHECKS = (
     "sleep-1",
     "sleep-2",
     "cycle",
+    "refits",
     "fp8",
     "lora",
     "server",
     "tensor-parallel",
     "training",
 )
+SLEEPS = {"cycle", "fp8", "server"}  # beside those of a level: checks that put an engine to sleep
 ANY = 1 << 10  # GPUs: what is asked for is judged apart from what this machine has
 # Checks that start an engine of their own.
 TRAINING = "training"
@@ -76,6 +78,7 @@ def available(wanted: Mapping[str, Any], gpus: int = 1) -> list[str]:
     """The checks of an image on so many GPUs; ``wanted`` is "smoke" in its image.json."""
     left_out = {f"sleep-{level}" for level in (1, 2) if level not in wanted["sleep_levels"]}
     left_out |= {name for name in ("fp8", "lora", "server", TRAINING) if not wanted.get(name)}
+    left_out |= {"refits"} if wanted["sleep_levels"] else SLEEPS
     if gpus < wanted.get("tensor_parallel", ANY + 1):
         left_out.add("tensor-parallel")
     return [name for name in CHECKS if name not in left_out]
@@ -341,6 +344,9 @@ def proof(
         show(check)
 
     device = None
+    if not facts["smoke"]["sleep_levels"]:
+        # No check lets it sleep. A backend is told a level at the start; this one drops nothing.
+        facts = facts | {"smoke": facts["smoke"] | {"sleep_levels": [1]}}
     driven = [name for name in names if name != TRAINING]
     if driven:
         device = _drive(facts, options, driven, gpus, attempt)

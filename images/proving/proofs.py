@@ -103,14 +103,18 @@ def join(parts: Sequence[Mapping[str, Any]], image: Image) -> dict[str, Any]:
     """One report of ``smoke`` from reports of parts of it (``--only``).
 
     A check of which several tell counts as the first that did not pass, else as the first. What one
-    part had to leave out, for want of a second GPU, and another ran is not skipped.
+    part had to leave out, for want of a second GPU, and another ran is not skipped. A part in which
+    no framework trained names none.
 
     Raises:
         ValueError: they are of different runs: not of one model, program or machine.
     """
     whole = dict(max(parts, key=lambda part: len(part["gpus"])))
+    trained = [part["framework"] for part in parts if part["framework"]]
+    whole["framework"] = trained[0] if trained else None
     for name in ("model", "cycles", "program", "framework", "added", "device", "driver"):
-        if any(part[name] != whole[name] for part in parts):
+        untold = [None] if name == "framework" else []
+        if any(part[name] not in (whole[name], *untold) for part in parts):
             raise ValueError(f"they differ in {name!r}")
     told = sorted(
         (check for part in parts for check in part["checks"]),

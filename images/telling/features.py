@@ -107,6 +107,12 @@ def every(_: Smoke) -> bool:
 FEATURES = (
     Feature("sleep, weights kept (level 1)", "sleep-1", lambda s: 1 in s.sleep_levels, freed),
     Feature("sleep, weights dropped (level 2)", "sleep-2", lambda s: 2 in s.sleep_levels, freed),
+    Feature(
+        "no sleep: refits in turn",
+        "refits",
+        lambda smoke: not smoke.sleep_levels,
+        lambda found, _: f"{found['refits']} refits, {within(found['divergence'], BOUND_BF16)}",
+    ),
     Feature("refit through shared memory", "refit", *transport("shared-memory")),
     Feature("refit over CUDA IPC", "refit", *transport("cuda-ipc")),
     Feature("… in flattened buckets", "refit", *transport("cuda-ipc-flattened")),

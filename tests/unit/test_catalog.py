@@ -694,6 +694,16 @@ def promising(checkout: Checkout, backend: str, smoke: str, **keys: str) -> Path
             "key 'smoke.tensor-parallel' is promised, and the transformers backend has none",
         ),
         (
+            *("vllm", 'sleep-levels = [], refit = ["cuda-ipc"], fp8 = true'),
+            "key 'smoke.fp8' is promised, and its check puts the engine to sleep; name a level in "
+            "sleep-levels",
+        ),
+        (
+            *("vllm", 'sleep-levels = [], refit = ["cuda-ipc"], server = true'),
+            "key 'smoke.server' is promised, and its check puts the engine to sleep; name a level "
+            "in sleep-levels",
+        ),
+        (
             *("sglang", 'sleep-levels = [1], refit = ["disk", "nccl", "disk"]'),
             "key 'smoke.refit' has 'disk' twice; say it once",
         ),
@@ -707,8 +717,8 @@ def promising(checkout: Checkout, backend: str, smoke: str, **keys: str) -> Path
         ),
     ],
     ids=[
-        *("transport", "fp8", "fp8 of another", "server", "tensor-parallel", "transport twice"),
-        *("level twice", "no module"),
+        *("transport", "fp8", "fp8 of another", "server", "tensor-parallel", "fp8 awake"),
+        *("server awake", "transport twice", "level twice", "no module"),
     ],
 )
 def test_a_promise_that_the_backend_cannot_keep_is_refused_before_anything_is_built(

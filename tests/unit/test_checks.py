@@ -39,6 +39,7 @@ class Number(float):
 
 WEIGHTS = {"body": Number(2.0), HEAD: Number(4.0)}
 OTHERS = {"body": Number(3.0), HEAD: Number(4.0)}
+MEBI = 1 << 20
 GAP = 5.0  # of log-probability between the likeliest token and any other
 
 
@@ -771,6 +772,46 @@ def test_the_training_loop_goes_round_three_times_with_weights_that_change() -> 
 )
 def test_a_training_loop_that_goes_wrong_is_not_passed(wrong: dict[str, Any], reason: str) -> None:
     assert failure(checks.cycle, trial(started(**wrong))) == reason
+
+
+@pytest.mark.usefixtures("plain")
+def test_an_engine_that_never_sleeps_is_refitted_in_turn_with_weights_that_change() -> None:
+    toy = started()
+    metrics = checks.refits(trial(toy))
+    assert toy.calls == ["refit", "reset"] * checks.REFITS
+    assert (metrics["refits"], metrics["divergence"], metrics["growth_bytes"]) == (6, 1.0, 0)
+
+
+@pytest.mark.usefixtures("plain")
+def test_refits_in_turn_have_to_change_the_weights() -> None:
+    reason = "control: turn 1 had its weights before the refit"
+    assert failure(checks.refits, trial(started(OTHERS))) == reason
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"takes": 0}, "turn 1: wrong tensors after the refit: body"),
+        ({"takes": 5}, "turn 6: wrong tensors after the refit: body"),
+        ({"noise": 0.1}, "turn 1: output is not that of the weights sent"),
+        ({"resets": 5}, "turn 6: output is not that of the weights sent"),
+        ({"sours": 0.1}, "turn 2: output is not that of the weights sent"),
+        (
+            {"readings": [n * 2 * MEBI for n in range(checks.REFITS)]},
+            "memory grew by 2048 KiB in each refit",
+        ),
+    ],
+    ids=["no refit", "no last refit", "too coarse", "stale", "soured", "a leak"],
+)
+def test_refits_in_turn_that_go_wrong_are_not_passed(wrong: dict[str, Any], reason: str) -> None:
+    assert failure(checks.refits, trial(started(**wrong))).startswith(reason)
+
+
+@pytest.mark.usefixtures("plain")
+def test_what_the_first_refit_makes_once_is_no_growth() -> None:
+    toy = started(readings=[0, *[90 * MEBI] * (checks.REFITS - 1)])
+    assert checks.refits(trial(toy))["growth_bytes"] == 0
 
 
 @pytest.mark.usefixtures("slept")

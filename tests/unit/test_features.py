@@ -108,6 +108,7 @@ def test_a_cell_is_what_the_report_shows_with_its_telling_number() -> None:
     assert column(EVERYTHING, of(report())) == {
         "sleep, weights kept (level 1)": "100.0% of 6.20 GB freed",
         "sleep, weights dropped (level 2)": "99.1% of 6.20 GB freed",
+        "no sleep: refits in turn": NOT_CLAIMED,
         "refit through shared memory": NOT_CLAIMED,
         "refit over CUDA IPC": "80 GB/s",
         "… in flattened buckets": "160 GB/s",
@@ -125,6 +126,15 @@ def test_a_cell_is_what_the_report_shows_with_its_telling_number() -> None:
     }
 
 
+def test_an_engine_that_never_sleeps_is_shown_by_its_refits() -> None:
+    data = report("refit")
+    measured = {"refits": 6, "divergence": 1.0123}
+    data["checks"].append({"name": "refits", "status": "passed", "metrics": measured})
+    found = column(Smoke(sleep_levels=(), refit=("cuda-ipc",)), of(data))
+    assert found["no sleep: refits in turn"] == "6 refits, 1.0123 ≤ 1.043"
+    assert found["sleep, weights kept (level 1)"] == NOT_CLAIMED
+
+
 def test_a_release_that_forgets_its_answers_is_shown_as_such() -> None:
     data = report("multi-turn")
     data["checks"][0]["metrics"] |= {"reused_tokens": 120, "reuse": "prompts"}
@@ -136,7 +146,8 @@ def test_without_a_report_what_is_promised_is_not_shown_and_the_rest_is_not_clai
     found = column(EVERYTHING, None)
     unclaimed = {name for name, cell in found.items() if cell == NOT_CLAIMED}
     # Whether an engine has a checker of its own, its report alone says.
-    assert unclaimed == {"refit through shared memory", "second witness of a refit"}
+    awake = "no sleep: refits in turn"
+    assert unclaimed == {awake, "refit through shared memory", "second witness of a refit"}
     assert set(found.values()) == {NOT_SHOWN, NOT_CLAIMED}
     little = column(LITTLE, None)
     assert {name for name, cell in little.items() if cell == NOT_SHOWN} == {

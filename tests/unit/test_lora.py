@@ -263,6 +263,13 @@ def test_a_level_that_the_image_does_not_promise_is_not_slept(level: int) -> Non
     assert ("repeats_to_the_bit" in metrics) is (level == 1)
 
 
+def test_an_engine_that_never_sleeps_is_asked_for_all_the_rest() -> None:
+    engine, own = toy()
+    metrics = lora.lora(trial(own, sleep_levels=[]))
+    assert metrics["replaced_divergence"] == metrics["other_divergence"] == 1.0
+    assert not [call for call in engine.calls if call.startswith("sleep")]
+
+
 def test_an_engine_that_decides_its_level_at_the_start_is_started_for_each() -> None:
     _, engine, _ = run(decides=True)
     assert [call.split()[3] for call in engine.calls if call.startswith("start")] == [

@@ -760,6 +760,22 @@ def test_what_one_part_ran_another_did_not_have_to_skip(image: Image, folder: Pa
     assert (joined["skipped"], joined["verdict"]) == ({"nccl": "no second GPU"}, "in-part")
 
 
+VERL = {"name": "verl", "version": "0.9.1", "path": "/opt/verl"}
+
+
+@pytest.mark.parametrize("told", [(VERL, None), (None, VERL)])
+def test_a_part_in_which_no_framework_trained_need_not_name_it(
+    image: Image, folder: Path, told: tuple[dict[str, str] | None, ...]
+) -> None:
+    """Of a proof on two GPUs, `training` may have had one of its own meanwhile."""
+    parts = parted(folder, "sleep-2", gpus=2)
+    joined = proofs.join([p | {"framework": f} for p, f in zip(parts, told, strict=True)], image)
+    assert joined["framework"] == VERL
+    others = [p | {"framework": VERL | {"version": v}} for p, v in zip(parts, "12", strict=True)]
+    with pytest.raises(ValueError, match="they differ in 'framework'"):
+        proofs.join(others, image)
+
+
 def test_one_report_twice_is_not_taken_for_both(image: Image, folder: Path) -> None:
     put(folder, "smoke", json.loads((folder / "verify.json").read_text()))
     with pytest.raises(Problem, match="checks: files is there 2 times"):

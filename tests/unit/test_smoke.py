@@ -21,6 +21,7 @@ ALL = [
     *("start", "refit", "generation", "multi-turn", "partial-rollout"),
     *("sleep-1", "sleep-2", "cycle"),
 ]
+AWAKE = [*ALL[:5], "refits"]  # of an image whose engine never sleeps
 WANTED: dict[str, Any] = {"sleep_levels": [1, 2], "refit": ["shared-memory"], "fp8": False}
 ONE_LEVEL = WANTED | {"sleep_levels": [1]}
 WITH_FP8 = WANTED | {"fp8": True}
@@ -44,6 +45,7 @@ FACTS: dict[str, Any] = {
         ([], WANTED, ALL),
         ([], ONE_LEVEL, [name for name in ALL if name != "sleep-2"]),
         ([], WANTED | {"sleep_levels": [2]}, [name for name in ALL if name != "sleep-1"]),
+        ([], WANTED | {"sleep_levels": []}, AWAKE),
         ([], WITH_FP8, [*ALL, "fp8"]),
         ([], WITH_SERVER, [*ALL, "server"]),
         ([], WITH_ALL, [*ALL, "fp8", "server"]),
@@ -58,7 +60,15 @@ FACTS: dict[str, Any] = {
         (["server", "cycle"], WITH_SERVER, ["start", "cycle", "server"]),
     ],
     ids=[
-        *("all", "one level", "the other level", "fp8 last", "server last", "both last"),
+        *(
+            "all",
+            "one level",
+            "the other level",
+            "no level",
+            "fp8 last",
+            "server last",
+            "both last",
+        ),
         *("adapters between them",),
         *("training behind all", "no training"),
         *("some, in their order", "rollouts", "fp8 behind others"),

@@ -142,7 +142,7 @@ def test_trainer_and_engine_have_to_agree_at_every_step(number: int, wrong: floa
     assert paper.stopped == 1
 
 
-def test_the_bound_lies_far_from_both_sides_in_every_kept_report() -> None:
+def test_every_kept_run_that_was_right_lies_far_below_the_bound_and_every_wrong_one_above() -> None:
     right, wrong = [], []
     for path in sorted((ROOT / "images" / "proofs").glob("*/**/*.json")):
         for check in json.loads(path.read_text(encoding="utf-8")).get("checks", []):
@@ -156,7 +156,7 @@ def test_the_bound_lies_far_from_both_sides_in_every_kept_report() -> None:
                 wrong.append(max(metrics["divergences"]))
     assert right and wrong, "no kept report has trained"
     assert max(right) <= BOUND / 4
-    assert min(wrong) >= 2 * BOUND
+    assert min(wrong) > BOUND  # a run ends with the first step that exceeds it
 
 
 def test_the_bound_itself_is_still_right() -> None:
