@@ -103,7 +103,7 @@ def _check_promises(file: File) -> None:
                 choices = ", ".join(map(str, kept))
                 what = f"promises {value}, and the {name} backend has {choices} alone"
                 raise _wrong(f"smoke.{key}", what)
-    for key, sleeps in (("fp8", wanted.fp8), ("server", wanted.server)):
+    for key, sleeps in (("fp8", wanted.fp8), ("lora", wanted.lora), ("server", wanted.server)):
         if sleeps and not wanted.sleep_levels:
             what = (
                 "is promised, and its check puts the engine to sleep; name a level in sleep-levels"
@@ -111,6 +111,7 @@ def _check_promises(file: File) -> None:
             raise _wrong(f"smoke.{key}", what)
     for key, promise, able in (
         ("fp8", wanted.fp8, can.fp8),
+        ("lora", wanted.lora, can.lora),
         ("server", wanted.server, can.server),
         ("long", wanted.long, can.long),
         ("tensor-parallel", wanted.tensor_parallel, can.tensor_parallel),

@@ -73,6 +73,7 @@ class Smoke(Table, frozen=True):
         tuple[Transport, ...], says("transports of weights: " + ", ".join(TRANSPORTS), min_length=1)
     ]
     fp8: Annotated[bool, says("a second start with weights in 8 bits")] = False
+    lora: Annotated[bool, says("adapters: a start of their own, by folder and from memory")] = False
     server: Annotated[bool, says("the engine's own server, over HTTP")] = False
     long: Annotated[bool, says("positions in the thousands, chunked and preempted")] = False
     training: Annotated[
@@ -93,6 +94,7 @@ class Smoke(Table, frozen=True):
             "fp8": self.fp8,
             "server": self.server,
             **({"long": True} if self.long else {}),
+            **({"lora": True} if self.lora else {}),
             **({"training": True} if self.training else {}),
             **({"tensor_parallel": self.tensor_parallel} if self.tensor_parallel else {}),
             **({"reuse": self.reuse} if self.reuse != "turns" else {}),

@@ -860,6 +860,13 @@ def _rate(source: torch.Tensor, target: torch.Tensor) -> float:
     return float(source.numel()) / min(timed(copy) for _ in range(5)) / 1e9
 
 
+def lora(trial: Trial) -> Metrics:
+    """Adapters change the answers as their weights say, through sleep, replacement and refits."""
+    from rollout.lora import lora as check
+
+    return check(trial)
+
+
 # In the order in which they run: the engine starts on dummy weights, and the refit fills it.
 CHECKS: dict[str, Callable[[Trial], Metrics]] = {
     "refit": refit,
@@ -872,6 +879,7 @@ CHECKS: dict[str, Callable[[Trial], Metrics]] = {
     "refits": refits,
     "long": long,
     "fp8": fp8,
+    "lora": lora,
     "server": server,
     "tensor-parallel": tensor_parallel,
 }

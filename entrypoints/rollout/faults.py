@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from rollout.backends import Completion, Engine, Served
+from rollout.backends.adapters import FAULTS as OF_ADAPTERS
+from rollout.backends.adapters import KEPT, LOST, SCALED, UNDER, Adapting, adapting
 from rollout.problem import Problem
 
 if TYPE_CHECKING:
@@ -101,6 +103,20 @@ FAULTS = {
     ),
     "lost-token": Fault(
         "partial-rollout", "of a rollout that is stopped one token is lost", "ends otherwise"
+    ),
+    LOST: Fault(
+        "lora", "a sleep loses the adapter, which is listed as before", "is not what it was"
+    ),
+    KEPT: Fault(
+        "lora", "a new adapter is taken with success, and the old one stays", "is not that of it"
+    ),
+    SCALED: Fault(
+        "lora", "an adapter is added without its factor", "is not that of the merged weights"
+    ),
+    UNDER: Fault(
+        "lora",
+        "of the base's weights none arrives in a layer that has an adapter",
+        "does not hold the base's weights",
     ),
     "deaf-server": Fault(
         "server",
@@ -196,6 +212,13 @@ class Faulty:
 
     def endpoints(self) -> list[str]:
         return self._server.endpoints()
+
+    def adapting(self) -> Adapting:
+        """The engine of the check that has one with adapters; this fault is made inside of it."""
+        engine = adapting(self._engine)
+        if self._fault in OF_ADAPTERS:
+            engine.inject(self._fault)
+        return engine
 
     def start(
         self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1

@@ -60,6 +60,9 @@ _TEXTS = frozenset(
 )
 _IGNORED = frozenset({"annotation", "returns", "type_comment", "type_params", "kind", "ctx"})
 _COMPARED = "_interface"  # of a backend: what `rollout verify` compares, and no engine is driven by
+# Checks for which a backend has modules of their own, `<backend>_<check>` and what begins with
+# that: no other check's engine is driven by them.
+_APART = frozenset({"lora"})
 SENTENCE = ["text"]  # stands for all of them
 # What becomes of the texts of an expression: nothing is known, they stand where a sentence may
 # stand (one with a blank in it is one), or they are said and nothing else.
@@ -525,6 +528,14 @@ def _owned(sources: Sources, folder: str, name: str) -> list[str]:
     return [m for m in sources.modules if m == stem or m.startswith(f"{stem}_")]
 
 
+def _driving(sources: Sources, folder: str, name: str, check: str) -> list[str]:
+    """Of these modules those that drive an engine for a check of the smoke test."""
+    stem = f"{PACKAGE}.{folder}.{name.replace('-', '_')}"
+    found = [m for m in _owned(sources, folder, name) if not m.endswith(_COMPARED)]
+    of = {m: m[len(stem) + 1 :].partition("_")[0] for m in found}
+    return [m for m in found if of[m] not in _APART - {check}]
+
+
 def _started(sources: Sources, check: str, backend: str, framework: str) -> list[str]:
     """The modules that a check of ``rollout verify`` starts in a process of its own."""
     if check == "interface":
@@ -583,7 +594,7 @@ def identity(
     for name in smoked:
         trained = name == _TRAINING
         folder, owner = ("frameworks", framework) if trained else ("backends", backend)
-        modules = [m for m in _owned(sources, folder, owner) if not m.endswith(_COMPARED)]
+        modules = _driving(sources, folder, owner, name)
         if name == _LONG:
             modules += _owned(sources, "backends", f"{_LONG}_{backend}")
         owned = [u for m in modules for u in sources.whole(m)]

@@ -32,15 +32,21 @@ CHECKS = (
     "refits",
     "long",
     "fp8",
+    "lora",
     "server",
     "tensor-parallel",
     "training",
 )
-SLEEPS = {"cycle", "fp8", "server"}  # beside those of a level: checks that put an engine to sleep
+SLEEPS = {
+    "cycle",
+    "fp8",
+    "lora",
+    "server",
+}  # beside those of a level: checks that put an engine to sleep
 ANY = 1 << 10  # GPUs: what is asked for is judged apart from what this machine has
 # Checks that start an engine of their own.
 TRAINING = "training"
-_ALONE = {"long", "fp8", "server", TRAINING}
+_ALONE = {"long", "fp8", "lora", "server", TRAINING}
 SEED, OTHER_SEED = 20260708, 20260709
 PROMPTS = 8
 # Eight bits round so coarsely that the probe, made to show every lost tensor in sixteen, exceeds
@@ -77,7 +83,8 @@ def promised(wanted: Mapping[str, Any]) -> list[str]:
 def available(wanted: Mapping[str, Any], gpus: int = 1) -> list[str]:
     """The checks of an image on so many GPUs; ``wanted`` is "smoke" in its image.json."""
     left_out = {f"sleep-{level}" for level in (1, 2) if level not in wanted["sleep_levels"]}
-    left_out |= {name for name in ("long", "fp8", "server", TRAINING) if not wanted.get(name)}
+    asked = ("long", "fp8", "lora", "server", TRAINING)
+    left_out |= {name for name in asked if not wanted.get(name)}
     left_out |= {"refits"} if wanted["sleep_levels"] else SLEEPS
     if gpus < wanted.get("tensor_parallel", ANY + 1):
         left_out.add("tensor-parallel")

@@ -99,6 +99,12 @@ def far(found: Metrics, _: Smoke) -> str:
     return f"{far}, {often}: {within(found['worst_request'], BOUND_BF16)}"
 
 
+def adapters(found: Metrics, smoke: Smoke) -> str:
+    """How far answers with an adapter are from the oracle's, and what a deep sleep does to it."""
+    after = f"; after level 2 {found['after_level_2']}" if 2 in smoke.sleep_levels else ""
+    return f"{within(found['divergence'], BOUND_BF16)}{after}"
+
+
 def every(_: Smoke) -> bool:
     """A check that every image has."""
     return True
@@ -124,6 +130,7 @@ FEATURES = (
         lambda smoke: smoke.fp8,
         lambda found, _: within(found["divergence"], BOUND_FP8),
     ),
+    Feature("adapters (LoRA), replaced and kept in sleep", "lora", lambda s: s.lora, adapters),
     Feature(
         "prefix reuse over turns with a tool call",
         "multi-turn",

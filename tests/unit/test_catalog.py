@@ -161,7 +161,7 @@ def test_an_image_claims_a_level_of_reproducibility(checkout: Checkout, level: s
 @pytest.fixture
 def able(monkeypatch: pytest.MonkeyPatch) -> None:
     """Backends that can do whatever a catalog file can promise."""
-    can = Abilities(TRANSPORTS, fp8=True, server=True, tensor_parallel=True)
+    can = Abilities(TRANSPORTS, fp8=True, lora=True, server=True, tensor_parallel=True)
     monkeypatch.setattr(backends, "abilities", lambda _: can)
 
 
@@ -173,6 +173,7 @@ PLAIN = {"sleep_levels": [1], "refit": ["disk"], "fp8": False, "server": False}
     [
         ("", {}),
         (", fp8 = true", {"fp8": True}),
+        (", lora = true", {"lora": True}),
         (", server = true", {"server": True}),
         (", tensor-parallel = 2", {"tensor_parallel": 2}),
         (", training = true", {"training": True}),
@@ -183,7 +184,17 @@ PLAIN = {"sleep_levels": [1], "refit": ["disk"], "fp8": False, "server": False}
             {"fp8": True, "server": True, "tensor_parallel": 2},
         ),
     ],
-    ids=["none", "fp8", "server", "tensor-parallel", "training", "reuse", "none, said", "all"],
+    ids=[
+        "none",
+        "fp8",
+        "lora",
+        "server",
+        "tensor-parallel",
+        "training",
+        "reuse",
+        "none, said",
+        "all",
+    ],
 )
 @pytest.mark.usefixtures("able")
 def test_a_check_that_not_every_engine_has_is_made_where_a_file_asks_for_it(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rollout import faults, smoke
-from rollout.backends import Completion
+from rollout.backends import Completion, adapters
 from rollout.faults import FAULTS, Faulty
 from rollout.problem import Problem
 
@@ -17,6 +17,7 @@ STREAM = ("dropped-tensor", "flipped-byte", "swapped-tensors", "wrong-dtype", "p
 PROTOCOL = ("refit-skipped", "stale-cache", "sleep-frees-nothing", "wake-restores-nothing")
 ROLLOUTS = ("cold-turns", "lost-token", "deaf-server")
 ENGINE = ("leak-per-cycle", "lost-buffer")
+ADAPTERS = adapters.FAULTS
 PROOF = ("oracle-of-other-weights",)
 LONG = ("frozen-rotary", "halved-window", "shifted-chunk", "wrong-blocks")
 TRAINING = ("lost-tensor-in-training", "stale-weights-in-training")
@@ -145,7 +146,8 @@ SOUND: list[tuple[Any, ...]] = [
 
 
 def test_every_fault_names_a_check_that_exists_and_what_happens() -> None:
-    assert set(FAULTS) == {*STREAM, *PROTOCOL, *ROLLOUTS, *ENGINE, *PROOF, *LONG, *TRAINING}
+    known = {*STREAM, *PROTOCOL, *ROLLOUTS, *ENGINE, *ADAPTERS, *PROOF, *LONG, *TRAINING}
+    assert set(FAULTS) == known
     for name, fault in FAULTS.items():
         assert fault.check in smoke.CHECKS, name
         assert fault.otherwise in ("", *smoke.CHECKS), name

@@ -26,6 +26,7 @@ EVERYTHING = Smoke(
     sleep_levels=(1, 2),
     refit=("cuda-ipc", "cuda-ipc-flattened", "nccl", "disk"),
     fp8=True,
+    lora=True,
     server=True,
     long=True,
     tensor_parallel=2,
@@ -80,6 +81,7 @@ CHECKS: dict[str, dict[str, Any]] = {
         "cache_tokens": 20_464,
     },
     "fp8": {"start_seconds": 16.0, "divergence": 1.0269, "stranger_divergence": 3.77},
+    "lora": {"divergence": 1.0086, "after_level_2": "refused"},
     "server": {
         "start_seconds": 30.0,
         "refit_gb_per_s": 12.5,
@@ -133,6 +135,7 @@ def test_a_cell_is_what_the_report_shows_with_its_telling_number() -> None:
         "refit by NCCL, from another GPU": "9.87 GB/s",
         "refit from disk": "0.512 GB/s",
         "weights in fp8, refitted from bf16": "1.0269 ≤ 1.08",
+        "adapters (LoRA), replaced and kept in sleep": "1.0086 ≤ 1.043; after level 2 refused",
         "prefix reuse over turns with a tool call": "150 of 150 tokens",
         "partial rollout, continued": "6 of 8 equal, the others part at a tie",
         "positions in the thousands, preempted": "16,384 positions, 7 preemptions: 1.0194 ≤ 1.043",

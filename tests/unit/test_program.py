@@ -227,6 +227,32 @@ def test_a_new_check_changes_no_other(package: Path) -> None:
 # what changes the checks that stand on it
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("backends/transformers_lora.py", "if number != self.number:", "if number:"),
+        ("backends/adapters.py", "NONE = 0 ", "NONE = -1 "),
+        ("adapter.py", "ALPHA = 16", "ALPHA = 32"),
+        ("lora.py", "CALM = 0.5", "CALM = 0.25"),
+    ],
+)
+def test_what_drives_an_engine_with_adapters_counts_for_their_check_alone(
+    package: Path, name: str, before: str, after: str
+) -> None:
+    edit(package, name, before, after)
+    assert changed(package) == {one: {"lora"} for one in images_with("lora")}
+    assert images_with("lora") == {"verl-rollout:transformers-cpu"}
+
+
+def test_an_engine_with_adapters_of_another_backend_counts_for_none_that_promises_none(
+    package: Path,
+) -> None:
+    for name in ("vllm_lora", "vllm_lora_worker", "sglang_lora", "sglang_lora_worker"):
+        path = package / "backends" / f"{name}.py"
+        path.write_text(path.read_text() + "\n\nNOVEL = 1\n")
+    assert changed(package) == {}
+
+
 def test_another_bound_changes_exactly_the_images_that_have_its_check(package: Path) -> None:
     edit(package, "oracle.py", "BOUND_FP8 = 1.080", "BOUND_FP8 = 1.081")
     assert changed(package) == {reference: {"fp8"} for reference in images_with("fp8")}

@@ -50,6 +50,7 @@ FACTS: dict[str, Any] = {
         ([], WITH_FP8, [*ALL, "fp8"]),
         ([], WITH_SERVER, [*ALL, "server"]),
         ([], WITH_ALL, [*ALL, "fp8", "server"]),
+        ([], WITH_ALL | {"lora": True}, [*ALL, "fp8", "lora", "server"]),
         ([], WITH_ALL | {"training": True}, [*ALL, "fp8", "server", "training"]),
         ([], WITH_TRAINING | {"training": False}, ALL),
         ([], WITH_LONG, [*ALL, "long"]),
@@ -73,6 +74,7 @@ FACTS: dict[str, Any] = {
             "server last",
             "both last",
         ),
+        *("adapters between them",),
         *("training behind all", "no training"),
         *("long last", "long before other engines", "long alone", "long behind others"),
         *("some, in their order", "rollouts", "fp8 behind others"),
@@ -87,11 +89,12 @@ def test_checks_run_in_their_order_behind_start(
 
 @pytest.mark.parametrize(
     "only",
-    [["fp8"], ["server"], ["server", "fp8"], ["training"], ["training", "fp8"]],
+    [["fp8"], ["server"], ["server", "fp8"], ["training"], ["training", "fp8"], ["lora"]],
     ids="+".join,
 )
 def test_what_starts_its_own_engine_starts_no_other(only: list[str]) -> None:
-    assert smoke.selected(only, WITH_ALL | {"training": True}) == sorted(only)
+    wanted = WITH_ALL | {"training": True, "lora": True}
+    assert smoke.selected(only, wanted) == sorted(only)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +128,7 @@ def test_one_gpu_is_what_every_image_is_judged_by() -> None:
 def test_an_image_that_says_nothing_of_a_check_has_no_such_check() -> None:
     before = {"sleep_levels": [1, 2], "refit": ["disk"]}  # an image.json of an older build
     assert smoke.available(before) == smoke.available(WANTED) == ALL
-    for name in ("fp8", "server", "tensor-parallel", "training"):
+    for name in ("fp8", "lora", "server", "tensor-parallel", "training"):
         with pytest.raises(Problem, match=f"no check '{name}' in this image") as caught:
             smoke.selected([name], WANTED, smoke.ANY)
         assert caught.value.code == 2

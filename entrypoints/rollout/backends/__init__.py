@@ -150,6 +150,7 @@ class Abilities:
     transports: tuple[str, ...]  # of a refit, as the catalog names them
     levels: tuple[int, ...] = (1, 2)  # of sleep
     fp8: bool = False  # weights in 8 bits
+    lora: bool = False  # adapters, by the module `<backend>_lora`
     server: bool = False  # the engine's own HTTP server
     tensor_parallel: bool = False  # a model divided among GPUs
     long: bool = False  # long sequences, by a module of its own: long_<backend>

@@ -47,7 +47,11 @@ FLATTENED = "cuda-ipc-flattened"
 # A session of updates, in newer versions: weights that come outside of one are refused.
 BEGIN, END = "/begin_weight_update", "/end_weight_update"
 ABILITIES = Abilities(
-    ("cuda-ipc", FLATTENED, "nccl", "disk"), server=True, tensor_parallel=True, long=True
+    ("cuda-ipc", FLATTENED, "nccl", "disk"),
+    lora=True,
+    server=True,
+    tensor_parallel=True,
+    long=True,
 )
 
 
