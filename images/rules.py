@@ -107,6 +107,7 @@ def _check_promises(file: File) -> None:
         ("fp8", wanted.fp8, can.fp8),
         ("server", wanted.server, can.server),
         ("tensor-parallel", wanted.tensor_parallel, can.tensor_parallel),
+        ("moe", wanted.moe, can.moe),
     ):
         if promise and not able:
             raise _wrong(f"smoke.{key}", f"is promised, and the {name} backend has none")

@@ -74,6 +74,7 @@ class Smoke(Table, frozen=True):
     ]
     fp8: Annotated[bool, says("a second start with weights in 8 bits")] = False
     server: Annotated[bool, says("the engine's own server, over HTTP")] = False
+    moe: Annotated[bool, says("a mixture of experts, on an engine of its own")] = False
     training: Annotated[
         bool, says("the framework's own trainer makes steps; needs [framework]")
     ] = False
@@ -91,6 +92,7 @@ class Smoke(Table, frozen=True):
             "refit": list(self.refit),
             "fp8": self.fp8,
             "server": self.server,
+            **({"moe": True} if self.moe else {}),
             **({"training": True} if self.training else {}),
             **({"tensor_parallel": self.tensor_parallel} if self.tensor_parallel else {}),
             **({"reuse": self.reuse} if self.reuse != "turns" else {}),

@@ -30,7 +30,10 @@ HERE = Path(__file__).resolve().parent
 # Beside the result of a check: what is said of it, what is injected, what is looked at before.
 _OUTSIDE = frozenset(
     f"{PACKAGE}.{name}"
-    for name in ("calibrate", "cli", "faults", "info", "preflight", "problem", "program", "report")
+    for name in (
+        *("calibrate", "cli", "faults", "info", "moe_calibrate", "moe_faults", "preflight"),
+        *("problem", "program", "report"),
+    )
 )
 # Which checks run is told by the report itself, and a new one is not to change all others.
 _CHOICE = frozenset(
@@ -45,9 +48,13 @@ _OFFERED = frozenset({"ABILITIES"})  # what a backend could be asked for, which 
 _REGISTRIES = frozenset({f"{PACKAGE}.checks.CHECKS", f"{PACKAGE}.verify.CHECKS"})
 # What every check of the smoke test goes through.
 _DRIVEN = (f"{PACKAGE}.smoke._drive", f"{PACKAGE}.smoke._attempt")
-# And the one that drives no engine of ours, but a framework that has its own.
+# One that makes a probe of its own, and the one that drives a framework, which has its own engine.
 _TRAINING = "training"
 _TRAINED = (f"{PACKAGE}.smoke._train", f"{PACKAGE}.smoke._attempt", f"{PACKAGE}.smoke._last")
+_APART = {
+    "moe": (f"{PACKAGE}.smoke._mix", f"{PACKAGE}.smoke._attempt", f"{PACKAGE}.smoke._last"),
+    _TRAINING: _TRAINED,
+}
 # Calls whose texts are for people; and names of variables and arguments that hold such texts.
 _TELLING = frozenset({"print", "warn", "Finding", "Failed", "Problem", "EngineError"})
 _TEXTS = frozenset(
@@ -580,9 +587,11 @@ def identity(
     for name in smoked:
         trained = name == _TRAINING
         folder, owner = ("frameworks", framework) if trained else ("backends", backend)
-        modules = [m for m in _owned(sources, folder, owner) if not m.endswith(_COMPARED)]
+        # What a backend has for one check alone is named after both.
+        modules = [*_owned(sources, folder, owner), *_owned(sources, folder, f"{name}_{owner}")]
+        modules = [m for m in modules if not m.endswith(_COMPARED)]
         owned = [u for m in modules for u in sources.whole(m)]
-        roots = [*_root(sources, name), *(_TRAINED if trained else _DRIVEN), *owned]
+        roots = [*_root(sources, name), *_APART.get(name, _DRIVEN), *owned]
         said = {} if trained else settings or {}
         found[name] = _digest(sources.closure(roots, name), said)
     return found

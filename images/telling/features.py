@@ -113,6 +113,12 @@ FEATURES = (
         lambda found, _: within(found["divergence"], BOUND_FP8),
     ),
     Feature(
+        "mixture of experts, refitted by the names of experts",
+        "moe",
+        lambda smoke: smoke.moe,
+        lambda found, _: f"{found['experts']} experts: {within(found['divergence'], BOUND_BF16)}",
+    ),
+    Feature(
         "prefix reuse over turns with a tool call",
         "multi-turn",
         every,

@@ -135,6 +135,7 @@ class Abilities:
     fp8: bool = False  # weights in 8 bits
     server: bool = False  # the engine's own HTTP server
     tensor_parallel: bool = False  # a model divided among GPUs
+    moe: bool = False  # a mixture of experts, by the module ``moe_<backend>``
 
 
 def abilities(backend: str) -> Abilities | None:

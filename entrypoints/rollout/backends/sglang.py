@@ -46,7 +46,9 @@ TIMEOUT = 600.0  # seconds without an answer after which the engine counts as hu
 FLATTENED = "cuda-ipc-flattened"
 # A session of updates, in newer versions: weights that come outside of one are refused.
 BEGIN, END = "/begin_weight_update", "/end_weight_update"
-ABILITIES = Abilities(("cuda-ipc", FLATTENED, "nccl", "disk"), server=True, tensor_parallel=True)
+ABILITIES = Abilities(
+    ("cuda-ipc", FLATTENED, "nccl", "disk"), server=True, tensor_parallel=True, moe=True
+)
 
 
 def arguments(model: Path, *, dummy: bool, level: int, gpus: int) -> dict[str, Any]:
