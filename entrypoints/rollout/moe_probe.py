@@ -75,7 +75,7 @@ _EXPERTS = 4.5  # the same of the experts
 _ATTENDED = 0.34  # root mean square of what o_proj reads, as measured
 _GATED = 0.54  # the same of down_proj
 _LOGIT = 1.5
-_LOGIT_OF_MANY = 1.5
+_LOGIT_OF_MANY = 1.25
 _MANY = 4096
 
 

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.image
 FILES = (
     *("test_probe.py", "test_transport.py", "test_faults.py", "test_smoke.py"),
     *("test_checks.py", "test_cuda_ipc.py", "test_vllm_extension.py", "test_placement.py"),
+    "test_moe.py",
 )
 
 

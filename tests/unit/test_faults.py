@@ -19,6 +19,7 @@ ROLLOUTS = ("cold-turns", "lost-token", "deaf-server")
 ENGINE = ("leak-per-cycle", "lost-buffer")
 PROOF = ("oracle-of-other-weights",)
 TRAINING = ("lost-tensor-in-training", "stale-weights-in-training")
+EXPERTS = faults.OF_EXPERTS  # what they do: test_moe.py
 
 
 class Recorder:
@@ -144,7 +145,7 @@ SOUND: list[tuple[Any, ...]] = [
 
 
 def test_every_fault_names_a_check_that_exists_and_what_happens() -> None:
-    assert set(FAULTS) == {*STREAM, *PROTOCOL, *ROLLOUTS, *ENGINE, *PROOF, *TRAINING}
+    assert set(FAULTS) == {*STREAM, *PROTOCOL, *ROLLOUTS, *ENGINE, *PROOF, *TRAINING, *EXPERTS}
     for name, fault in FAULTS.items():
         assert fault.check in smoke.CHECKS, name
         assert fault.otherwise in ("", *smoke.CHECKS), name
@@ -174,7 +175,9 @@ def test_what_an_engine_says_of_itself_is_told_before_and_after_its_start(fault:
     assert (engine.witness, engine.insisting) == (True, {"BALANCE": "1"})
 
 
-@pytest.mark.parametrize("fault", [*STREAM, *PROOF, *TRAINING, "stale-cache", "lost-token"])
+@pytest.mark.parametrize(
+    "fault", [*STREAM, *PROOF, *TRAINING, *EXPERTS, "stale-cache", "lost-token"]
+)
 def test_a_fault_elsewhere_leaves_the_protocol_alone(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ EVERYTHING = Smoke(
     fp8=True,
     server=True,
     tensor_parallel=2,
+    moe=True,
 )
 # The keys of a catalog file that promises a little more than that.
 SGLANG = {
@@ -74,6 +75,7 @@ CHECKS: dict[str, dict[str, Any]] = {
         "other_divergence": 1.0123,
         "stranger_divergence": 4.2,
     },
+    "moe": {"experts": 16, "divergence": 1.0162},
     "tensor-parallel": {
         "gpus": 2,
         "free_bytes": [140_000_000_000, 98_000_000_000],
@@ -112,6 +114,7 @@ def test_a_cell_is_what_the_report_shows_with_its_telling_number() -> None:
         "refit by NCCL, from another GPU": "9.87 GB/s",
         "refit from disk": "0.512 GB/s",
         "weights in fp8, refitted from bf16": "1.0269 ≤ 1.08",
+        "mixture of experts, refitted by the names of experts": "16 experts: 1.0162 ≤ 1.043",
         "prefix reuse over turns with a tool call": "150 of 150 tokens",
         "partial rollout, continued": "6 of 8 equal, the others part at a tie",
         "new weights in the middle of rollouts, over HTTP": "8 rollouts: 1.0123 ≤ 1.043",
