@@ -103,7 +103,8 @@ def _check_promises(file: File) -> None:
                 choices = ", ".join(map(str, kept))
                 what = f"promises {value}, and the {name} backend has {choices} alone"
                 raise _wrong(f"smoke.{key}", what)
-    for key, sleeps in (("fp8", wanted.fp8), ("lora", wanted.lora), ("server", wanted.server)):
+    for key in ("fp8", "lora", "server", "moe"):
+        sleeps = getattr(wanted, key)
         if sleeps and not wanted.sleep_levels:
             what = (
                 "is promised, and its check puts the engine to sleep; name a level in sleep-levels"
@@ -115,6 +116,7 @@ def _check_promises(file: File) -> None:
         ("server", wanted.server, can.server),
         ("long", wanted.long, can.long),
         ("tensor-parallel", wanted.tensor_parallel, can.tensor_parallel),
+        ("moe", wanted.moe, can.moe),
     ):
         if promise and not able:
             raise _wrong(f"smoke.{key}", f"is promised, and the {name} backend has none")

@@ -76,6 +76,7 @@ class Smoke(Table, frozen=True):
     lora: Annotated[bool, says("adapters: a start of their own, by folder and from memory")] = False
     server: Annotated[bool, says("the engine's own server, over HTTP")] = False
     long: Annotated[bool, says("positions in the thousands, chunked and preempted")] = False
+    moe: Annotated[bool, says("a mixture of experts, on an engine of its own")] = False
     training: Annotated[
         bool, says("the framework's own trainer makes steps; needs [framework]")
     ] = False
@@ -95,6 +96,7 @@ class Smoke(Table, frozen=True):
             "server": self.server,
             **({"long": True} if self.long else {}),
             **({"lora": True} if self.lora else {}),
+            **({"moe": True} if self.moe else {}),
             **({"training": True} if self.training else {}),
             **({"tensor_parallel": self.tensor_parallel} if self.tensor_parallel else {}),
             **({"reuse": self.reuse} if self.reuse != "turns" else {}),

@@ -22,6 +22,7 @@ import random
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,12 +115,27 @@ class Engine:
         return list(lists)
 
 
+@dataclass(frozen=True)
+class Instrument:
+    """What is calibrated: the module of a probe, its oracle, and the probe as an engine runs it."""
+
+    probe: Any = probe
+    oracle: type[Oracle] = Oracle
+    engine: type[Engine] = Engine
+    prompts: int = _LOSS_PROMPTS  # that each lost tensor is heard by
+
+
 def measure(
-    config: Mapping[str, Any], seed: int, repeats: int, device: str = "cpu"
+    config: Mapping[str, Any],
+    seed: int,
+    repeats: int,
+    device: str = "cpu",
+    instrument: Instrument | None = None,
 ) -> dict[str, Any]:
     """The calibration report of the probe of `config` and `seed`: see the module's docstring.
 
-    `repeats` is the number of noise measurements. Raises ValueError for less than one.
+    `repeats` is the number of noise measurements; the dense probe is the instrument where none is
+    named. Raises ValueError for less than one.
     """
     if repeats < 1:
         raise ValueError("a calibration needs at least one repeat")
@@ -127,10 +143,11 @@ def measure(
     import transformers
 
     start = time.perf_counter()
-    weights = probe.weights(config, seed)
-    oracle, engine = Oracle(config, weights, device), Engine(config, weights, device)
+    one = instrument or Instrument()
+    weights = one.probe.weights(config, seed)
+    oracle, engine = one.oracle(config, weights, device), one.engine(config, weights, device)
     noise, margin, text = _noise(config, seed, repeats, engine, oracle)
-    loss = _loss(config, seed, weights, engine, oracle)
+    loss = _loss(config, seed, weights, engine, oracle, one)
     weakest = min(loss, key=lambda name: min(loss[name].values()))
     least = min(loss[weakest].values())
     return {
@@ -150,8 +167,11 @@ def measure(
     }
 
 
-def margins_hold(report: Mapping[str, Any]) -> list[str]:
-    """The guarantees that a calibration report breaks, a sentence each; none when all hold."""
+def margins_hold(report: Mapping[str, Any], made: Any = probe) -> list[str]:
+    """The guarantees that a calibration report breaks, a sentence each; none when all hold.
+
+    `made` is the module of the probe that was measured.
+    """
     found = []
     noise, loss, margin = report["noise"], report["loss"], report["margin"]
     if not noise["max"] <= NOISE_LIMIT:
@@ -160,7 +180,7 @@ def margins_hold(report: Mapping[str, Any]) -> list[str]:
             f"of {report['bound']}: at most {NOISE_LIMIT} is wanted."
         )
     least = 1.0 + TENFOLD * (report["bound"] - 1.0)
-    for name in probe.shapes(report["config"]):
+    for name in made.shapes(report["config"]):
         ways = loss["tensors"].get(name, {})
         found += [
             f"The loss of {name} as {way} was not measured." for way in WAYS if way not in ways
@@ -255,15 +275,16 @@ def _loss(
     weights: Mapping[str, torch.Tensor],
     engine: Engine,
     oracle: Oracle,
+    one: Instrument,
 ) -> dict[str, dict[str, float]]:
     """For each tensor and each way of losing it, the divergence of the engine without it."""
     import torch
 
-    prompts = probe.prompts(config, seed, _LOSS_PROMPTS)
-    defaults = probe.dummy(config)
+    prompts = probe.prompts(config, seed, one.prompts)
+    defaults = one.probe.dummy(config)
     found: dict[str, dict[str, float]] = {}
     for name, right in weights.items():
-        lost = (torch.zeros_like(right), defaults[name], probe.tensor(config, seed + 1, name))
+        lost = (torch.zeros_like(right), defaults[name], one.probe.tensor(config, seed + 1, name))
         found[name] = {}
         for way, wrong in zip(WAYS, lost, strict=True):
             if way == "default" and torch.equal(wrong, lost[0]):

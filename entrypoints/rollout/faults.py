@@ -143,6 +143,12 @@ FAULTS = {
         "a preempted request goes on with blocks that others have written",
         "preempted and resumed, answers diverge from the float32 oracle",
     ),
+    "expert-not-refitted": Fault("moe", "of a refit one expert keeps its old weights", HELD),
+    "swapped-experts": Fault("moe", "two experts arrive under each other's number", HELD),
+    "router-not-refitted": Fault("moe", "of a refit a router keeps its old weights", HELD),
+    "top-k-not-normalised": Fault(
+        "moe", "the weights of the chosen experts do not add up to one", "the digests agree, yet"
+    ),
     "lost-tensor-in-training": Fault(
         "training",
         "from the second refit on the framework's own sender leaves one tensor out",
@@ -156,6 +162,14 @@ FAULTS = {
 }
 # Made in the stream of a refit.
 SPOILED = ("dropped-tensor", "flipped-byte", "swapped-tensors", "wrong-dtype", "partial-bucket")
+# Made by rollout.moe_faults, in a mixture of experts; of them the first three in the stream.
+OF_EXPERTS = (
+    "expert-not-refitted",
+    "swapped-experts",
+    "router-not-refitted",
+    "top-k-not-normalised",
+)
+AIMED = (*SPOILED, *OF_EXPERTS[:3])  # that one transport may have alone
 # Made inside the engine; the others are made at its protocol, whatever the engine is.
 _INSIDE = ("leak-per-cycle", "lost-buffer")
 

@@ -30,7 +30,10 @@ HERE = Path(__file__).resolve().parent
 # Beside the result of a check: what is said of it, what is injected, what is looked at before.
 _OUTSIDE = frozenset(
     f"{PACKAGE}.{name}"
-    for name in ("calibrate", "cli", "faults", "info", "preflight", "problem", "program", "report")
+    for name in (
+        *("calibrate", "cli", "faults", "info", "moe_calibrate", "moe_faults", "preflight"),
+        *("problem", "program", "report"),
+    )
 )
 # Which checks run is told by the report itself, and a new one is not to change all others.
 _CHOICE = frozenset(
@@ -45,11 +48,13 @@ _OFFERED = frozenset({"ABILITIES"})  # what a backend could be asked for, which 
 _REGISTRIES = frozenset({f"{PACKAGE}.checks.CHECKS", f"{PACKAGE}.verify.CHECKS"})
 # What every check of the smoke test goes through.
 _DRIVEN = (f"{PACKAGE}.smoke._drive", f"{PACKAGE}.smoke._attempt")
-# One drives an engine of ours that is set otherwise, by a module beside the backend's own.
-_LONG = "long"
-# And the one that drives no engine of ours, but a framework that has its own.
+# One that makes a probe of its own, and the one that drives a framework, which has its own engine.
 _TRAINING = "training"
 _TRAINED = (f"{PACKAGE}.smoke._train", f"{PACKAGE}.smoke._attempt", f"{PACKAGE}.smoke._last")
+_ROOTS = {
+    "moe": (f"{PACKAGE}.smoke._mix", f"{PACKAGE}.smoke._attempt", f"{PACKAGE}.smoke._last"),
+    _TRAINING: _TRAINED,
+}
 # Calls whose texts are for people; and names of variables and arguments that hold such texts.
 _TELLING = frozenset({"print", "warn", "Finding", "Failed", "Problem", "EngineError"})
 _TEXTS = frozenset(
@@ -60,9 +65,6 @@ _TEXTS = frozenset(
 )
 _IGNORED = frozenset({"annotation", "returns", "type_comment", "type_params", "kind", "ctx"})
 _COMPARED = "_interface"  # of a backend: what `rollout verify` compares, and no engine is driven by
-# Checks for which a backend has modules of their own, `<backend>_<check>` and what begins with
-# that: no other check's engine is driven by them.
-_APART = frozenset({"lora"})
 SENTENCE = ["text"]  # stands for all of them
 # What becomes of the texts of an expression: nothing is known, they stand where a sentence may
 # stand (one with a blank in it is one), or they are said and nothing else.
@@ -528,14 +530,6 @@ def _owned(sources: Sources, folder: str, name: str) -> list[str]:
     return [m for m in sources.modules if m == stem or m.startswith(f"{stem}_")]
 
 
-def _driving(sources: Sources, folder: str, name: str, check: str) -> list[str]:
-    """Of these modules those that drive an engine for a check of the smoke test."""
-    stem = f"{PACKAGE}.{folder}.{name.replace('-', '_')}"
-    found = [m for m in _owned(sources, folder, name) if not m.endswith(_COMPARED)]
-    of = {m: m[len(stem) + 1 :].partition("_")[0] for m in found}
-    return [m for m in found if of[m] not in _APART - {check}]
-
-
 def _started(sources: Sources, check: str, backend: str, framework: str) -> list[str]:
     """The modules that a check of ``rollout verify`` starts in a process of its own."""
     if check == "interface":
@@ -594,11 +588,11 @@ def identity(
     for name in smoked:
         trained = name == _TRAINING
         folder, owner = ("frameworks", framework) if trained else ("backends", backend)
-        modules = _driving(sources, folder, owner, name)
-        if name == _LONG:
-            modules += _owned(sources, "backends", f"{_LONG}_{backend}")
+        # What a backend has for one check alone is named after both.
+        modules = [*_owned(sources, folder, owner), *_owned(sources, folder, f"{name}_{owner}")]
+        modules = [m for m in modules if not m.endswith(_COMPARED)]
         owned = [u for m in modules for u in sources.whole(m)]
-        roots = [*_root(sources, name), *(_TRAINED if trained else _DRIVEN), *owned]
+        roots = [*_root(sources, name), *_ROOTS.get(name, _DRIVEN), *owned]
         said = {} if trained else settings or {}
         found[name] = _digest(sources.closure(roots, name), said)
     return found

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout import preflight, report
-from rollout.faults import FAULTS, SPOILED, aimed, find
+from rollout.faults import AIMED, FAULTS, aimed, find
 from rollout.problem import Problem
 
 CHECKS = (
@@ -35,18 +35,16 @@ CHECKS = (
     "lora",
     "server",
     "tensor-parallel",
+    "moe",
     "training",
 )
-SLEEPS = {
-    "cycle",
-    "fp8",
-    "lora",
-    "server",
-}  # beside those of a level: checks that put an engine to sleep
+# Beside those of a level: checks that put an engine to sleep.
+SLEEPS = {"cycle", "fp8", "lora", "server", "moe"}
 ANY = 1 << 10  # GPUs: what is asked for is judged apart from what this machine has
 # Checks that start an engine of their own.
 TRAINING = "training"
-_ALONE = {"long", "fp8", "lora", "server", TRAINING}
+MOE = "moe"
+_ALONE = {"long", "fp8", "lora", "server", MOE, TRAINING}
 SEED, OTHER_SEED = 20260708, 20260709
 PROMPTS = 8
 # Eight bits round so coarsely that the probe, made to show every lost tensor in sixteen, exceeds
@@ -83,7 +81,7 @@ def promised(wanted: Mapping[str, Any]) -> list[str]:
 def available(wanted: Mapping[str, Any], gpus: int = 1) -> list[str]:
     """The checks of an image on so many GPUs; ``wanted`` is "smoke" in its image.json."""
     left_out = {f"sleep-{level}" for level in (1, 2) if level not in wanted["sleep_levels"]}
-    asked = ("long", "fp8", "lora", "server", TRAINING)
+    asked = ("long", "fp8", "lora", "server", MOE, TRAINING)
     left_out |= {name for name in asked if not wanted.get(name)}
     left_out |= {"refits"} if wanted["sleep_levels"] else SLEEPS
     if gpus < wanted.get("tensor_parallel", ANY + 1):
@@ -121,8 +119,8 @@ def fault(name: str | None, wanted: Mapping[str, Any]) -> str | None:
         raise Problem(f"--inject: {plain} is found by {check}, which this image has not", 2)
     if name == plain:
         return name
-    if plain not in SPOILED:
-        one = ", ".join(SPOILED)
+    if plain not in AIMED:
+        one = ", ".join(AIMED)
         raise Problem(f"--inject: {plain} is made in no transport; aim one of {one}", 2)
     if transport not in wanted["refit"]:
         hint = _nearest(transport, wanted["refit"])
@@ -343,7 +341,7 @@ def proof(
         broken = next((c.name for c in done if c.status == "failed"), None)
         if broken:
             check = report.Check(name, "unproved", 0.0, {}, f"not run: {broken} failed before it")
-        elif name == TRAINING:
+        elif name in (MOE, TRAINING):
             check = _last(name, action)
         else:
             check = _attempt(name, action)
@@ -354,9 +352,12 @@ def proof(
     if not facts["smoke"]["sleep_levels"]:
         # No check lets it sleep. A backend is told a level at the start; this one drops nothing.
         facts = facts | {"smoke": facts["smoke"] | {"sleep_levels": [1]}}
-    driven = [name for name in names if name != TRAINING]
+    driven = [name for name in names if name not in (MOE, TRAINING)]
     if driven:
         device = _drive(facts, options, driven, gpus, attempt)
+    if MOE in names:
+        mixed_on = _mix(facts, options, gpus, attempt)
+        device = device or mixed_on
     if TRAINING in names:
         # A framework starts its own engine: ours has ended, and what it was judged by is gone.
         trained_on = _train(facts, options, attempt)
@@ -392,6 +393,27 @@ def _drive(
             trial.engine.stop()
         device: str = trial.engine.device
         return device
+
+
+def _mix(
+    facts: dict[str, Any],
+    options: Options,
+    gpus: int,
+    attempt: Callable[[str, Callable[[], dict[str, Any]]], None],
+) -> str | None:
+    """The check of a mixture of experts; returns the device of its engine, None if it had none."""
+    from rollout import moe
+
+    devices: list[str] = []
+
+    def mixed() -> dict[str, Any]:
+        release_gpu()
+        with moe.prepared(facts, sending(facts["smoke"], gpus), options.inject) as trial:
+            devices.append(trial.engine.device)
+            return moe.moe(trial)
+
+    attempt(MOE, mixed)
+    return devices[0] if devices else None
 
 
 def _train(

@@ -132,6 +132,12 @@ FEATURES = (
     ),
     Feature("adapters (LoRA), replaced and kept in sleep", "lora", lambda s: s.lora, adapters),
     Feature(
+        "mixture of experts, refitted by the names of experts",
+        "moe",
+        lambda smoke: smoke.moe,
+        lambda found, _: f"{found['experts']} experts: {within(found['divergence'], BOUND_BF16)}",
+    ),
+    Feature(
         "prefix reuse over turns with a tool call",
         "multi-turn",
         every,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rollout import adapter
-from rollout.backends.transformers_lora import Cached
+from rollout.backends.lora_transformers import Cached
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 

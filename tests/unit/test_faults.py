@@ -21,6 +21,7 @@ ADAPTERS = adapters.FAULTS
 PROOF = ("oracle-of-other-weights",)
 LONG = ("frozen-rotary", "halved-window", "shifted-chunk", "wrong-blocks")
 TRAINING = ("lost-tensor-in-training", "stale-weights-in-training")
+EXPERTS = faults.OF_EXPERTS  # what they do: test_moe.py
 
 
 class Recorder:
@@ -146,8 +147,8 @@ SOUND: list[tuple[Any, ...]] = [
 
 
 def test_every_fault_names_a_check_that_exists_and_what_happens() -> None:
-    known = {*STREAM, *PROTOCOL, *ROLLOUTS, *ENGINE, *ADAPTERS, *PROOF, *LONG, *TRAINING}
-    assert set(FAULTS) == known
+    checks = {*ADAPTERS, *LONG, *EXPERTS, *TRAINING}
+    assert set(FAULTS) == {*STREAM, *PROTOCOL, *ROLLOUTS, *ENGINE, *PROOF, *checks}
     for name, fault in FAULTS.items():
         assert fault.check in smoke.CHECKS, name
         assert fault.otherwise in ("", *smoke.CHECKS), name
@@ -177,7 +178,9 @@ def test_what_an_engine_says_of_itself_is_told_before_and_after_its_start(fault:
     assert (engine.witness, engine.insisting) == (True, {"BALANCE": "1"})
 
 
-@pytest.mark.parametrize("fault", [*STREAM, *PROOF, *LONG, *TRAINING, "stale-cache", "lost-token"])
+@pytest.mark.parametrize(
+    "fault", [*STREAM, *PROOF, *LONG, *EXPERTS, *TRAINING, "stale-cache", "lost-token"]
+)
 def test_a_fault_elsewhere_leaves_the_protocol_alone(
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

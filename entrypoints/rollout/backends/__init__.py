@@ -150,10 +150,11 @@ class Abilities:
     transports: tuple[str, ...]  # of a refit, as the catalog names them
     levels: tuple[int, ...] = (1, 2)  # of sleep
     fp8: bool = False  # weights in 8 bits
-    lora: bool = False  # adapters, by the module `<backend>_lora`
+    lora: bool = False  # adapters, by the module ``lora_<backend>``
     server: bool = False  # the engine's own HTTP server
     tensor_parallel: bool = False  # a model divided among GPUs
-    long: bool = False  # long sequences, by a module of its own: long_<backend>
+    long: bool = False  # long sequences, by the module ``long_<backend>``
+    moe: bool = False  # a mixture of experts, by the module ``moe_<backend>``
 
 
 def abilities(backend: str) -> Abilities | None:

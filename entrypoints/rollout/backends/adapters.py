@@ -1,6 +1,6 @@
 """Engines that take LoRA adapters: what is asked of them besides, and how one is made.
 
-A backend has them in a module of their own, ``rollout.backends.<backend>_lora``, so that what the
+A backend has them in a module of their own, ``rollout.backends.lora_<backend>``, so that what the
 other checks stand on stays as it is.
 """
 
@@ -87,5 +87,6 @@ def adapting(engine: Engine) -> Adapting:
     if own is not None:
         found: Adapting = own()
         return found
-    made: Adapting = importlib.import_module(f"{type(engine).__module__}_lora").Engine()
+    name = type(engine).__module__.rpartition(".")[2]
+    made: Adapting = importlib.import_module(f"rollout.backends.lora_{name}").Engine()
     return made

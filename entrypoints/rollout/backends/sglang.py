@@ -52,6 +52,7 @@ ABILITIES = Abilities(
     server=True,
     tensor_parallel=True,
     long=True,
+    moe=True,
 )
 
 

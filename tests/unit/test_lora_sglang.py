@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from rollout.backends import EngineError, adapters, sglang, sglang_lora, sglang_worker
-from rollout.backends import sglang_lora_worker as worker
+from rollout.backends import EngineError, adapters, lora_sglang, sglang, sglang_worker
+from rollout.backends import lora_sglang_worker as worker
 
 from .fake_sglang import install
 
@@ -29,7 +29,7 @@ def test_tensors_are_sent_by_the_names_by_which_the_model_finds_them() -> None:
         "model.norm.weight",
         "lm_head.weight",
     ]
-    assert sglang_lora.renamed(there, names) == {
+    assert lora_sglang.renamed(there, names) == {
         f"{LAYER}.k_proj.weight": f"{LAYER}.k_proj.weight",
         f"{LAYER}.o_proj.bias": f"{LAYER}.o_proj.base_layer.bias",
         "model.norm.weight": "model.norm.weight",
@@ -47,14 +47,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return [] if method in ("loaded", "adapted") else None
 
     monkeypatch.setattr(sglang.gpu, "first", lambda: ("a GPU", "cuda:0"))
-    monkeypatch.setattr(sglang_lora.Engine, "_call", call)
-    monkeypatch.setattr(sglang_lora.Engine, "_synchronize", lambda _: None)
+    monkeypatch.setattr(lora_sglang.Engine, "_call", call)
+    monkeypatch.setattr(lora_sglang.Engine, "_synchronize", lambda _: None)
     monkeypatch.setattr(sglang, "serialize", lambda given: repr(given).encode())
     yield found
 
 
 def test_an_adapter_is_asked_for_by_its_number(asked: list[Any]) -> None:
-    engine = sglang_lora.Engine()
+    engine = lora_sglang.Engine()
     engine.load(1, Path("/a"))
     engine.adapted([(1,), (2,)], 4, [1, 0])
     engine.drop(1)
@@ -67,7 +67,7 @@ def test_an_adapter_is_asked_for_by_its_number(asked: list[Any]) -> None:
 
 def test_tensors_go_as_handles(asked: list[Any]) -> None:
     tensor: Any = SimpleNamespace(detach=lambda: SimpleNamespace(to=lambda device: device))
-    sglang_lora.Engine().take(123, {"r": 8}, {"x": tensor})
+    lora_sglang.Engine().take(123, {"r": 8}, {"x": tensor})
     ((method, number, config, text),) = asked
     assert (method, number, config) == ("take", 123, {"r": 8})
     assert isinstance(text, str)
@@ -77,14 +77,14 @@ def test_tensors_go_as_handles(asked: list[Any]) -> None:
 @pytest.mark.parametrize("wanted", [{"fp8": True}, {"gpus": 2}])
 def test_it_is_started_in_bfloat16_on_one_gpu_alone(wanted: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="in bfloat16 on one GPU only"):
-        sglang_lora.Engine().start(Path("/m"), dummy=True, **wanted)
+        lora_sglang.Engine().start(Path("/m"), dummy=True, **wanted)
 
 
 def test_faults_are_made_on_both_sides(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
     monkeypatch.setattr(sglang.Engine, "refit", lambda _self, tensors, _="": sent.extend(tensors))
     monkeypatch.setattr(sglang.Engine, "wake", lambda _self, _tags: None)
-    engine = sglang_lora.Engine()
+    engine = lora_sglang.Engine()
     engine.inject(adapters.KEPT)
     engine.load(1, Path("/a"))
     engine.load(2, Path("/b"))

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from rollout import cuda_ipc, placement
-from rollout.backends import EngineError, adapters, vllm, vllm_extension, vllm_lora
+from rollout.backends import EngineError, adapters, lora_vllm, vllm, vllm_extension
 from rollout.backends.adapters import Unwrapped
-from rollout.backends.vllm_lora_worker import Extension, in_memory, renamed
+from rollout.backends.lora_vllm_worker import Extension, in_memory, renamed
 
 from . import test_vllm
 from .test_vllm import GIB, MODEL, Llm, output, takes
@@ -38,7 +38,7 @@ def llm(base: Llm, monkeypatch: pytest.MonkeyPatch) -> Llm:
     """A machine with vLLM whose requests may have an adapter."""
     takes(monkeypatch)
     kind: Any = sys.modules["vllm.engine.arg_utils"]
-    names = [*kind.EngineArgs.__dataclass_fields__, *vllm_lora.OPTIONS]
+    names = [*kind.EngineArgs.__dataclass_fields__, *lora_vllm.OPTIONS]
     kind.EngineArgs = importlib.import_module("dataclasses").make_dataclass(
         "EngineArgs", sorted(set(names))
     )
@@ -67,8 +67,8 @@ def llm(base: Llm, monkeypatch: pytest.MonkeyPatch) -> Llm:
 
 
 @pytest.fixture
-def engine(llm: Llm) -> Iterator[vllm_lora.Engine]:
-    made = vllm_lora.Engine()
+def engine(llm: Llm) -> Iterator[lora_vllm.Engine]:
+    made = lora_vllm.Engine()
     made.start(MODEL, dummy=True)
     llm.calls.clear()
     yield made
@@ -76,10 +76,10 @@ def engine(llm: Llm) -> Iterator[vllm_lora.Engine]:
 
 
 def test_it_is_started_as_any_vllm_is_and_with_room_for_one_adapter(llm: Llm) -> None:
-    engine = vllm_lora.Engine()
+    engine = lora_vllm.Engine()
     engine.start(MODEL, dummy=True)
     plain = vllm.arguments(MODEL, 80 * GIB, dummy=True, fp8=False)
-    assert llm.options == plain | vllm_lora.OPTIONS
+    assert llm.options == plain | lora_vllm.OPTIONS
     assert (llm.options["enable_lora"], llm.options["max_loras"]) == (True, 1)
     module, _, name = llm.options["worker_extension_cls"].rpartition(".")
     assert getattr(importlib.import_module(module), name) is Extension
@@ -90,21 +90,21 @@ def test_it_is_started_as_any_vllm_is_and_with_room_for_one_adapter(llm: Llm) ->
 @pytest.mark.parametrize("wanted", [{"fp8": True}, {"gpus": 2}])
 def test_it_is_started_in_bfloat16_on_one_gpu_alone(wanted: dict[str, Any]) -> None:
     with pytest.raises(EngineError, match="in bfloat16 on one GPU only"):
-        vllm_lora.Engine().start(MODEL, dummy=True, **wanted)
+        lora_vllm.Engine().start(MODEL, dummy=True, **wanted)
 
 
 def test_an_engine_that_does_not_start_says_why(llm: Llm) -> None:
     llm.broken = ValueError("this model takes no adapters")
     with pytest.raises(EngineError, match="with adapters: this model takes no adapters"):
-        vllm_lora.Engine().start(MODEL, dummy=True)
+        lora_vllm.Engine().start(MODEL, dummy=True)
 
 
 @pytest.mark.usefixtures("llm")
 def test_it_is_the_one_that_the_check_gets_for_a_vllm() -> None:
-    assert type(adapters.adapting(vllm.Engine())) is vllm_lora.Engine
+    assert type(adapters.adapting(vllm.Engine())) is lora_vllm.Engine
 
 
-def test_requests_of_one_batch_have_each_their_adapter(llm: Llm, engine: vllm_lora.Engine) -> None:
+def test_requests_of_one_batch_have_each_their_adapter(llm: Llm, engine: lora_vllm.Engine) -> None:
     engine.load(1, Path("/a"))
     llm.answers["generate"] = [output(2), output(2)]
     assert len(engine.adapted([(1,), (2,)], 2, [0, 1])) == 2
@@ -115,7 +115,7 @@ def test_requests_of_one_batch_have_each_their_adapter(llm: Llm, engine: vllm_lo
     ]
 
 
-def test_an_adapter_that_vllm_does_not_take_is_an_error(llm: Llm, engine: vllm_lora.Engine) -> None:
+def test_an_adapter_that_vllm_does_not_take_is_an_error(llm: Llm, engine: lora_vllm.Engine) -> None:
     llm.answers["add_lora"] = False
     with pytest.raises(EngineError, match="vLLM did not load the adapter of /a"):
         engine.load(1, Path("/a"))
@@ -124,7 +124,7 @@ def test_an_adapter_that_vllm_does_not_take_is_an_error(llm: Llm, engine: vllm_l
 
 
 def test_an_adapter_from_memory_goes_the_way_of_a_refit(
-    llm: Llm, engine: vllm_lora.Engine, monkeypatch: pytest.MonkeyPatch
+    llm: Llm, engine: lora_vllm.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[Any] = []
     monkeypatch.setattr(vllm.Engine, "refit", lambda _self, tensors: sent.append(dict(tensors)))
@@ -145,7 +145,7 @@ def test_an_adapter_from_memory_goes_the_way_of_a_refit(
         engine.adapted([[1]], 1, [123])
 
 
-def test_what_a_worker_knows_is_asked_of_it(llm: Llm, engine: vllm_lora.Engine) -> None:
+def test_what_a_worker_knows_is_asked_of_it(llm: Llm, engine: lora_vllm.Engine) -> None:
     llm.answers |= {"smoke_names": {"a": "b"}, "smoke_takes": "verl 1", "smoke_imprint": "x"}
     assert engine.wrapped(["a"]) == {"a": "b"}
     assert (engine.takes_tensors(), engine.imprint()) == ("verl 1", "x")
@@ -155,7 +155,7 @@ def test_what_a_worker_knows_is_asked_of_it(llm: Llm, engine: vllm_lora.Engine) 
 
 
 def test_an_adapter_that_is_not_replaced_is_the_first_one_under_every_number(
-    llm: Llm, engine: vllm_lora.Engine
+    llm: Llm, engine: lora_vllm.Engine
 ) -> None:
     engine.inject(adapters.KEPT)
     engine.load(1, Path("/a"))
@@ -167,7 +167,7 @@ def test_an_adapter_that_is_not_replaced_is_the_first_one_under_every_number(
 
 
 def test_other_faults_are_made_in_the_worker(
-    llm: Llm, engine: vllm_lora.Engine, monkeypatch: pytest.MonkeyPatch
+    llm: Llm, engine: lora_vllm.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[Any] = []
     monkeypatch.setattr(vllm.Engine, "refit", lambda _self, tensors, _="": sent.append([*tensors]))
@@ -274,8 +274,8 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Any:
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("rollout.backends.vllm_lora_worker._made", [])
-    monkeypatch.setattr("rollout.backends.vllm_lora_worker.find_spec", lambda _: None)
+    monkeypatch.setattr("rollout.backends.lora_vllm_worker._made", [])
+    monkeypatch.setattr("rollout.backends.lora_vllm_worker.find_spec", lambda _: None)
     return made
 
 
@@ -318,7 +318,7 @@ def test_where_verl_is_installed_its_own_code_takes_the_adapter(
     hijack = SimpleNamespace(hijack=lambda: made.append("hijacked"))
     vars(own).update(TensorLoRARequest=Requests, VLLMHijack=hijack)
     monkeypatch.setitem(sys.modules, "verl.utils.vllm", own)
-    place = "rollout.backends.vllm_lora_worker"
+    place = "rollout.backends.lora_vllm_worker"
     monkeypatch.setattr(f"{place}.find_spec", lambda _: "there")
     monkeypatch.setattr(f"{place}.version", lambda _: "0.7.1")
     assert in_memory() is Requests

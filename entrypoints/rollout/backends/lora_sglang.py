@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from rollout.adapter import RANK, TARGETS
 from rollout.backends import WEIGHTS, Completion, EngineError, sglang
 from rollout.backends.adapters import BASE, KEPT, LOST, NONE, SCALED, UNDER
+from rollout.backends.lora_sglang_worker import drive
 from rollout.backends.served import free_port, last_error, log_file
-from rollout.backends.sglang_lora_worker import drive
 from rollout.placement import PACKED
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 Two ways lead an adapter in. ``add_lora`` of vLLM takes a folder under a number that is new. From
 memory nothing of vLLM's own does: verl sends the tensors into the worker and has it load those (see
-:mod:`rollout.backends.vllm_lora_worker`).
+:mod:`rollout.backends.lora_vllm_worker`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {
     "enable_lora": True,
     "max_loras": 1,
     "max_lora_rank": RANK,
-    "worker_extension_cls": "rollout.backends.vllm_lora_worker.Extension",
+    "worker_extension_cls": "rollout.backends.lora_vllm_worker.Extension",
 }
 IN_MEMORY = "in-memory"  # where vLLM wants the path of a folder, which nobody reads then
 
