@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from images import catalog, host
-from images.catalog import RECIPES, ROOT, shown
+from images.catalog import RECIPES, ROOT, Image, shown
 from images.host import leftovers
 from images.locking import debian, rootfs
 from images.locking.apt_sources import ARCHITECTURE, SNAPSHOT, SUITE
@@ -135,6 +135,15 @@ def python(minor: str, path: Path = LOCK) -> str:
             # Python itself tells neither Debian's revision nor its epoch.
             return deb.version.rpartition(":")[2].partition("-")[0].partition("+")[0]
     raise Problem(f"{shown(path)} has no {name}; ask for it in {shown(PACKAGES)}", 2)
+
+
+def python_of(image: Image) -> str:
+    """The whole version of the Python of an image: the base's, or the file that it names.
+
+    Raises:
+        Problem: the base has no such Python.
+    """
+    return image.interpreter.version if image.interpreter else python(image.python)
 
 
 def identity(path: Path = LOCK) -> str:

@@ -27,16 +27,27 @@ def drift(path: Path, text: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``nox -s lock [-- REF … | base | dev | --check]``."""
+    """``nox -s lock [-- REF … | base | dev | --check | --fill]``."""
     parser = argparse.ArgumentParser(prog="nox -s lock --", description="Resolve or check locks.")
     parser.add_argument("refs", nargs="*", metavar="REF", help="an image, 'base' or 'dev'")
     parser.add_argument("--check", action="store_true", help="resolve again and compare")
     parser.add_argument("--snapshot", metavar="DATE", help="base: Debian as of 20260101T000000Z")
+    parser.add_argument(
+        "--fill", action="store_true", help="add the sha256 that a lock lacks, and nothing else"
+    )
     given = parser.parse_args(list(arguments))
     images = catalog.load()
     named = [catalog.find(n, images) for n in given.refs if n not in ("base", "dev")]
     chosen = named if given.refs else images
     dev = not given.refs or "dev" in given.refs
+    if given.fill:
+        if given.check or not named or len(named) != len(given.refs):
+            raise Problem("--fill takes images alone: nox -s lock -- REF --fill", 2)
+        for image in named:
+            lacking = len(lock.unlocked(lock.read(image)))
+            host.write(image.lock, resolution.fill(image))
+            host.say(f"{shown(image.lock)}: {lacking} sha256 added, nothing else moved")
+        return 0
     if given.check:
         diffs = ""
         for image in chosen:

@@ -24,7 +24,7 @@ def page(image: Image) -> str:
         ("engine", f"{image.backend} {versions[image.engine]}"),
         ("torch", versions["torch"]),
         ("CUDA", tables.cuda(versions)),
-        ("Python", base.python(image.python)),
+        ("Python", base.python_of(image)),
         ("Ray", versions.get("ray", "none")),
         ("resolved as of", str(image.resolved_as_of)),
         ("to pull", tables.pull(image)),
