@@ -108,13 +108,17 @@ def lacking(entry: Elsewhere, version: str) -> str:
 
 
 def refuse(image: Image, locked: Sequence[Locked]) -> None:
-    """See that the sha256 of every file is known, before anything is fetched.
+    """See that an image can be built, before anything is fetched.
 
     Raises:
-        Problem: exit code 3 where one is not, with the files and where they lie.
+        Problem: exit code 3 where the sha256 of a file is not known, with the files and where they
+            lie; or where no recipe installs its Python.
     """
     missing = lock.unlocked(locked)
     if not missing:
+        if image.interpreter:
+            what = f"its Python is no package of the base ({image.interpreter.file})"
+            raise Problem(f"{image.reference} cannot be built yet: {what}; write its recipe", 3)
         return
     files = " and ".join(entry.lacking for entry in missing)
     raise Problem(

@@ -24,6 +24,8 @@ from rollout.problem import Problem
 DEV_LOCK = ROOT / "lockfiles" / "dev.lock"
 # What every image has above its engine, beside the framework: users add packages with it.
 TOOLS = ("pip",)
+# Where an index has a stub of it alone, or nothing.
+_ABSENT = re.compile("has no (usable )?wheels|there is no version of|was not found in")
 _UNDATED = re.compile(r"^warning: `([^`]+)` is missing an upload date", re.MULTILINE)
 
 
@@ -224,10 +226,14 @@ def fill(image: Image) -> str:
     try:
         found = _answer(image, question, "pylock.toml", leave=missing, more=more)
     except Problem as problem:
+        what = f"{shown(image.lock)} is not filled"
+        if not isinstance(problem, Unanswered) and not _ABSENT.search(problem.sentence):
+            why = "the wheels ask for something else than what was said of them"
+            raise Problem(f"{what}: {why}. uv said: {problem.sentence}") from None
         files = " and ".join(entry.lacking for entry in lock.unlocked(locked))
-        what = f"{shown(image.lock)} is not filled: {files}, which this machine does not reach"
         how = "name that index to uv or pip (UV_INDEX, PIP_EXTRA_INDEX_URL)"
-        raise Problem(f"{what}; {how}. uv said: {problem.sentence}", 3) from None
+        where = "which this machine does not reach"
+        raise Problem(f"{what}: {files}, {where}; {how}. uv said: {problem.sentence}", 3) from None
     answer = pylock.chosen(pylock.read(found), image.python, base.python_of(image))
     return elsewhere.filled(image, text, answer, locked)
 

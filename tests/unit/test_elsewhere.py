@@ -202,6 +202,84 @@ def test_filling_refuses_whatever_else_moved(
     assert image.lock.read_text(encoding="utf-8") == text
 
 
+def wheel(folder: Path, name: str, version: str, *requires: str) -> str:
+    """Write a wheel of nothing but its metadata; returns its sha256."""
+    entry = Elsewhere(
+        name=name, index="", tags="py3-none-any", why="", requires=requires or ("pip",)
+    )
+    elsewhere._write(folder, entry, version)
+    return host.sha256(folder / entry.file(version))
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of every index, for the real uv."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for name in [n for n in os.environ if n.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.setenv("UV_DEFAULT_INDEX", f"file://{empty}")
+    monkeypatch.setenv("UV_FIND_LINKS", str(folder))
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+    return folder
+
+
+def half_locked(checkout: Checkout, served: Path) -> catalog.Image:
+    """An image of an engine that lies elsewhere, of ray, and of pip; its lock has one mark."""
+    entry = ENGINE.replace("cp311-cp311-linux_x86_64", "py3-none-any")
+    keys = {
+        "elsewhere": f"[{entry}]",
+        "requirements": '["vllm==0.12.0", "ray==2.52.1"]',
+        "expect": '{ ray = "2.52.1" }',
+        "framework": None,
+    }
+    image = checkout.image(keys)
+    lines = [f"vllm==0.12.0 \\\n    --hash=sha256:{KNOWN}\n    # via a\n"]
+    for name, version in (("ray", "2.52.1"), ("pip", "26.0")):
+        sha = wheel(served, name, version)
+        lines.append(f"{name}=={version} \\\n    --hash=sha256:{sha}\n    # via b\n")
+    image.lock.write_text("# head\n" + "".join(lines), encoding="utf-8")
+    committed(image)
+    return image
+
+
+def test_uv_fills_a_lock_from_an_index_that_has_the_wheel(checkout: Checkout, served: Path) -> None:
+    image = half_locked(checkout, served)
+    text = image.lock.read_text(encoding="utf-8")
+    sha = wheel(served, "vllm", "0.12.0", "ray")
+    assert locks.main([image.tag, "--fill"]) == 0
+    done = image.lock.read_text(encoding="utf-8")
+    assert lock.unlocked(lock.read(image)) == []
+    assert f"--hash=sha256:{sha}\n    # sha256 from the index of V, by --fill" in done
+    assert done.partition("ray==")[2] == text.partition("ray==")[2]
+
+
+@pytest.mark.parametrize(
+    ("requires", "code", "said"),
+    [
+        ("", 3, "which this machine does not reach"),
+        ("numpy", 1, "more than the marks would move: numpy 1.0 is new"),
+        ("ray<2", 1, "the wheels ask for something else than what was said of them"),
+    ],
+    ids=["no wheel", "another requirement", "another release"],
+)
+def test_uv_refuses_a_wheel_that_is_not_what_was_said_of_it(
+    checkout: Checkout, served: Path, requires: str, code: int, said: str
+) -> None:
+    image = half_locked(checkout, served)
+    text = image.lock.read_text(encoding="utf-8")
+    wheel(served, "numpy", "1.0")
+    if requires:
+        wheel(served, "vllm", "0.12.0", requires)
+    with pytest.raises(Problem) as caught:
+        locks.main([image.tag, "--fill"])
+    assert caught.value.code == code
+    assert said in caught.value.sentence
+    assert image.lock.read_text(encoding="utf-8") == text
+
+
 def test_where_the_index_is_out_of_reach_filling_says_so_and_writes_nothing(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +288,7 @@ def test_where_the_index_is_out_of_reach_filling_says_so_and_writes_nothing(
 
     def nothing(*_: Any, leave: Any = (), **__: Any) -> str:
         assert set(leave) == {"vllm"}
-        raise Problem("no usable wheels")
+        raise Problem("Because vllm==0.12.0 has no usable wheels")
 
     monkeypatch.setattr(resolution, "_answer", nothing)
     with pytest.raises(Problem, match="does not reach; name that index to uv or pip") as caught:
@@ -245,6 +323,18 @@ def test_a_build_says_in_one_sentence_which_files_it_cannot_get_and_where_they_a
     assert sentence.startswith(f"{image.reference} cannot be built here: {WHEEL}, and lockfiles/")
     assert sentence.endswith("--fill' on a machine that reaches that index")
     assert "\n" not in sentence
+
+
+def test_a_python_that_no_recipe_installs_is_said_once_the_lock_is_whole(
+    checkout: Checkout,
+) -> None:
+    file = "cpython-3.12.1+20260101-x86_64-unknown-linux-gnu-install_only.tar.gz"
+    table = f'{{ file = "{file}", sha256 = "{KNOWN}", source = "uv" }}'
+    image = checkout.image({"python": '"3.12"', "interpreter": table})
+    with pytest.raises(Problem, match="its Python is no package of the base") as caught:
+        build.build(image, None)  # type: ignore[arg-type]  # it is refused before the builder
+    assert caught.value.code == 3
+    assert file in caught.value.sentence
 
 
 def test_ci_leaves_out_what_cannot_be_built_and_says_why(
