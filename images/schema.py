@@ -256,6 +256,9 @@ class File(Table, frozen=True, kw_only=True):
     source_distributions: Annotated[
         Reasons, says("distributions without a wheel: the image builds them")
     ] = {}
+    debian: Annotated[
+        Reasons, says("Debian packages that this image needs beside those of the base")
+    ] = {}
     elsewhere: Annotated[
         tuple[Elsewhere, ...], says("wheels that the public index does not have, one table each")
     ] = ()

@@ -9,6 +9,7 @@ public file that it was found in. Where no such file is known the lock has a mar
 
 from __future__ import annotations
 
+import contextlib
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -81,7 +82,9 @@ def marked(text: str, image: Image) -> str:
         return text
     old = image.lock.read_text(encoding="utf-8") if image.lock.exists() else ""
     said, blocks = FILLED.partition("{index}")[2], lock.blocks(old)
-    filled = {e.name: e for e in lock.parse(old, image.lock) if said in blocks[e.name]}
+    filled: dict[str, Locked] = {}
+    with contextlib.suppress(Problem):  # a lock that cannot be read is remade, and keeps nothing
+        filled = {e.name: e for e in lock.parse(old, image.lock) if said in blocks[e.name]}
     parts = []
     for name, block in lock.blocks(text).items():
         entry, pinned = entries.get(name), lock.PINNED.match(block)
@@ -117,7 +120,9 @@ def refuse(image: Image, locked: Sequence[Locked]) -> None:
     missing = lock.unlocked(locked)
     if not missing:
         if image.interpreter:
-            what = f"its Python is no package of the base ({image.interpreter.file})"
+            python = f"its Python is no package of the base ({image.interpreter.file})"
+            debs = f", nor are {', '.join(image.debian)} ({shown(image.debs)})"
+            what = python + (debs if image.debian else "")
             raise Problem(f"{image.reference} cannot be built yet: {what}; write its recipe", 3)
         return
     files = " and ".join(entry.lacking for entry in missing)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from images import catalog, host
-from images.catalog import shown
+from images.catalog import Image, shown
 from images.locking import base, lock, resolution
 from rollout.problem import Problem
 
@@ -24,6 +24,10 @@ def drift(path: Path, text: str) -> str:
         f"{shown(path)} (resolved now)",
     )
     return "".join(lines)
+
+
+def _has_debs(image: Image) -> bool:
+    return bool(image.debian)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,6 +60,8 @@ def main(arguments: Sequence[str]) -> int:
         diffs += drift(resolution.DEV_LOCK, resolution.resolve_dev()) if dev else ""
         if not given.refs or "base" in given.refs:
             base.check()
+            for image in filter(_has_debs, images):
+                base.check(image.debs, more=image.debian)
         sys.stdout.write(diffs)
         if diffs:
             raise Problem("locks have drifted (diff above); remake them with 'nox -s lock'")
@@ -73,6 +79,8 @@ def main(arguments: Sequence[str]) -> int:
     # without a snapshot.
     if "base" in given.refs:
         base.relock(snapshot=given.snapshot)
+        for image in filter(_has_debs, images):
+            base.relock(given.snapshot, image.debs, more=image.debian)
     return 0
 
 

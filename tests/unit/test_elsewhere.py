@@ -74,6 +74,13 @@ def test_a_lock_without_such_wheels_is_left_as_it_is(checkout: Checkout) -> None
     assert elsewhere.marked(text, image) == text
 
 
+def test_a_lock_that_cannot_be_read_is_remade(checkout: Checkout) -> None:
+    image = made(checkout, ENGINE)
+    resolved = image.lock.read_text(encoding="utf-8")
+    image.lock.write_text("<<<<<<< ours\n", encoding="utf-8")
+    assert f"{MARK}{WHEEL}" in elsewhere.marked(resolved, image)
+
+
 def test_an_installer_that_asks_for_hashes_refuses_a_mark(tmp_path: Path) -> None:
     listed = tmp_path / "r.txt"
     entry = lock.Locked("vllm", "0.12.0", "", lacking=WHEEL)
@@ -330,11 +337,15 @@ def test_a_python_that_no_recipe_installs_is_said_once_the_lock_is_whole(
 ) -> None:
     file = "cpython-3.12.1+20260101-x86_64-unknown-linux-gnu-install_only.tar.gz"
     table = f'{{ file = "{file}", sha256 = "{KNOWN}", source = "uv" }}'
-    image = checkout.image({"python": '"3.12"', "interpreter": table})
+    keys = {"python": '"3.12"', "interpreter": table, "debian": '{ libmpi = "MPI" }'}
+    image = checkout.image(keys)
     with pytest.raises(Problem, match="its Python is no package of the base") as caught:
         build.build(image, None)  # type: ignore[arg-type]  # it is refused before the builder
     assert caught.value.code == 3
     assert file in caught.value.sentence
+    assert (
+        f"nor are libmpi (lockfiles/{image.repository}/{image.tag}.debs)" in caught.value.sentence
+    )
 
 
 def test_ci_leaves_out_what_cannot_be_built_and_says_why(
