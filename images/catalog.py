@@ -71,6 +71,11 @@ class Image(File, frozen=True, kw_only=True):
         return ROOT / "lockfiles" / self.repository / f"{self.tag}.lock"
 
     @property
+    def debs(self) -> Path:
+        """The lock of its Debian packages, where it needs more than the base has."""
+        return self.lock.with_suffix(".debs")
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """What an image is made from, of this checkout: what a person writes, and the lock."""
         return (self.path, *self.fragments, self.lock, self.dockerfile)

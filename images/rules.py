@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 from images.schema import File, Wrong, quoted
 from rollout import backends, frameworks, smoke
 
+DEBIAN = "3.11"  # the Python of Debian 12
 # What the image itself, its launcher or whoever starts it has to decide.
 _RESERVED = {
     *("PATH", "HOME", "USER", "LANG", "TMPDIR", "PYTHONPATH", "PYTHONHOME", "LD_PRELOAD"),
@@ -30,6 +31,8 @@ def check(file: File) -> None:
     _check_requirements(file)
     _check_days(file)
     _check_promises(file)
+    _check_python(file)
+    _check_elsewhere(file)
     for variable in file.env:
         if variable in _RESERVED:
             raise _wrong(f"env.{variable}", "is not an engine's to set; remove it")
@@ -84,6 +87,44 @@ def _check_days(file: File) -> None:
             "has; name an earlier day, or a later one there"
         )
         raise _wrong("resolved-as-of", what)
+
+
+def _check_python(file: File) -> None:
+    """A Python that the base does not have comes as a file, and is the one that is named."""
+    if file.interpreter is None:
+        if file.python != DEBIAN:
+            raise _wrong(
+                "python", f"is {file.python}, and Debian 12 has {DEBIAN}; add [interpreter]"
+            )
+    elif file.python == DEBIAN:
+        raise _wrong("interpreter", f"is given, and Debian 12 has Python {DEBIAN}; remove it")
+    elif not file.interpreter.version.startswith(f"{file.python}."):
+        what = f"is Python {file.interpreter.version}, 'python' says {file.python}; make them agree"
+        raise _wrong("interpreter.file", what)
+
+
+def _check_elsewhere(file: File) -> None:
+    """Each wheel once; a sha256 with its source, and metadata with theirs, and none without."""
+    names = [entry.name for entry in file.elsewhere]
+    for entry in file.elsewhere:
+        if names.count(entry.name) > 1:
+            raise _wrong("elsewhere.name", f"has {quoted(entry.name)} twice; say it once")
+        if entry.name in file.source_distributions:
+            raise _wrong("elsewhere.name", f"has {quoted(entry.name)}, a source distribution too")
+        for key, value, source in (
+            ("sha256", entry.sha256, entry.source),
+            ("requires", entry.requires, entry.requires_source),
+        ):
+            if bool(value) != bool(source.strip()):
+                lacks = f"has no {'source' if value else key}" if key == "sha256" else ""
+                lacks = lacks or f"has no {'requires-source' if value else key}"
+                raise _wrong(f"elsewhere.{key}", f"of {entry.name} {lacks}; give both, or none")
+        for line in entry.requires:
+            try:
+                Requirement(line)
+            except InvalidRequirement:
+                what = f"has {quoted(line)}, not a requirement (PEP 508)"
+                raise _wrong("elsewhere.requires", what) from None
 
 
 def _check_promises(file: File) -> None:

@@ -170,12 +170,80 @@ class Size(Table, frozen=True):
         return _bytes(self.largest_layer_text)
 
 
+_SHA256 = r"^[0-9a-f]{64}$"
+_INTERPRETER = r"^cpython-[0-9]+\.[0-9]+\.[0-9]+\+[0-9]+-x86_64-unknown-linux-gnu-[a-z_]+\.tar\.gz$"
+
+
+class Interpreter(Table, frozen=True):
+    """A Python that Debian does not have: the file of one, built to run anywhere."""
+
+    file: Annotated[
+        str,
+        says(
+            "its name, with version and day of the build",
+            pattern=_INTERPRETER,
+            examples=["cpython-3.12.1+20260101-x86_64-unknown-linux-gnu-install_only.tar.gz"],
+        ),
+    ]
+    sha256: Annotated[str, says("of that file", pattern=_SHA256, examples=["64 of 0-9 and a-f"])]
+    source: Annotated[str, says("the public list that has this sha256")]
+
+    @property
+    def version(self) -> str:
+        """Like 3.12.1."""
+        return self.file.split("-")[1].partition("+")[0]
+
+
+class Elsewhere(Table, frozen=True, kw_only=True):
+    """A wheel that the public index does not have, where it lies, and what is known of it."""
+
+    name: Annotated[str, says("the distribution")]
+    index: Annotated[str, says("whose index has the wheel")]
+    tags: Annotated[
+        str,
+        says(
+            "the end of the wheel's name",
+            pattern=r"^[a-z0-9_.]+-[a-z0-9_.]+-[a-z0-9_.]+$",
+            examples=["cp312-cp312-linux_x86_64"],
+        ),
+    ]
+    why: Annotated[str, says("why this wheel")]
+    requires: Annotated[
+        Lines, says("what it asks for; by default its stub on the public index says that")
+    ] = ()
+    requires_source: Annotated[str, says("where that is said")] = ""
+    sha256: Annotated[
+        str,
+        says(
+            "of the wheel, where it is published",
+            pattern=r"^([0-9a-f]{64})?$",
+            examples=["64 of 0-9 and a-f"],
+        ),
+    ] = ""
+    source: Annotated[str, says("the public file that has this sha256")] = ""
+
+    def __post_init__(self) -> None:
+        structs.force_setattr(self, "name", canonicalize_name(self.name))
+
+    @property
+    def stub(self) -> bool:
+        """Whether the public index has a source distribution with all of the wheel's metadata."""
+        return not self.requires
+
+    def file(self, version: str) -> str:
+        """The name of the wheel of a release."""
+        return f"{self.name.replace('-', '_')}-{version}-{self.tags}.whl"
+
+
 class File(Table, frozen=True, kw_only=True):
     """A catalog file together with the fragments that it takes."""
 
     use: Annotated[Lines, says("fragments to take, by name")] = ()
     backend: Annotated[Backend, says("the engine, and the module that drives it")]
-    python: Annotated[Literal["3.11"], says("major and minor version; Debian 12 has one")]
+    python: Annotated[Literal["3.11", "3.12"], says("major and minor version; Debian 12 has 3.11")]
+    interpreter: Annotated[
+        Interpreter | None, says("the file of a Python that Debian 12 does not have")
+    ] = None
     resolved_as_of: Annotated[datetime.date, says("the day whose index the engine's lock sees")]
     requirements: Annotated[
         Lines, says("what the engine's lock is resolved from, each with a reason")
@@ -194,6 +262,12 @@ class File(Table, frozen=True, kw_only=True):
     source_distributions: Annotated[
         Reasons, says("distributions without a wheel: the image builds them")
     ] = {}
+    debian: Annotated[
+        Reasons, says("Debian packages that this image needs beside those of the base")
+    ] = {}
+    elsewhere: Annotated[
+        tuple[Elsewhere, ...], says("wheels that the public index does not have, one table each")
+    ] = ()
     optional_libraries: Annotated[
         Reasons, says("libraries that a file asks for and nothing loads here")
     ] = {}
@@ -229,12 +303,22 @@ def _part(table: type[Struct], prefix: str = "") -> type[Struct]:
         type_ = get_args(type_)[0] if isinstance(type_, UnionType) else type_
         name = prefix + field.encode_name
         KEYS[name] = Key(type_, field.required, about)
+        if get_origin(type_) is tuple:
+            _listed(get_args(type_)[0], f"{name}.")
         inner = isinstance(type_, type) and issubclass(type_, Struct)
         part = _part(type_, f"{name}.") if inner else type_
         unset = msgspec.field(name=field.encode_name, default=msgspec.UNSET)
         fields.append((field.name, Annotated[part, about], unset))
     says_it = {"__doc__": str(table.__doc__).partition("\n")[0]}
     return msgspec.defstruct(table.__name__, fields, namespace=says_it, forbid_unknown_fields=True)
+
+
+def _listed(table: Any, prefix: str) -> None:
+    """Put the keys of tables that stand in a list into KEYS; each has to be whole."""
+    if isinstance(table, type) and issubclass(table, Struct):
+        for field in structs.fields(table):
+            type_, about = get_args(field.type)
+            KEYS[prefix + field.encode_name] = Key(type_, field.required, about)
 
 
 KEYS: dict[str, Key] = {}  # by dotted name, in the order of the page

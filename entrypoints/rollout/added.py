@@ -28,6 +28,7 @@ from rollout.problem import Problem
 from rollout.report import Added
 
 CONSTRAINTS = f"{info.SHARE}/constraints.txt"
+BY_MPI = ("tensorrt-llm",)  # engines that import mpi4py: see startup.alone
 STARTUP = "rollout_startup"  # startup.py outside of the package
 STARTS = "zz_rollout.pth"  # the last one of all: what other .pth files add is sealed, too
 UNKNOWN = "unknown"  # the version of what brings no metadata
@@ -394,22 +395,25 @@ def constraints(locked: Mapping[str, Sequence[str]], allowed: str) -> str:
     )
 
 
-def starts(prefix: str, distribution: str, modules: Iterable[str]) -> str:
+def starts(prefix: str, distribution: str, modules: Iterable[str], backend: str = "") -> str:
     """The line of the .pth file."""
     called = f"{STARTUP}.begin({prefix!r}, {distribution!r}, {sorted(modules)!r})"
-    return f"import {STARTUP}; {called}\n"
+    first = f"{STARTUP}.alone(__import__('os').environ); " if backend in BY_MPI else ""
+    return f"import {STARTUP}; {first}{called}\n"
 
 
 def install(prefix: Path) -> None:
     """Write what Python starts with, and pip's constraints. The seal has to be made after it."""
     root, sites = opened(prefix)
-    allowed = framework(info.image(prefix))
+    facts = info.image(prefix)
+    allowed = framework(facts)
     modules = framework_modules(root, sites, allowed)
+    line = starts(root, allowed, modules, facts.get("backend", ""))
     (prefix / CONSTRAINTS).write_text(constraints(read_lock(prefix / info.LOCK), allowed), "utf-8")
     site = Path(root, sites[0])
     source = Path(startup.__file__).read_text(encoding="utf-8")
     (site / f"{STARTUP}.py").write_text(source, encoding="utf-8")
-    (site / STARTS).write_text(starts(root, allowed, modules), encoding="utf-8")
+    (site / STARTS).write_text(line, encoding="utf-8")
 
 
 def main() -> int:

@@ -186,7 +186,12 @@ def _verify(path: Path | None) -> int:
     seconds = time.perf_counter() - clock
     data = info.image(info.prefix())
     expected = verify.available(data)
-    ran = Ran(program.of_image(data, verified=expected, smoked=()) if path else {})
+    skipped = {
+        f"sha256 of {name}": f"not locked: {why}"
+        for name, why in info.unlocked(info.prefix()).items()
+    }
+    identity = program.of_image(data, verified=expected, smoked=()) if path else {}
+    ran = Ran(identity, skipped=skipped)
     return _conclude(checks, expected, ran, path, started, seconds)
 
 

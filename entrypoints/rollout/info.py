@@ -79,11 +79,24 @@ def facts(root: Path) -> dict[str, Any]:
     }
 
 
+def unlocked(root: Path) -> dict[str, str]:
+    """The distributions of the lock without a sha256, each with what the lock says of its file.
+
+    Problem (code 2) if it cannot be read.
+    """
+    text = _lock(root).decode("utf-8", "replace")
+    return dict(re.findall(r"^(\S+)==\S+\n +# not locked: (.+)$", text, re.MULTILINE))
+
+
 def lock_sha256(root: Path) -> str:
     """The sha256 of the bytes of requirements.lock; Problem (code 2) if it cannot be read."""
+    return hashlib.sha256(_lock(root)).hexdigest()
+
+
+def _lock(root: Path) -> bytes:
     path = root / LOCK
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return path.read_bytes()
     except OSError as error:
         raise Problem(f"{path} cannot be read ({error.strerror}).", 2) from None
 

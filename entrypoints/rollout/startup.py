@@ -5,7 +5,8 @@
 (``python -m rollout.added --seal`` puts it there), since a user may have a package called rollout.
 Every start pays for it, so nothing is imported here that is not there already.
 
-Three things follow from it:
+In an image of TensorRT-LLM it also takes away what a launcher of MPI jobs left in the environment
+(:func:`alone`). Three things follow from the rest:
 
 - Additions stand behind the sealed folder on ``sys.path``, so they cannot take a locked module's
   place. Their .pth files count, which is how ``pip install -e`` works.
@@ -29,6 +30,15 @@ if TYPE_CHECKING:
 # The first can be written by any user; the second by root, and a mounted cache does not hide it.
 RUNNING, BUILT = "/var/cache/rollout/added", "/opt/added"
 PLACES = (RUNNING, BUILT)
+
+# What Slurm and MPI tell the processes that they start. TensorRT-LLM imports mpi4py: with those of
+# a job that did not start it by MPI, MPI looks for the other ranks and ends the process.
+LAUNCHERS = ("SLURM_", "MPI_", "PMI_", "PMIX_", "OMPI_")
+KEEP = "ROLLOUT_KEEP_MPI"  # who starts ranks by MPI in the container sets it, and nothing is taken
+# Open MPI asks root twice whether that is meant.
+AS_ROOT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+# For building torch's extensions. FlashInfer reads it too, and refuses to compile for some of it.
+ARCHITECTURES = "TORCH_CUDA_ARCH_LIST"
 
 _ELSEWHERE = ("-t", "--target", "--prefix", "--root", "--user", "--python")
 
@@ -155,6 +165,20 @@ def chosen(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
     names = ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER")
     words = {word.split("=")[0] for word in arguments}
     return bool(words.intersection(_ELSEWHERE)) or any(environ.get(name) for name in names)
+
+
+def alone(environ: MutableMapping[str, str]) -> None:
+    """Leave nothing of a launcher's in the environment, and answer MPI's questions about root.
+
+    Every Python of the image does it before it imports anything, so processes that it starts, and
+    Ray's workers, do it too, whatever environment they are given.
+    """
+    if environ.get(KEEP, "0") in ("", "0"):
+        for name in [name for name in environ if name.startswith(LAUNCHERS)]:
+            del environ[name]
+    environ.pop(ARCHITECTURES, None)
+    for name in AS_ROOT:
+        environ.setdefault(name, "1")
 
 
 def begin(

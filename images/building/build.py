@@ -37,7 +37,7 @@ from images.building.buildah import Buildah
 from images.building.layers import Record, measure
 from images.catalog import RECIPES, ROOT, Image, shown
 from images.host import leftovers
-from images.locking import base, lock, resolution
+from images.locking import base, elsewhere, lock, resolution
 from images.locking.lock import Locked
 from rollout.problem import Problem
 
@@ -178,6 +178,7 @@ def build(
     The final tag is given by the builder after the last layer: an interrupted build leaves none.
     """
     locked = lock.read(image)
+    elsewhere.refuse(image, locked)
     if platform.machine() != "x86_64":
         raise Problem(f"the locks are for x86-64, this machine is {platform.machine()}", 3)
     check_disk(tool.storage(), DISK_NEEDED * tool.copies())

@@ -69,7 +69,7 @@ def of_image(
         FRAMEWORK: framework,
         FRAMEWORK_VERSION: release,
         LOCK: lock_sha256,
-        "rollout.python": base.python(image.python),
+        "rollout.python": base.python_of(image),
         "rollout.ray": versions.get("ray", "none"),
         "rollout.resolved-as-of": image.resolved_as_of.isoformat(),
         TORCH: versions["torch"],

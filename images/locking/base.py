@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from images import catalog, host
-from images.catalog import RECIPES, ROOT, shown
+from images.catalog import RECIPES, ROOT, Image, shown
 from images.host import leftovers
 from images.locking import debian, rootfs
 from images.locking.apt_sources import ARCHITECTURE, SNAPSHOT, SUITE
@@ -137,6 +138,15 @@ def python(minor: str, path: Path = LOCK) -> str:
     raise Problem(f"{shown(path)} has no {name}; ask for it in {shown(PACKAGES)}", 2)
 
 
+def python_of(image: Image) -> str:
+    """The whole version of the Python of an image: the base's, or the file that it names.
+
+    Raises:
+        Problem: the base has no such Python.
+    """
+    return image.interpreter.version if image.interpreter else python(image.python)
+
+
 def identity(path: Path = LOCK) -> str:
     """Twelve hex digits for what the base image holds: they change with the lock and the recipe."""
     # The recipe counts too: else a tar cached before a change here would be taken for the new one.
@@ -157,8 +167,15 @@ def stale(lock: Lock, requested: Iterable[str], name: str = "lockfiles/base.lock
 # --- the stations ---------------------------------------------------------------------------------
 
 
-def relock(snapshot: str | None = None, lock: Path = LOCK, packages: Path = PACKAGES) -> Lock:
+def relock(
+    snapshot: str | None = None,
+    lock: Path = LOCK,
+    packages: Path = PACKAGES,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> Lock:
     """Ask Debian what the packages asked for need, and write the lock.
+
+    ``more`` are those that an image needs beside the base's, each with its reason.
 
     A lock that already holds just that is left as it is, date and all, so that locking twice
     changes nothing.
@@ -166,7 +183,7 @@ def relock(snapshot: str | None = None, lock: Path = LOCK, packages: Path = PACK
     Raises:
         Problem: apt fails, or the sources have no security updates.
     """
-    names = reasons(packages)
+    names = {**reasons(packages), **more}
     with debian.apt(snapshot) as conf:
         if not debian.has_security(conf):
             raise Problem(
@@ -256,14 +273,19 @@ def _listed(conf: Path, debs: list[Deb], new: Path, folder: Path, as_of: str) ->
     return listed
 
 
-def check(lock: Path = LOCK, packages: Path = PACKAGES, snapshot: str | None = None) -> None:
+def check(
+    lock: Path = LOCK,
+    packages: Path = PACKAGES,
+    snapshot: str | None = None,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """See that the lock fits what is asked for and can still be fetched.
 
     Raises:
         Problem: it does not, with what to do.
     """
     locked = read(lock)
-    sentence = stale(locked, reasons(packages), shown(lock))
+    sentence = stale(locked, {**reasons(packages), **more}, shown(lock))
     if sentence:
         raise Problem(sentence)
     missing = _missing(locked, host.cache() / "debs")

@@ -21,22 +21,31 @@ from rollout.problem import Problem
 
 PINNED = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)==(\S+)", re.MULTILINE)
 HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})(?: \\)?$", re.MULTILINE)
+# Below a distribution whose sha256 nobody could have; installers that ask for hashes refuse it.
+MARK = "# not locked: "
 # The first line of the second part of a lock: what stands above the engine. Installers skip it.
 ABOVE = "# Above the engine: "
 
 
 @dataclass(frozen=True)
 class Locked:
-    """One distribution of a lock; ``above`` the engine are the framework and what it needs."""
+    """One distribution of a lock; ``above`` the engine are the framework and what it needs.
+
+    ``sha256`` is empty where nobody could have it; ``lacking`` then says of which file, and where
+    that lies.
+    """
 
     name: str
     version: str
     sha256: str
     above: bool = False
+    lacking: str = ""
 
     @property
     def text(self) -> str:
         """The requirement in pip's form, hash included."""
+        if self.lacking:
+            return f"{self.name}=={self.version}\n    {MARK}{self.lacking}\n"
         return f"{self.name}=={self.version} \\\n    --hash=sha256:{self.sha256}\n"
 
 
@@ -52,6 +61,10 @@ def parse(text: str, path: Path) -> list[Locked]:
     for number, line in enumerate(text.splitlines(), 1):
         bare = line.strip()
         above = above or bare.startswith(ABOVE)
+        if name and bare.startswith(MARK):
+            lacking = bare.removeprefix(MARK)
+            found.append(Locked(canonicalize_name(name), version, "", above, lacking))
+            name = ""
         if not bare or bare.startswith("#"):
             continue
         pinned, hashed = PINNED.match(bare), HASH.search(bare)
@@ -61,8 +74,8 @@ def parse(text: str, path: Path) -> list[Locked]:
             found.append(Locked(canonicalize_name(name), version, hashed[1], above))
             name = ""
         else:
-            lacking = f"{quoted(name)} has no sha256"
-            what = lacking if name and pinned else f"cannot read {quoted(bare)}"
+            hashless = f"{quoted(name)} has no sha256"
+            what = hashless if name and pinned else f"cannot read {quoted(bare)}"
             raise _malformed(f"{shown(path)}, line {number}: {what}")
     if name:
         raise _malformed(f"{shown(path)}: {quoted(name)} has no sha256")
@@ -101,6 +114,11 @@ def claimed(image: Image, text: str) -> list[Locked]:
     if broken:
         raise Problem(f"{shown(image.path)}: " + "; ".join(broken), 2)
     return locked
+
+
+def unlocked(locked: Iterable[Locked]) -> list[Locked]:
+    """The distributions whose sha256 is not known."""
+    return [entry for entry in locked if not entry.sha256]
 
 
 def versions(locked: Iterable[Locked]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from images import catalog, host
-from images.catalog import shown
+from images.catalog import Image, shown
 from images.locking import base, lock, resolution
 from rollout.problem import Problem
 
@@ -26,17 +26,32 @@ def drift(path: Path, text: str) -> str:
     return "".join(lines)
 
 
+def _has_debs(image: Image) -> bool:
+    return bool(image.debian)
+
+
 def main(arguments: Sequence[str]) -> int:
-    """``nox -s lock [-- REF … | base | dev | --check]``."""
+    """``nox -s lock [-- REF … | base | dev | --check | --fill]``."""
     parser = argparse.ArgumentParser(prog="nox -s lock --", description="Resolve or check locks.")
     parser.add_argument("refs", nargs="*", metavar="REF", help="an image, 'base' or 'dev'")
     parser.add_argument("--check", action="store_true", help="resolve again and compare")
     parser.add_argument("--snapshot", metavar="DATE", help="base: Debian as of 20260101T000000Z")
+    parser.add_argument(
+        "--fill", action="store_true", help="add the sha256 that a lock lacks, and nothing else"
+    )
     given = parser.parse_args(list(arguments))
     images = catalog.load()
     named = [catalog.find(n, images) for n in given.refs if n not in ("base", "dev")]
     chosen = named if given.refs else images
     dev = not given.refs or "dev" in given.refs
+    if given.fill:
+        if given.check or not named or len(named) != len(given.refs):
+            raise Problem("--fill takes images alone: nox -s lock -- REF --fill", 2)
+        for image in named:
+            lacking = len(lock.unlocked(lock.read(image)))
+            host.write(image.lock, resolution.fill(image))
+            host.say(f"{shown(image.lock)}: {lacking} sha256 added, nothing else moved")
+        return 0
     if given.check:
         diffs = ""
         for image in chosen:
@@ -45,6 +60,8 @@ def main(arguments: Sequence[str]) -> int:
         diffs += drift(resolution.DEV_LOCK, resolution.resolve_dev()) if dev else ""
         if not given.refs or "base" in given.refs:
             base.check()
+            for image in filter(_has_debs, images):
+                base.check(image.debs, more=image.debian)
         sys.stdout.write(diffs)
         if diffs:
             raise Problem("locks have drifted (diff above); remake them with 'nox -s lock'")
@@ -62,6 +79,8 @@ def main(arguments: Sequence[str]) -> int:
     # without a snapshot.
     if "base" in given.refs:
         base.relock(snapshot=given.snapshot)
+        for image in filter(_has_debs, images):
+            base.relock(given.snapshot, image.debs, more=image.debian)
     return 0
 
 

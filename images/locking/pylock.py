@@ -34,8 +34,15 @@ def read(text: str) -> Pylock:
         raise Problem(f"{what}; run this through nox, which has the locked uv") from None
 
 
-def hashes(lock: Pylock, python: str) -> set[str]:
-    """The sha256 of the one file of each release that an image with this Python installs.
+def hashes(lock: Pylock, python: str, whole: str = "") -> set[str]:
+    """The sha256 of the one file of each release that an image with this Python installs."""
+    return set(chosen(lock, python, whole).values())
+
+
+def chosen(lock: Pylock, python: str, whole: str = "") -> dict[tuple[str, str], str]:
+    """The sha256 of the one file of each release, by name and version.
+
+    ``whole`` is the version of the Python to its last number, by default the base's.
 
     Some releases have two wheels for one platform: for an older and a newer glibc, or with and
     without compiled parts. The one with the most specific tag is taken, as every installer does.
@@ -45,12 +52,15 @@ def hashes(lock: Pylock, python: str) -> set[str]:
         Problem: a release has no file for the platform.
     """
     try:
-        chosen = [file for _, file in lock.select(tags=tags(python), environment=markers(python))]
+        found = list(lock.select(tags=tags(python), environment=markers(python, whole)))
     except PylockSelectError as error:
         what = f"a release has no file for {PLATFORM}: {error}"
         raise Problem(f"{what}; ask for another release of it") from None
-    files = [file for file in chosen if isinstance(file, PackageWheel | PackageSdist)]
-    return {file.hashes["sha256"] for file in files if "sha256" in file.hashes}
+    return {
+        (str(package.name), str(package.version)): file.hashes["sha256"]
+        for package, file in found
+        if isinstance(file, PackageWheel | PackageSdist) and "sha256" in file.hashes
+    }
 
 
 def tags(python: str) -> list[Tag]:
@@ -70,9 +80,9 @@ def tags(python: str) -> list[Tag]:
     ]
 
 
-def markers(python: str) -> Environment:
+def markers(python: str, whole: str = "") -> Environment:
     """What markers are held against: the image, whatever machine the lock is made on."""
-    whole = base.python(python)
+    whole = whole or base.python(python)
     return {
         "implementation_name": "cpython",
         "implementation_version": whole,

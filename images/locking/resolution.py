@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from images import host
 from images.catalog import ROOT, Image, shown
 from images.host import leftovers
-from images.locking import lock, pylock
+from images.locking import base, elsewhere, lock, pylock
 from images.locking.lock import Locked
 from images.locking.pylock import PLATFORM
 from images.schema import Framework
@@ -24,6 +24,8 @@ from rollout.problem import Problem
 DEV_LOCK = ROOT / "lockfiles" / "dev.lock"
 # What every image has above its engine, beside the framework: users add packages with it.
 TOOLS = ("pip",)
+# Where an index has a stub of it alone, or nothing.
+_ABSENT = re.compile("has no (usable )?wheels|there is no version of|was not found in")
 _UNDATED = re.compile(r"^warning: `([^`]+)` is missing an upload date", re.MULTILINE)
 
 
@@ -96,7 +98,7 @@ class Question:
 
 def engine_question(image: Image) -> Question:
     """The engine and what it needs, as of its own day."""
-    sources = tuple(image.source_distributions)
+    sources = (*image.source_distributions, *elsewhere.stubs(image.elsewhere))
     return Question(image.python, image.resolved_as_of, image.requirements, sources)
 
 
@@ -114,7 +116,7 @@ def above_question(image: Image, engine: Sequence[Locked]) -> Question:
         below,
         resolved_as_of=framework.resolved_as_of,
         requirements=(*image.requirements, *own, *TOOLS),
-        sources=tuple(sorted(image.sources)),
+        sources=tuple(sorted({*image.sources, *elsewhere.stubs(image.elsewhere)})),
         overrides=(*framework.overrides, *nowhere),
     )
 
@@ -198,18 +200,75 @@ def _ask(image: Image, question: Question) -> str:
     body = re.sub(r"-r \S*requirements\.in", shown(image.path), body)
     body = re.sub(r" *# +-c \S*pins\.txt\n", "", body)
     body = re.sub(r"--override \S*overrides\.txt", f"{shown(image.path)}, [framework]", body)
-    return lock.keep_hashes(body, pylock.hashes(files, image.python))
+    kept = lock.keep_hashes(body, pylock.hashes(files, image.python, base.python_of(image)))
+    return elsewhere.marked(kept, image)
 
 
-def _answer(image: Image, question: Question, form: str) -> str:
+def fill(image: Image) -> str:
+    """The text of a lock with the hashes that it lacked, as the indexes of this machine have them.
+
+    Everything is asked for with every pin held, and without a day: whatever else has moved is told,
+    and refuses the whole.
+
+    Raises:
+        Problem: the indexes do not have the files, or more than the marks would move.
+    """
+    text = image.lock.read_text(encoding="utf-8")
+    locked = lock.read(image)
+    missing = {entry.name for entry in lock.unlocked(locked)}
+    if not missing:
+        return text
+    question = above_question(image, locked)
+    sources = tuple(name for name in question.sources if name not in missing)
+    question = replace(question, resolved_as_of=None, sources=sources)
+    # The index that has them has others, too. Of these any copy will do: the lock has their sha256.
+    more = ("--index-strategy", "unsafe-best-match")
+    try:
+        found = _answer(image, question, "pylock.toml", leave=missing, more=more)
+    except Problem as problem:
+        what = f"{shown(image.lock)} is not filled"
+        if not isinstance(problem, Unanswered) and not _ABSENT.search(problem.sentence):
+            why = "the wheels ask for something else than what was said of them"
+            raise Problem(f"{what}: {why}. uv said: {problem.sentence}") from None
+        files = " and ".join(entry.lacking for entry in lock.unlocked(locked))
+        how = "name that index to uv or pip (UV_INDEX, PIP_EXTRA_INDEX_URL)"
+        where = "which this machine does not reach"
+        raise Problem(f"{what}: {files}, {where}; {how}. uv said: {problem.sentence}", 3) from None
+    answer = pylock.chosen(pylock.read(found), image.python, base.python_of(image))
+    return elsewhere.filled(image, text, answer, locked)
+
+
+def _answer(
+    image: Image,
+    question: Question,
+    form: str,
+    *,
+    leave: Collection[str] = (),
+    more: Sequence[str] = (),
+) -> str:
     """The file of this name that uv writes.
+
+    It is given a stand-in for each wheel that the public index does not have, but for those that
+    are in ``leave``. ``more`` are further arguments.
 
     Raises:
         Problem: nothing satisfies the question, or the index cannot be reached.
     """
-    environ = host.uv_environment(os.environ)
-    extra = torch_arguments(image.requirements, environ)
+    # To build what it reads metadata of, uv takes the Python that is here, and fetches none.
+    environ = {**host.uv_environment(os.environ), "UV_PYTHON_DOWNLOADS": "never"}
     with leftovers.temporary("lock") as folder:
+        wanted = [entry for entry in image.elsewhere if entry.name not in leave]
+        written = elsewhere.stand_ins(wanted, image.requirements, folder)
+        if written:
+            links = filter(None, (str(folder), environ.get("UV_FIND_LINKS")))
+            environ["UV_FIND_LINKS"] = ",".join(links)
+        # A stand-in is of today, whatever day is asked for.
+        dateless = [f"{entry.name}=false" for entry in written if entry.name != "torch"]
+        extra = [
+            *torch_arguments(image.requirements, environ),
+            *(word for limit in dateless for word in ("--exclude-newer-package", limit)),
+            *more,
+        ]
         for file, lines in (
             ("requirements.in", question.requirements),
             ("pins.txt", question.pins),

@@ -18,7 +18,7 @@ from images import catalog, host
 from images.building import build, context, payload
 from images.catalog import ROOT, Image
 from images.host import revisions
-from images.locking import lock
+from images.locking import elsewhere, lock
 from images.proving import proofs, standing
 from rollout.problem import Problem
 
@@ -108,6 +108,21 @@ def changed_since(revision: str, images: Sequence[Image]) -> list[str]:
     return changed(before, {image.reference: decides(image) for image in images})
 
 
+def buildable(images: Sequence[Image]) -> list[Image]:
+    """The images that a runner with the public index can build: every file has a sha256."""
+    found = []
+    for image in images:
+        try:
+            elsewhere.refuse(image, lock.read(image))
+        except Problem as problem:
+            if problem.code != 3:
+                raise
+            say(f"{image.reference} is left out: {problem.sentence}")
+        else:
+            found.append(image)
+    return found
+
+
 def proved(images: Sequence[Image]) -> list[str]:
     """The references of images that their kept report allows to be published as they are today."""
     found = []
@@ -130,7 +145,7 @@ def main(arguments: Sequence[str]) -> int:
     which.add_argument("--proved", action="store_true", help="those that a kept report proves")
     parser.add_argument("--json", action="store_true", help="as one line, for a matrix of CI")
     given = parser.parse_args(list(arguments))
-    images = catalog.load()
+    images = buildable(catalog.load())
     if given.changed_since is not None:
         references = changed_since(given.changed_since, images)
     elif given.proved:

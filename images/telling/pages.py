@@ -24,7 +24,7 @@ def page(image: Image) -> str:
         ("engine", f"{image.backend} {versions[image.engine]}"),
         ("torch", versions["torch"]),
         ("CUDA", tables.cuda(versions)),
-        ("Python", base.python(image.python)),
+        ("Python", base.python_of(image)),
         ("Ray", versions.get("ray", "none")),
         ("resolved as of", str(image.resolved_as_of)),
         ("to pull", tables.pull(image)),
@@ -62,7 +62,11 @@ def faults(image: Image) -> str:
 
 NO_PROOF = "No proof of it on a GPU is kept."
 NO_GPU = "It needs no GPU; the [README](README.md#two-commands) shows what its proof prints."
-ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}  # that have a page of their own
+ENGINES = {
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "tensorrt-llm": "TensorRT-LLM",
+}  # that have a page of their own
 
 
 def measured(image: Image, versions: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from images import catalog
-from images.building import build
+from images.building import build, layers
 from images.building.layers import megabytes
 from images.catalog import ROOT, Image
 from images.locking import base, lock
@@ -15,6 +15,8 @@ from images.proving import standing as rule
 from images.telling import features, markdown, releases
 from rollout import preflight, smoke
 from rollout.faults import FAULTS, aimed
+
+NEVER_BUILT = "locked, not built here, not proved"  # no record of its layers, so no machine of ours
 
 
 def kept(image: Image) -> features.Kept | None:
@@ -30,7 +32,7 @@ def standing(image: Image) -> str:
     """What the kept report of an image is worth today."""
     found = kept(image)
     if found is None:
-        return rule.UNPROVED
+        return rule.UNPROVED if layers.read(image) else NEVER_BUILT
     data, worth = found.report, found.standing
     where = f"[{worth.word}]({found.where}) on {data['device']}, {data['started'][:10]}"
     if not worth.good:
@@ -77,7 +79,7 @@ def row(image: Image, versions: Mapping[str, str]) -> list[str]:
         releases.of(image.framework),
         f"{image.backend} {versions[image.engine]}",
         cuda(versions),
-        f"{base.python(image.python)}{ray}",
+        f"{base.python_of(image)}{ray}",
         pull(image),
         standing(image),
         f"`nox -s build -- {image.reference}`",

@@ -23,16 +23,14 @@ DRIVEN = 900.0  # seconds for a command beside a node: `rollout verify` reads gi
 
 
 def with_ray() -> dict[str, str]:
-    """The images that have Ray, and which."""
+    """The images that have Ray, and which; without those that nobody can build here."""
     found = {}
     for image in catalog.load():
-        versions = {entry.name: entry.version for entry in lock.read(image)}
-        if "ray" in versions:
+        locked = lock.read(image)
+        versions = {entry.name: entry.version for entry in locked}
+        if "ray" in versions and not lock.unlocked(locked):
             found[image.reference] = versions["ray"]
     return found
-
-
-RAYS = with_ray()
 
 
 RAYS = with_ray()

@@ -566,8 +566,10 @@ def test_every_fragment_is_used_and_no_line_of_an_image_stands_twice() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if re.match(r'\s*("?[\w.>=*-]+"? = |"[\w\[])', line) and not line.endswith(" = [")
     )
-    # Two claims of one release are claims of two images, and so are limits and promises.
-    claims = re.compile(r"(torch|cuda|compressed|largest-layer|sleep-levels) = ")
+    # Two claims of one release are claims of two images, and so are limits and promises. Of a list
+    # of wheels each entry is whole.
+    told = "torch|cuda|transformers|compressed|largest-layer|sleep-levels|index|tags|source"
+    claims = re.compile(rf"({told}) = ")
     assert [line for line, count in lines.items() if count > 1 and not claims.match(line)] == []
 
 
@@ -712,19 +714,28 @@ def promising(checkout: Checkout, backend: str, smoke: str, **keys: str) -> Path
             "key 'smoke.sleep-levels' has 2 twice; say it once",
         ),
         (
-            *("tensorrt-llm", 'sleep-levels = [1], refit = ["disk"]'),
-            "key 'backend' is tensorrt-llm, which nothing drives yet; add its module",
+            *("tensorrt-llm", 'sleep-levels = [2], refit = ["disk"]'),
+            "key 'smoke.refit' promises disk, and the tensorrt-llm backend has cuda-ipc alone",
         ),
     ],
     ids=[
         *("transport", "fp8", "fp8 of another", "server", "tensor-parallel", "fp8 awake"),
-        *("server awake", "transport twice", "level twice", "no module"),
+        *("server awake", "transport twice", "level twice", "of another engine"),
     ],
 )
 def test_a_promise_that_the_backend_cannot_keep_is_refused_before_anything_is_built(
     checkout: Checkout, backend: str, smoke: str, sentence: str
 ) -> None:
     assert refused(promising(checkout, backend, smoke)) == sentence
+
+
+def test_a_backend_without_a_module_is_refused(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "abilities", lambda _: None)
+    path = promising(checkout, "sglang", 'sleep-levels = [1], refit = ["disk"]')
+    what = "key 'backend' is sglang, which nothing drives yet; add its module"
+    assert refused(path) == what
 
 
 def test_a_level_of_sleep_that_no_engine_of_a_backend_has_is_refused(

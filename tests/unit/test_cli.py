@@ -299,6 +299,22 @@ def test_the_verdict_is_said_even_where_the_report_cannot_be_written(
     assert "No space left on device" in said.err
 
 
+def test_verify_names_what_has_no_sha256_and_proves_in_part(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = "engine==1.0\n    # not locked: engine-1.0-x.whl lies on the index of V\n    # via a\n"
+    (prefix / "share/rollout/requirements.lock").write_text(f"a==1 \\\n    --hash=x\n{lock}")
+    monkeypatch.setattr(
+        verify, "run", lambda *_, **__: [Check(name, "passed", 1.0) for name in verify.CHECKS]
+    )
+    assert cli.main(["verify", "--report", str(prefix / "report.json")]) == 0
+    data = json.loads((prefix / "report.json").read_text())
+    why = "not locked: engine-1.0-x.whl lies on the index of V"
+    assert data["skipped"] == {"sha256 of engine": why}
+    assert data["verdict"] == "in-part"
+    assert f"not shown here: sha256 of engine ({why})" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("status", "code"), [("passed", 0), ("failed", 1)])
 def test_verify_is_proved_by_all_of_its_checks(
     prefix: Path,

@@ -299,6 +299,11 @@ def test_an_image_without_a_report_or_a_record_keeps_nothing(image: Image) -> No
     assert found.standing.word == standing.STALE
     proofs.kept(image).unlink()
     assert tables.kept(image) is None
+    assert tables.standing(image) == "locked, not built here, not proved"
+
+
+def test_an_image_that_was_built_and_has_no_report_is_not_proved_yet(image: Image) -> None:
+    proofs.kept(image).unlink()
     assert tables.standing(image) == "not proved yet"
 
 

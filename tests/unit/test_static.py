@@ -287,6 +287,9 @@ def test_every_image_is_recorded_from_its_inputs_of_today() -> None:
     stale = []
     for image in IMAGES:
         recorded = layers.read(image)
+        if lock.unlocked(lock.read(image)):  # which no machine can build
+            assert recorded is None
+            continue
         if recorded is None or recorded.inputs != build.inputs(image):
             stale.append(f"nox -s reproduce -- {image.reference} --keep")
     assert stale == []
@@ -296,7 +299,8 @@ def test_images_with_the_same_torch_carry_the_same_layers_up_to_it() -> None:
     shared: dict[tuple[str, str], set[str]] = {}
     for image in IMAGES:
         recorded = layers.read(image)
-        assert recorded is not None
+        if recorded is None:  # the test above says of which image that may be
+            continue
         torch = next(e.version for e in lock.read(image) if e.name == "torch")
         for layer in recorded.layers:
             # The base does not know of a torch: all images stand on one.

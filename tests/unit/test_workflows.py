@@ -128,6 +128,14 @@ def test_the_proof_runs_on_our_label_and_neither_it_nor_a_resolver_may_write() -
         assert "write" not in str(JOBS[path]["permissions"])
 
 
+def test_a_lock_is_filled_where_its_index_is_a_variable_and_nothing_is_pushed() -> None:
+    job = JOBS["fill.yml/fill"]
+    assert asked(said("fill.yml/fill")) == ["lock"]
+    assert job["permissions"] == {"contents": "read"}
+    assert job["env"]["UV_INDEX"] == "${{ vars.ENGINE_INDEX }}"
+    assert set(WORKFLOWS["fill.yml"][True]) == {"workflow_dispatch"}, "a person starts it"
+
+
 def test_no_expression_stands_in_a_script() -> None:
     assert {path.partition("/")[0] for path, _ in SCRIPTS} == set(FILES)
     assert [step for _, step in SCRIPTS if "${{" in step["run"]] == []
