@@ -32,13 +32,18 @@ def gpu_rows(data: Mapping[str, Any], again: Mapping[str, Any] | None = None) ->
     if "sleep-2" in found:
         rows += discard_rows(found["sleep-2"], alone="sleep-1" not in found)
     rows += refit_rows(found["refit"])
-    turn, judged = found["cycle"], found["generation"]
+    if "cycle" in found:
+        took = f"{found['cycle']['turn_seconds'] * 1e3:.0f} ms"
+        rows.append(("sleep, wake, refit, wake (a turn of the loop)", took, ""))
+    if "refits" in found:
+        turn = found["refits"]
+        took, grew = (
+            f"{turn['refit_seconds'] * 1e3:.0f} ms",
+            f"growth: {turn['growth_bytes']} bytes",
+        )
+        rows.append((f"refit while awake, each of {turn['refits']} in turn", took, grew))
+    judged = found["generation"]
     rows += [
-        (
-            "sleep, wake, refit, wake (a turn of the loop)",
-            f"{turn['turn_seconds'] * 1e3:.0f} ms",
-            "",
-        ),
         (
             f"{DIVERGENCE}, bf16",
             f"{judged['divergence']:.4f}",

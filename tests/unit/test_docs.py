@@ -264,6 +264,15 @@ def test_the_numbers_of_a_gpu_are_those_of_its_report() -> None:
     assert [v for what, (v, _) in rows.items() if "fp8" in what] == ["1.0269"]
 
 
+def test_an_image_whose_engine_never_sleeps_has_the_numbers_of_its_refits() -> None:
+    report = gpu_report(*[name for name in CHECKS if name not in ("cycle", "sleep-1", "sleep-2")])
+    measured = {"refits": 6, "refit_seconds": 0.0273, "growth_bytes": 0}
+    report["checks"].append({"name": "refits", "seconds": 10.0, "metrics": measured})
+    rows = {what: (value, beside) for what, value, beside in numbers.gpu_rows(report)}
+    assert rows["refit while awake, each of 6 in turn"] == ("27 ms", "growth: 0 bytes")
+    assert not [what for what in rows if "sleep" in what]
+
+
 def test_a_second_start_stands_beside_the_first() -> None:
     def started(seconds: float, files: int) -> dict[str, Any]:
         metrics = CHECKS["start"] | {"start_seconds": seconds, "cache_files_added": files}
