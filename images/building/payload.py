@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from images.catalog import ROOT, Image
 from images.locking import lock
 from images.locking.lock import Locked
 from images.schema import BACKENDS, FRAMEWORKS
-from rollout import smoke
 
 ENTRYPOINTS = ROOT / "entrypoints" / "rollout"
 LAUNCHER = """#!/opt/rollout/bin/python -I
@@ -53,12 +53,11 @@ def belongs(module: Path, image: Image) -> bool:
     if module.parent.name not in kinds:
         return True
     names, own = kinds[module.parent.name]
-    check, _, rest = module.stem.partition("_")  # what drives an engine for one check alone
-    stem = rest if check in smoke.CHECKS else module.stem
     owners = [
         known
         for known in (name.replace("-", "_") for name in names)
-        if stem == known or stem.startswith(f"{known}_")
+        # What drives an engine for one check alone is named after the check first.
+        if re.search(rf"(^|_){known}(_|$)", module.stem)
     ]
     return owners in ([], [own.replace("-", "_")])
 

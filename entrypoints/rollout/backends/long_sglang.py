@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from rollout import rotary
-from rollout.backends import EngineError, sglang, sglang_worker
-from rollout.backends.served import free_port, last_error, log_file
+from rollout.backends import EngineError, apart_sglang, sglang, sglang_worker
 from rollout.problem import Problem
 
 LONGEST = 16384  # tokens of prompt and completion
@@ -34,7 +31,7 @@ def arguments(model: Path, *, dummy: bool, level: int, longest: int) -> dict[str
     }
 
 
-class Engine(sglang.Engine):
+class Engine(apart_sglang.Engine):
     """The trainer's side (see :class:`rollout.backends.Lengthy`)."""
 
     def __init__(self) -> None:
@@ -47,23 +44,7 @@ class Engine(sglang.Engine):
         if fp8 or gpus > 1:
             raise EngineError("this backend starts SGLang for long sequences in bfloat16 alone")
         options = arguments(model, dummy=dummy, level=level, longest=self.longest)
-        options |= {"nccl_port": free_port()}
-        self._model, self._gpus, self._log = model, gpus, log_file()
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        given = (theirs, options, str(self._log), os.getpid())
-        self._process = context.Process(target=drive, args=given)
-        try:
-            self._process.start()
-            theirs.close()
-            facts = self._answer()
-        except (EngineError, OSError) as error:
-            why = last_error(self._log) or error
-            self.stop()
-            raise EngineError(f"SGLang did not start for long sequences: {why}") from None
-        self._held = facts["held"]
-        self.levels = tuple(facts["levels"])
-        self.witness, self.insisting = facts["witness"], facts["insisting"]
+        self.begin(model, options, drive, how=" for long sequences")
         if self._fault:
             self._call("rpc", FAULTS[self._fault])
 

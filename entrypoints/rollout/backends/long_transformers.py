@@ -7,8 +7,6 @@ anew.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,18 +36,14 @@ class Engine(reference.Engine):
         self.longest, self.chunk, self.requests = LONGEST, CHUNK, REQUESTS
         self._fault = ""
 
+    @property
+    def serve(self) -> Callable[..., None]:
+        return _serve
+
     def start(
         self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
     ) -> None:
-        if fp8 or gpus > 1:
-            raise EngineError("the reference engine has no weights in fp8 and no GPUs")
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        arguments = (theirs, str(model), dummy, os.getpid())
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
-        self._held = self._answer()
+        super().start(model, dummy=dummy, fp8=fp8, level=level, gpus=gpus)
         if self._fault:
             self._call("inject", self._fault)
 

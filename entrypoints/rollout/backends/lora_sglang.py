@@ -7,17 +7,14 @@ that takes no adapters while it runs is not started.
 from __future__ import annotations
 
 import base64
-import multiprocessing
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout.adapter import RANK, TARGETS
-from rollout.backends import WEIGHTS, Completion, EngineError, sglang
+from rollout.backends import WEIGHTS, Completion, EngineError, apart_sglang, sglang
 from rollout.backends.adapters import BASE, KEPT, LOST, NONE, SCALED, UNDER
 from rollout.backends.lora_sglang_worker import drive
-from rollout.backends.served import free_port, last_error, log_file
 from rollout.placement import PACKED
 
 if TYPE_CHECKING:
@@ -31,7 +28,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-class Engine(sglang.Engine):
+class Engine(apart_sglang.Engine):
     """The trainer's side (see :class:`rollout.backends.adapters.Adapting`)."""
 
     def __init__(self) -> None:
@@ -46,22 +43,9 @@ class Engine(sglang.Engine):
                 "this backend starts SGLang with adapters in bfloat16 on one GPU only"
             )
         options = sglang.arguments(model, dummy=dummy, level=level, gpus=1)
-        options |= OPTIONS | {"nccl_port": free_port()}
-        self._model, self._gpus, self._log = model, 1, log_file()
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        given = (theirs, options, str(self._log), os.getpid())
-        self._process = context.Process(target=drive, args=given)
-        try:
-            self._process.start()
-            theirs.close()
-            facts = self._answer()
-        except (EngineError, OSError) as error:
-            why = last_error(self._log) or error
-            self.stop()
-            raise EngineError(f"SGLang did not start with adapters: {why}") from None
-        self._held, self.levels = facts["held"], tuple(facts["levels"])
-        self.witness, self.insisting, self._first = facts["witness"], facts["insisting"], ""
+        options |= OPTIONS
+        self.begin(model, options, drive, how=" with adapters")
+        self._first = ""
 
     def load(self, number: int, folder: Path) -> None:
         path = str(folder)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,18 +37,14 @@ class Engine(transformers.Engine):
         if self._process is not None:
             super().inject(fault)
 
+    @property
+    def serve(self) -> Callable[..., None]:
+        return _serve
+
     def start(
         self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
     ) -> None:
-        if fp8 or gpus > 1:
-            raise EngineError("the reference engine has no weights in fp8 and no GPUs")
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        arguments = (theirs, str(model), dummy, os.getpid())
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
-        self._held = self._answer()
+        super().start(model, dummy=dummy, fp8=fp8, level=level, gpus=gpus)
         if self._fault:
             super().inject(self._fault)
 

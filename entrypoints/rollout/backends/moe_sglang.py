@@ -6,18 +6,15 @@ its processes do differently from the dense check stands in the second half, whi
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from rollout import experts
-from rollout.backends import EngineError, sglang, sglang_worker
-from rollout.backends.served import free_port, last_error, log_file
+from rollout.backends import EngineError, apart_sglang, sglang, sglang_worker
 
 
-class Engine(sglang.Engine):
+class Engine(apart_sglang.Engine):
     """The trainer's side of SGLang (see :class:`rollout.backends.Engine`)."""
 
     def start(
@@ -26,23 +23,7 @@ class Engine(sglang.Engine):
         if fp8:
             raise EngineError("this backend starts SGLang in bfloat16 only")
         options = sglang.arguments(model, dummy=dummy, level=level, gpus=gpus)
-        options["nccl_port"] = free_port()
-        self._model, self._gpus, self._log = model, gpus, log_file()
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        given = (theirs, options, str(self._log), os.getpid())
-        self._process = context.Process(target=drive, args=given)
-        try:
-            self._process.start()
-            theirs.close()
-            facts = self._answer()
-        except (EngineError, OSError) as error:
-            why = last_error(self._log) or error
-            self.stop()
-            raise EngineError(f"SGLang did not start: {why}") from None
-        self._held = facts["held"]
-        self.levels = tuple(facts["levels"])
-        self.witness, self.insisting = facts["witness"], facts["insisting"]
+        self.begin(model, options, drive, gpus=gpus)
 
 
 def drive(connection: Connection, options: dict[str, Any], log: str, parent: int) -> None:

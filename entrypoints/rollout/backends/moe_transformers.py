@@ -8,10 +8,8 @@ checkpoints alone.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rollout import experts, faults, moe_faults
@@ -27,18 +25,9 @@ class Engine(transformers.Engine):
 
     inside = faults.OF_EXPERTS  # the faults that it can make itself
 
-    def start(
-        self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
-    ) -> None:
-        if fp8 or gpus > 1:
-            raise EngineError("the reference engine has no weights in fp8 and no GPUs")
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        arguments = (theirs, str(model), dummy, os.getpid())
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
-        self._held = self._answer()
+    @property
+    def serve(self) -> Callable[..., None]:
+        return _serve
 
 
 class Worker(transformers.Worker):

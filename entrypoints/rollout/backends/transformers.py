@@ -56,6 +56,11 @@ class Engine(Piped):
         self._process: multiprocessing.process.BaseProcess | None = None
         self._held = 0
 
+    @property
+    def serve(self) -> Callable[..., None]:
+        """The main loop of the engine's own process."""
+        return _serve
+
     def start(
         self, model: Path, *, dummy: bool, fp8: bool = False, level: int = 1, gpus: int = 1
     ) -> None:
@@ -65,7 +70,7 @@ class Engine(Piped):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, str(model), dummy, os.getpid())
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process = context.Process(target=self.serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         self._held = self._answer()
