@@ -111,14 +111,13 @@ def _check_elsewhere(file: File) -> None:
             raise _wrong("elsewhere.name", f"has {quoted(entry.name)} twice; say it once")
         if entry.name in file.source_distributions:
             raise _wrong("elsewhere.name", f"has {quoted(entry.name)}, a source distribution too")
-        for key, value, source in (
-            ("sha256", entry.sha256, entry.source),
-            ("requires", entry.requires, entry.requires_source),
+        for key, value, beside, source in (
+            ("sha256", entry.sha256, "source", entry.source),
+            ("requires", entry.requires, "requires-source", entry.requires_source),
         ):
             if bool(value) != bool(source.strip()):
-                lacks = f"has no {'source' if value else key}" if key == "sha256" else ""
-                lacks = lacks or f"has no {'requires-source' if value else key}"
-                raise _wrong(f"elsewhere.{key}", f"of {entry.name} {lacks}; give both, or none")
+                what = f"of {entry.name} has no {beside if value else key}; give both, or none"
+                raise _wrong(f"elsewhere.{key}", what)
         for line in entry.requires:
             try:
                 Requirement(line)

@@ -31,7 +31,7 @@ from rollout.oracle import BOUND_BF16, Oracle, divergence
 from rollout.problem import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -307,7 +307,7 @@ def _part(values: Sequence[float], part: float) -> float:
     return ordered[max(0, math.ceil(part * len(ordered)) - 1)]
 
 
-def _table(report: Mapping[str, Any]) -> str:
+def table(report: Mapping[str, Any]) -> str:
     """The report for a person."""
     noise, loss, margin, text = (report[key] for key in ("noise", "loss", "margin", "text"))
     delta = noise["delta"]
@@ -328,37 +328,59 @@ def _table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m rollout.calibrate", description=__doc__)
+def command_line(module: str, about: str | None, sizes: str) -> argparse.ArgumentParser:
+    """The command line of a calibration; ``sizes`` are those of its probe, for the help."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--size", default="tiny", help="size of the probe: tiny or 1b")
-    parser.add_argument("--no-mlp-bias", action="store_true", help="the probe for SGLang")
+    parser.add_argument("--size", default="tiny", help=f"size of the probe: {sizes}")
     parser.add_argument("--repeats", type=int, default=50, help="measurements of the noise")
     parser.add_argument("--seed", type=int, default=SEED, help="of the probe and its prompts")
     parser.add_argument("--device", default="cpu", help="where both models run: cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="more slow a tiny model down")
     parser.add_argument("--report", type=Path, help="write the report as JSON to this file")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    configured: Callable[[], dict[str, Any]],
+    measured: Callable[[Mapping[str, Any], int, int, str], dict[str, Any]],
+    told: Callable[[Mapping[str, Any]], str],
+    guarantees: Callable[[Mapping[str, Any]], list[str]],
+) -> int:
+    """Measure, print the table, write the report, and name broken guarantees; the exit code."""
     if options.repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads take numbers from 1")
     try:
-        config = probe.config(options.size, mlp_bias=not options.no_mlp_bias)
+        config = configured()
         import torch
 
         torch.set_num_threads(options.threads)
-        report = measure(config, options.seed, options.repeats, options.device)
+        report = measured(config, options.seed, options.repeats, options.device)
         report |= of_image(info.prefix())
-        print(_table(report))
+        print(told(report))
         if options.report is not None:
             _write(options.report, report)
     except Problem as problem:
         print(problem, file=sys.stderr)
         return problem.code
-    broken = margins_hold(report)
+    broken = guarantees(report)
     for sentence in broken:
         print(sentence, file=sys.stderr)
     return 1 if broken else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = command_line("rollout.calibrate", __doc__, "tiny or 1b")
+    parser.add_argument("--no-mlp-bias", action="store_true", help="the probe for SGLang")
+    options = parser.parse_args(arguments)
+
+    def configured() -> dict[str, Any]:
+        return probe.config(options.size, mlp_bias=not options.no_mlp_bias)
+
+    return run(parser, options, configured, measure, table, margins_hold)
 
 
 def of_image(prefix: Path) -> dict[str, str]:

@@ -795,13 +795,6 @@ def tensor_parallel(trial: Trial) -> Metrics:
     return metrics
 
 
-def long(trial: Trial) -> Metrics:
-    """Long sequences, in chunks and preempted: :mod:`rollout.long`, which uses this module."""
-    from rollout.long import check
-
-    return check(trial)
-
-
 def ballast(first: int, second: int) -> int:
     """Bytes to take from the second GPU, so that it has less than the first by ``IMBALANCE``.
 
@@ -858,6 +851,13 @@ def _rate(source: torch.Tensor, target: torch.Tensor) -> float:
             torch.cuda.synchronize()
 
     return float(source.numel()) / min(timed(copy) for _ in range(5)) / 1e9
+
+
+def long(trial: Trial) -> Metrics:
+    """Long sequences, in chunks and preempted: :mod:`rollout.long`, which uses this module."""
+    from rollout.long import check
+
+    return check(trial)
 
 
 def lora(trial: Trial) -> Metrics:

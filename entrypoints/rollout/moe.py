@@ -8,7 +8,6 @@ what it answers with the oracle. Weights in fp8 are not looked at.
 
 from __future__ import annotations
 
-import importlib
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rollout import moe_faults, moe_probe, probe
-from rollout.backends import KV_CACHE, WEIGHTS, Completion, Engine
+from rollout.backends import KV_CACHE, WEIGHTS, Completion, apart
 from rollout.checks import (
     FREED,
     Failed,
@@ -45,13 +44,6 @@ CLEAR = 0.25
 NOT_THESE = "the output is not that of these experts"
 
 
-def engine(backend: str) -> Engine:
-    """The engine of a backend that serves mixtures: module ``rollout.backends.moe_<backend>``."""
-    module = importlib.import_module(f"rollout.backends.moe_{backend.replace('-', '_')}")
-    found: Engine = module.Engine()
-    return found
-
-
 @contextmanager
 def prepared(
     facts: Mapping[str, Any], transports: Sequence[str], fault: str | None
@@ -76,7 +68,7 @@ def prepared(
         probe.save(Path(folder), config, {})
         weights, others = made(SEED), made(OTHER_SEED)
         trial = Trial(
-            engine=moe_faults.wrapped(engine(facts["backend"]), fault),
+            engine=moe_faults.wrapped(apart("moe", facts["backend"]), fault),
             model=Path(folder),
             weights=weights,
             others=others,

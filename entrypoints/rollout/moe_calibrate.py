@@ -14,16 +14,13 @@ Exit code 0 when all guarantees are met, 1 when not, 2 for wrong usage.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rollout import calibrate, experts, info, moe_probe, probe
+from rollout import calibrate, experts, moe_probe, probe
 from rollout.moe import CLEAR, PROMPTS, SEED
 from rollout.moe_oracle import MoeOracle, hooked
-from rollout.problem import Problem
 
 if TYPE_CHECKING:
     import torch
@@ -117,42 +114,27 @@ def routes_hold(found: Mapping[str, Any]) -> list[str]:
     return broken
 
 
+def table(report: Mapping[str, Any]) -> str:
+    """The report for people."""
+    routes = report["routing"]
+    return (
+        f"{calibrate.table(report)}\n"
+        f"routing  {routes['turned']} of {routes['choices']} choices turned; least lead "
+        f"{routes['margin']:.3f}, moved by {routes['moved']:.4f} at most; every expert chosen "
+        f"by {routes['least_chosen']} tokens at least"
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m rollout.moe_calibrate", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--size", default="tiny", help="size of the probe: tiny or gpu")
-    parser.add_argument("--repeats", type=int, default=50, help="measurements of the noise")
-    parser.add_argument("--seed", type=int, default=SEED, help="of the probe and its prompts")
-    parser.add_argument("--device", default="cpu", help="where both models run: cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="more slow a tiny model down")
-    parser.add_argument("--report", type=Path, help="write the report as JSON to this file")
+    parser = calibrate.command_line("rollout.moe_calibrate", __doc__, "tiny or gpu")
+    parser.set_defaults(seed=SEED)
     options = parser.parse_args(arguments)
-    if options.repeats < 1 or options.threads < 1:
-        parser.error("--repeats and --threads take numbers from 1")
-    try:
-        config = moe_probe.config(options.size)
-        import torch
 
-        torch.set_num_threads(options.threads)
-        report = measure(config, options.seed, options.repeats, options.device)
-        report |= calibrate.of_image(info.prefix())
-        print(calibrate._table(report))
-        routes = report["routing"]
-        print(
-            f"routing  {routes['turned']} of {routes['choices']} choices turned; least lead "
-            f"{routes['margin']:.3f}, moved by {routes['moved']:.4f} at most; every expert chosen "
-            f"by {routes['least_chosen']} tokens at least"
-        )
-        if options.report is not None:
-            calibrate._write(options.report, report)
-    except Problem as problem:
-        print(problem, file=sys.stderr)
-        return problem.code
-    broken = margins_hold(report)
-    for sentence in broken:
-        print(sentence, file=sys.stderr)
-    return 1 if broken else 0
+    def configured() -> dict[str, Any]:
+        return moe_probe.config(options.size)
+
+    return calibrate.run(parser, options, configured, measure, table, margins_hold)
 
 
 if __name__ == "__main__":

@@ -50,10 +50,9 @@ _REGISTRIES = frozenset({f"{PACKAGE}.checks.CHECKS", f"{PACKAGE}.verify.CHECKS"}
 _DRIVEN = (f"{PACKAGE}.smoke._drive", f"{PACKAGE}.smoke._attempt")
 # One that makes a probe of its own, and the one that drives a framework, which has its own engine.
 _TRAINING = "training"
-_TRAINED = (f"{PACKAGE}.smoke._train", f"{PACKAGE}.smoke._attempt", f"{PACKAGE}.smoke._last")
 _ROOTS = {
     "moe": (f"{PACKAGE}.smoke._mix", f"{PACKAGE}.smoke._attempt", f"{PACKAGE}.smoke._last"),
-    _TRAINING: _TRAINED,
+    _TRAINING: (f"{PACKAGE}.smoke._train", f"{PACKAGE}.smoke._attempt", f"{PACKAGE}.smoke._last"),
 }
 # Calls whose texts are for people; and names of variables and arguments that hold such texts.
 _TELLING = frozenset({"print", "warn", "Finding", "Failed", "Problem", "EngineError"})

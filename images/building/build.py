@@ -34,7 +34,7 @@ from images.building import (
 )
 from images.building import layers as layers_of
 from images.building.buildah import Buildah
-from images.building.layers import Record, measure
+from images.building.layers import Record, Verdict, measure
 from images.catalog import RECIPES, ROOT, Image, shown
 from images.host import leftovers
 from images.locking import base, elsewhere, lock, resolution
@@ -241,18 +241,22 @@ def record(image: Image, tool: Buildah, built: builder.Built) -> Record:
     return Record(inputs(image), tool.version(), measured.layers[:-1])
 
 
+def verdict_on(image: Image, tool: Buildah, built: builder.Built) -> Verdict:
+    """What the record of an image says of one that this machine made of today's inputs."""
+    return layers_of.compare(layers_of.read(image), inputs(image), built, tool.version())
+
+
 def keep(image: Image, tool: Buildah, built: builder.Built) -> None:
     """Record the layers of an image that was just built, unless these inputs are recorded already.
 
     Raises:
         Problem: others are recorded of the same inputs, by the same builder.
     """
-    expected, today = layers_of.read(image), inputs(image)
-    verdict = layers_of.compare(expected, today, built, tool.version())
+    verdict = verdict_on(image, tool, built)
     if verdict.differs:
         command = f"nox -s reproduce -- {image.reference}"
         raise Problem(f"not kept: {verdict.sentence} ('{command}' says what differs)")
-    if not expected or expected.inputs != today:
+    if not recorded(image):
         layers_of.write(image, record(image, tool, built))
 
 
@@ -262,9 +266,8 @@ def compare(image: Image, tool: Buildah, built: builder.Built) -> None:
     Raises:
         Problem: it has not, though it was made of the same inputs by the same builder.
     """
-    expected, version = layers_of.read(image), tool.version()
-    verdict = layers_of.compare(expected, inputs(image), built, version)
-    if verdict.differs and expected and expected.builder == version:
+    verdict, known = verdict_on(image, tool, built), recorded(image)
+    if verdict.differs and known and known.builder == tool.version():
         command = f"nox -s reproduce -- {image.reference}"
         raise Problem(f"{image.reference}: {verdict.sentence} ('{command}' says what differs)")
     host.say(f"{image.reference}: {verdict.sentence}")

@@ -18,6 +18,8 @@ from typing import IO
 
 from packaging.utils import canonicalize_name
 
+from rollout.checks import named
+
 SITE = re.compile(r"opt/rollout/lib/python3\.\d+/site-packages/")
 # Not the one of a copy that another distribution carries (setuptools/_vendor).
 _RECORD = re.compile(SITE.pattern + r"([^/]+)-[^/-]+\.dist-info/RECORD")
@@ -363,16 +365,11 @@ def broken(layers: Sequence[Sequence[Entry]], timestamp: int) -> list[str]:
     for name, rule in rules(timestamp).items():
         paths = [entry.path for layer in layers for entry in layer if rule.broken(entry)]
         if paths:
-            found.append(f"{name}: {rule.what}: {_first(paths)}")
+            found.append(f"{name}: {rule.what}: {named(paths)}")
     doubled = twice(layers)
     if doubled:
-        found.append(f"twice: in two layers: {_first(doubled)}")
+        found.append(f"twice: in two layers: {named(doubled)}")
     return found
-
-
-def _first(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    return ", ".join(paths[:3]) + more
 
 
 def load(path: Path) -> tuple[list[Entry], dict[str, str]]:

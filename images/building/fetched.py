@@ -11,9 +11,8 @@ import csv
 from pathlib import Path
 
 from rollout import hashes
+from rollout.checks import named
 from rollout.problem import Problem
-
-NAMED = 3  # files in a sentence
 
 
 def changed(target: Path) -> list[str]:
@@ -47,9 +46,8 @@ def check(target: Path, cache: Path) -> None:
     files = changed(target)
     if not files:
         return
-    named = ", ".join(files[:NAMED]) + (f" and {len(files) - NAMED} more" * (len(files) > NAMED))
     command = f"UV_CACHE_DIR={cache} uv cache clean {' '.join(owners(target, files))}"
     raise Problem(
-        f"uv's cache holds files that differ from their wheels: {named}; something changed them "
-        f"after they were fetched; run '{command}', and build with --no-cache"
+        f"uv's cache holds files that differ from their wheels: {named(files)}; something changed "
+        f"them after they were fetched; run '{command}', and build with --no-cache"
     )

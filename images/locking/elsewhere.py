@@ -98,11 +98,18 @@ def _told(block: str, entry: Elsewhere, version: str, old: Locked | None) -> str
     sha256, source = entry.sha256, entry.source
     if not sha256 and old and old.version == version:
         sha256, source = old.sha256, FILLED.format(index=entry.index)
-    if sha256:
-        known = f" \\\n    --hash=sha256:{sha256}\n    {_FOUND}{source}\n"
-    else:
-        known = f"\n    {MARK}{lacking(entry, version)}\n"
+    known = _hashed(sha256, source) if sha256 else _marked(lacking(entry, version))
     return _HASHES.sub(lambda _: known, block, count=1)
+
+
+def _hashed(sha256: str, source: str) -> str:
+    """What stands behind a release whose sha256 comes from a public file."""
+    return f" \\\n    --hash=sha256:{sha256}\n    {_FOUND}{source}\n"
+
+
+def _marked(what: str) -> str:
+    """What stands behind one whose sha256 is not known."""
+    return f"\n    {MARK}{what}\n"
 
 
 def lacking(entry: Elsewhere, version: str) -> str:
@@ -165,7 +172,6 @@ def filled(
     blocks = lock.blocks(text)
     for one in lock.unlocked(old):
         source = FILLED.format(index=entries[one.name].index)
-        known_now = f" \\\n    --hash=sha256:{found[one.name][1]}\n    {_FOUND}{source}\n"
-        mark = f"\n    {MARK}{one.lacking}\n"
-        blocks[one.name] = blocks[one.name].replace(mark, known_now)
+        now = _hashed(found[one.name][1], source)
+        blocks[one.name] = blocks[one.name].replace(_marked(one.lacking), now)
     return "".join(blocks.values())

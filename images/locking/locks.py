@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from images import catalog, host
-from images.catalog import Image, shown
+from images.catalog import shown
 from images.locking import base, lock, resolution
 from rollout.problem import Problem
 
@@ -26,10 +26,6 @@ def drift(path: Path, text: str) -> str:
     return "".join(lines)
 
 
-def _has_debs(image: Image) -> bool:
-    return bool(image.debian)
-
-
 def main(arguments: Sequence[str]) -> int:
     """``nox -s lock [-- REF … | base | dev | --check | --fill]``."""
     parser = argparse.ArgumentParser(prog="nox -s lock --", description="Resolve or check locks.")
@@ -41,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     given = parser.parse_args(list(arguments))
     images = catalog.load()
+    with_debs = [image for image in images if image.debian]
     named = [catalog.find(n, images) for n in given.refs if n not in ("base", "dev")]
     chosen = named if given.refs else images
     dev = not given.refs or "dev" in given.refs
@@ -60,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         diffs += drift(resolution.DEV_LOCK, resolution.resolve_dev()) if dev else ""
         if not given.refs or "base" in given.refs:
             base.check()
-            for image in filter(_has_debs, images):
+            for image in with_debs:
                 base.check(image.debs, more=image.debian)
         sys.stdout.write(diffs)
         if diffs:
@@ -79,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     # without a snapshot.
     if "base" in given.refs:
         base.relock(snapshot=given.snapshot)
-        for image in filter(_has_debs, images):
+        for image in with_debs:
             base.relock(given.snapshot, image.debs, more=image.debian)
     return 0
 

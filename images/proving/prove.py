@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from images import catalog, host
-from images.building import build, builder, builders, layers
+from images.building import build, builder, builders
 from images.building.buildah import Buildah
 from images.catalog import Image, shown
 from images.host import leftovers
@@ -52,9 +52,7 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
     host.say(f"{image.reference}: build")
     built = build.build(image, tool)
     if isinstance(tool, Buildah):
-        inputs, version = build.inputs(image), tool.version()
-        verdict = layers.compare(layers.read(image), inputs, built, version)
-        host.say(f"{image.reference}: {verdict.sentence}")
+        host.say(f"{image.reference}: {build.verdict_on(image, tool, built).sentence}")
     env = {"ROLLOUT_LAYERS": ",".join(built.diff_ids)}
     parts: list[dict[str, Any]] = []
     code = 0

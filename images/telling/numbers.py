@@ -37,11 +37,9 @@ def gpu_rows(data: Mapping[str, Any], again: Mapping[str, Any] | None = None) ->
         rows.append(("sleep, wake, refit, wake (a turn of the loop)", took, ""))
     if "refits" in found:
         turn = found["refits"]
-        took, grew = (
-            f"{turn['refit_seconds'] * 1e3:.0f} ms",
-            f"growth: {turn['growth_bytes']} bytes",
-        )
-        rows.append((f"refit while awake, each of {turn['refits']} in turn", took, grew))
+        took = f"{turn['refit_seconds'] * 1e3:.0f} ms"
+        what = f"refit while awake, each of {turn['refits']} in turn"
+        rows.append((what, took, f"growth: {turn['growth_bytes']} bytes"))
     judged = found["generation"]
     rows += [
         (

@@ -62,11 +62,8 @@ def faults(image: Image) -> str:
 
 NO_PROOF = "No proof of it on a GPU is kept."
 NO_GPU = "It needs no GPU; the [README](README.md#two-commands) shows what its proof prints."
-ENGINES = {
-    "vllm": "vLLM",
-    "sglang": "SGLang",
-    "tensorrt-llm": "TensorRT-LLM",
-}  # that have a page of their own
+# That have a page of their own.
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "tensorrt-llm": "TensorRT-LLM"}
 
 
 def measured(image: Image, versions: Mapping[str, str]) -> str:

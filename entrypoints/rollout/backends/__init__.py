@@ -177,11 +177,21 @@ def create(backend: str, *, served: bool = False) -> Engine:
     return engine
 
 
+def apart(check: str, backend: str) -> Any:
+    """The engine of a backend for one check alone: ``rollout.backends.<check>_<backend>``."""
+    module = importlib.import_module(f"rollout.backends.{check}_{backend.replace('-', '_')}")
+    return module.Engine()
+
+
+def backend_of(engine: Engine) -> str:
+    """The backend that an engine is of, by the name of its module."""
+    return type(engine).__module__.rpartition(".")[2]
+
+
 def lengthy(engine: Engine) -> Lengthy:
     """An engine of the same backend for long sequences, not started yet."""
     within = engine
     while hasattr(within, "within"):  # one with a fault
         within = within.within
-    name = type(within).__module__.rpartition(".")[2]
-    found: Lengthy = importlib.import_module(f"rollout.backends.long_{name}").Engine()
+    found: Lengthy = apart("long", backend_of(within))
     return found

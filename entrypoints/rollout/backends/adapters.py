@@ -6,13 +6,12 @@ other checks stand on stays as it is.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rollout import placement
-from rollout.backends import Completion, Engine
+from rollout.backends import Completion, Engine, apart, backend_of
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +86,5 @@ def adapting(engine: Engine) -> Adapting:
     if own is not None:
         found: Adapting = own()
         return found
-    name = type(engine).__module__.rpartition(".")[2]
-    made: Adapting = importlib.import_module(f"rollout.backends.lora_{name}").Engine()
+    made: Adapting = apart("lora", backend_of(engine))
     return made
