@@ -70,7 +70,9 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
             path = folder / f"{command}.json"
             if not path.exists():
                 host.say(f"rollout {command} exited with {code} and left no report")
-                return code or 1
+                # 1 says that a check failed: none did where the container never started, or
+                # something ended it.
+                return code if code > 1 else 3
             parts.append(proofs.read(path, f"the report of rollout {command}"))
             if code:
                 break

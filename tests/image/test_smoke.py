@@ -49,6 +49,7 @@ def test_every_injected_fault_fails_its_check(
     report = ("--report", "/var/cache/rollout/report.json")
     done = here.run("rollout", "smoke", "--inject", fault, *only, *report)
     assert done.returncode == 1, done.stdout + done.stderr
+    assert path.exists(), done.stdout + done.stderr
     data = json.loads(path.read_text())
     assert report_file.validate(data) == []
     assert data["verdict"] == "failed"

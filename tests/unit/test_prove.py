@@ -194,13 +194,13 @@ def test_what_verify_finds_ends_the_proof(image: Image) -> None:
     assert not proofs.kept(image).exists()
 
 
-@pytest.mark.parametrize("code", [1, 2, 3, 137])
-def test_a_smoke_that_left_no_report_is_never_called_proved(
-    image: Image, code: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("code", "ends"), [(0, 3), (1, 3), (2, 2), (3, 3), (137, 137)])
+def test_a_smoke_that_left_no_report_is_neither_proved_nor_a_check_that_failed(
+    image: Image, code: int, ends: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # No GPU, wrong usage, killed for memory: verify alone proves no image.
+    # Never started, no GPU, wrong usage, killed for memory: verify alone proves no image.
     tool = Fake(verify=sound(image)["verify"], smoke=(code, None))
-    assert prove.prove(image, tool, [], keep=True) == code
+    assert prove.prove(image, tool, [], keep=True) == ends
     assert ": proved;" not in capsys.readouterr().out
     if proofs.report_path(image).exists():
         assert left(image)["verdict"] != "proved"
