@@ -28,6 +28,7 @@ from images.proving import proofs, reproduce
 from rollout.problem import Problem
 
 SITE = "/opt/rollout"
+PAIRS = 5  # of cold build and bare install
 
 
 def path(image: Image) -> Path:
@@ -80,6 +81,17 @@ def exported(image: Image, tool: Buildah, built: builder.Built) -> dict[str, flo
         file = folder / "rootfs"
         export.rootfs(image, tool, built, file, layers.LEVEL)
         return {"export_bytes": float(file.stat().st_size)}
+
+
+def cold_builds(image: Image, tool: Buildah) -> dict[str, float]:
+    """The medians of some pairs of cold build and bare install, and the worst ratio of them.
+
+    One pair does not do: on a machine that others share its ratio was 1.15 once and 1.61 once.
+    """
+    pairs = [cold_build(image, tool) for _ in range(PAIRS)]
+    found = {key: statistics.median(pair[key] for pair in pairs) for key in pairs[0]}
+    found["build_ratio_compiled_worst"] = max(pair["build_ratio_compiled"] for pair in pairs)
+    return found
 
 
 def cold_build(image: Image, tool: Buildah) -> dict[str, float]:
@@ -185,7 +197,7 @@ def main(arguments: Sequence[str]) -> int:
     ]
     if "cuda" not in image.expect:  # those of a GPU image are in its proof
         steps += [
-            ("cold build and bare install", lambda: cold_build(image, tool)),
+            ("cold build and bare install", lambda: cold_builds(image, tool)),
             ("prove from a fresh clone, and again", lambda: proof_times(image)),
         ]
     for name, step in steps:
