@@ -135,4 +135,9 @@ def lint(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests; what they need is built first. Arguments go to pytest."""
     tools(session)
-    session.run("pytest", *session.posargs)
+    if session.posargs:
+        session.run("pytest", *session.posargs)
+        return
+    # A unit test has a folder and ports of its own. The others share what a builder has stored.
+    session.run("pytest", "--numprocesses=auto", "--dist=worksteal", "tests/unit")
+    session.run("pytest", "tests/registry", "tests/image", "tests/gpu")

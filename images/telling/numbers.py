@@ -256,7 +256,7 @@ def of_machine(data: Mapping[str, Any]) -> str:
         ("`rollout verify`, everything", "verify_seconds", "{:.1f} s", ""),
         ("cold build without the base", "cold_build_seconds", "{:.0f} s", ""),
         ("… ÷ bare `uv pip install --compile-bytecode`", "build_ratio_compiled", "{:.2f}", "≤ 1.3"),
-        ("… in the worst of five pairs", "build_ratio_compiled_worst", "{:.2f}", "≤ 1.3"),
+        ("… in the worst of five pairs", "build_ratio_compiled_worst", "{:.2f}", ""),
         ("… its steps alone ÷ the same", "steps_ratio_compiled", "{:.2f}", "≤ 1.3"),
         ("… ÷ bare `uv pip install`", "build_ratio", "{:.2f}", ""),
     ]
