@@ -65,6 +65,12 @@ def prove(session: nox.Session) -> None:
 
 
 @nox.session
+def lease(session: nox.Session) -> None:
+    """Plan and pack proofs for a GPU machine without a network: plan|pack [REF ...]."""
+    station(session, "proving.lease")
+
+
+@nox.session
 def reproduce(session: nox.Session) -> None:
     """Build an image twice from nothing, and compare: REF [--keep] [--work DIR]."""
     station(session, "proving.reproduce")

@@ -1,0 +1,280 @@
+"""A lease: a GPU machine for a short while, with no network, that takes files in small parts.
+
+``nox -s lease -- plan [REF ...]`` says which images go into which lease, from their recorded layers
+and kept reports. ``nox -s lease -- pack REF ...`` writes them to build/lease, with what runs there
+(leased.py): each file of all of them once, in parts, and none that the machine has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from images import catalog, host
+from images.building import builders, layers
+from images.building.buildah import Buildah
+from images.catalog import ROOT, Image, shown
+from images.proving import leased, parcels, proofs
+from rollout import report, smoke
+from rollout.faults import FAULTS
+from rollout.problem import Problem
+
+FOLDER = ROOT / "build" / "lease"
+PART = 60_000_000
+# Seen on four leases of a machine with two H200s; both are options.
+PART_SECONDS, BUDGET = 4.3, 1800
+UNPACK = 100e6  # bytes of files a second, seen there as well
+# Of an image that no report tells of: the longest proof and fault that were seen.
+PROOF_SECONDS, FAULT_SECONDS = 430.0, 120.0
+LIMIT = 900  # seconds that a job may take
+
+
+# what is to be run
+
+
+def _job(
+    name: str, argv: Sequence[str], gpus: int, shares: int, after: str = "", ends: str = "proved"
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "argv": list(argv),
+        "gpus": gpus,
+        "shares": shares,
+        "after": after,
+        "ends": report.EXIT_CODES[ends],
+        "limit": LIMIT,
+    }
+
+
+def jobs(image: Image, gpus: int) -> list[dict[str, Any]]:
+    """What is run of an image on so many GPUs: its proof, a second start, and every fault."""
+    facts = image.smoke.facts
+    wide = smoke.available(facts, gpus) != smoke.available(facts, 1)
+    two = wide or smoke.transports(facts["refit"], gpus) != smoke.transports(facts["refit"], 1)
+    found = [
+        _job("verify", ["verify"], 0, 0),
+        _job("smoke", ["smoke"], 2 if two else 1, leased.WHOLE, "verify"),
+        _job("warm", ["smoke", "--only", "start"], 1, leased.WHOLE, "smoke", "unproved"),
+    ]
+    for name in faults(image):
+        shares = leased.WHOLE // 2 if FAULTS[name].check == smoke.TRAINING else 1
+        argv = ["smoke", "--inject", name]
+        found.append(_job(f"fault-{name}", argv, 1, shares, "smoke", "failed"))
+    return found
+
+
+def faults(image: Image) -> list[str]:
+    """The faults that a check of this image looks for on one GPU."""
+    known = smoke.available(image.smoke.facts)
+    return [name for name in FAULTS if FAULTS[name].found_by(known)]
+
+
+# which images together
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an image adds to a lease: bytes to send, parts, seconds to send them and to run."""
+
+    image: Image
+    bytes: int
+    parts: int
+    sending: float
+    running: float
+
+
+def run_seconds(image: Image, gpus: int) -> float:
+    """Seconds that its jobs hold the machine, by its own reports where there are any."""
+    kept = proofs.kept_report(image)
+    proof = float(kept["seconds"]) if kept else PROOF_SECONDS
+    shares = 0.0
+    for name in faults(image):
+        path = proofs.kept_fault(image, name)
+        seconds = FAULT_SECONDS
+        if path.exists():
+            seconds = float(proofs.read(path, shown(path))["seconds"])
+        shares += seconds / (2 if FAULTS[name].check == smoke.TRAINING else leased.WHOLE)
+    return proof + shares / max(gpus, 1)
+
+
+def cost(image: Image, sent: set[str], part: int, part_seconds: float, gpus: int) -> Cost:
+    """What an image adds to a lease in which these layers are sent already.
+
+    Raises:
+        Problem: exit code 3 where no layers are recorded.
+    """
+    record = layers.read(image)
+    if record is None:
+        raise Problem(
+            f"{image.reference} has no recorded layers, so nobody knows its size; "
+            f"run 'nox -s build -- {image.reference} --record'",
+            3,
+        )
+    new = [layer for layer in record.layers if layer.diff_id not in sent]
+    packed = sum(layer.compressed for layer in new)
+    parts = -(-packed // part)
+    unpacked = sum(layer.bytes for layer in new)
+    sending = parts * part_seconds + unpacked / UNPACK
+    return Cost(image, packed, parts, sending, run_seconds(image, gpus))
+
+
+def plan(
+    images: Sequence[Image], *, part: int, part_seconds: float, budget: float, gpus: int
+) -> list[list[Cost]]:
+    """The leases: in each the images that fit into its seconds, the least to send next.
+
+    While one image is proved the next is sent; the last one is proved when nothing is left to send.
+    An image that no lease can hold has one of its own, which its cost shows.
+    """
+    waiting, leases = list(images), []
+    while waiting:
+        sent: set[str] = set()
+        ready = free = 0.0
+        found: list[Cost] = []
+        while waiting:
+            known = frozenset(sent)
+            costs = [cost(image, set(known), part, part_seconds, gpus) for image in waiting]
+            # The first of a lease is the first of those asked for; then what shares most with it.
+            best = costs[0] if not found else min(costs, key=lambda one: one.bytes)
+            arrived = ready + best.sending
+            over = max(arrived, free) + best.running
+            if found and over > budget:
+                break
+            ready, free = arrived, over
+            found.append(best)
+            waiting.remove(best.image)
+            record = layers.read(best.image)
+            sent |= {layer.diff_id for layer in record.layers} if record else set()
+        leases.append(found)
+    return leases
+
+
+def table(leases: Sequence[Sequence[Cost]], images: int) -> str:
+    """The plan for a person."""
+    lines = []
+    for number, found in enumerate(leases, 1):
+        ready = free = 0.0
+        lines.append(f"lease {number}")
+        for one in found:
+            ready += one.sending
+            free = max(ready, free) + one.running
+            size = f"{layers.megabytes(one.bytes):>9} in {one.parts:>3} parts"
+            times = f"there after {ready:>5.0f} s, proved after {free:>5.0f} s"
+            lines.append(f"  {one.image.reference:<36}{size}, {times}")
+    lines.append(f"leases: {len(leases)}, images: {images}")
+    return "\n".join(lines)
+
+
+# packing
+
+
+def tools(folder: Path) -> None:
+    """zstd and its libraries: a bare machine has none.
+
+    Raises:
+        Problem: exit code 3 where zstd is not here.
+    """
+    host.require("zstd")
+    folder.mkdir(parents=True, exist_ok=True)
+    program = shutil.which("zstd") or ""
+    said = host.run(["ldd", program], quiet=True).stdout
+    libraries = [line.split("=>")[1].split()[0] for line in said.splitlines() if "=> /" in line]
+    # The C library goes with the machine's own loader.
+    wanted = [path for path in libraries if not Path(path).name.startswith(("libc.", "libpthread"))]
+    for path in (program, *wanted):
+        shutil.copy2(Path(path).resolve(), folder / Path(path).name)
+
+
+def pack(
+    images: Sequence[Image],
+    tool: Buildah,
+    folder: Path,
+    have: Mapping[str, str],
+    options: argparse.Namespace,
+) -> int:
+    """Write the images in parts, the plan and what runs there. Returns the number of parts."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    bundles, sent = [], set[str]()
+    for image in images:
+        parts = parcels.write(
+            image, tool, folder, sent, have, part=options.part_bytes, level=options.level
+        )
+        name = f"{image.repository}-{image.tag}"
+        bundles.append(
+            {
+                "name": name,
+                "reference": image.reference,
+                "parts": parts,
+                "jobs": jobs(image, options.gpus),
+            }
+        )
+        host.say(f"{image.reference}: {len(parts)} parts")
+    tools(folder / "tools")
+    shutil.copy2(leased.__file__, folder / "leased.py")
+    host.write_json(folder / leased.PLAN, {"bundles": bundles})
+    return sum(len(bundle["parts"]) for bundle in bundles)
+
+
+def parser() -> argparse.ArgumentParser:
+    """What ``nox -s lease --`` takes."""
+    top = argparse.ArgumentParser(
+        prog="nox -s lease --", description="Prove images on a leased machine."
+    )
+    top.add_argument("what", choices=("plan", "pack"))
+    top.add_argument(
+        "refs", nargs="*", metavar="REF", help="default: every image for a GPU that is not proved"
+    )
+    top.add_argument("--gpus", type=int, default=2, help="of the machine")
+    top.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="of one lease")
+    top.add_argument("--part-bytes", type=int, default=PART, help="how much goes there at once")
+    top.add_argument("--part-seconds", type=float, default=PART_SECONDS, help="how long that takes")
+    top.add_argument("--level", type=int, default=layers.LEVEL, help="of zstd, 1 to 19")
+    top.add_argument(
+        "--have", type=Path, metavar="FILE", help="what the machine has: 'leased.py have' there"
+    )
+    return top
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``nox -s lease -- plan|pack [REF ...]``."""
+    given = parser().parse_intermixed_args(list(arguments))
+    known = catalog.load()
+    images = [catalog.find(ref, known) for ref in given.refs] or unproved(known)
+    if given.what == "plan":
+        found = plan(
+            images,
+            part=given.part_bytes,
+            part_seconds=given.part_seconds,
+            budget=given.budget,
+            gpus=given.gpus,
+        )
+        host.say(table(found, len(images)))
+        return 0
+    tool = builders.detect("buildah")
+    assert isinstance(tool, Buildah)  # noqa: S101 - what detect("buildah") gives
+    have = parcels.read_have(given.have) if given.have else {}
+    count = pack(images, tool, FOLDER, have, given)
+    host.say(f"{shown(FOLDER)}: {count} parts of at most {layers.megabytes(given.part_bytes)}")
+    host.say("send tools, leased.py and plan.json first, into one folder; docs/leases.md goes on")
+    return 0
+
+
+def unproved(images: Sequence[Image]) -> list[Image]:
+    """The images for a GPU that are recorded, and not proved as they are today."""
+    return [
+        image
+        for image in images
+        if "cuda" in image.expect
+        and layers.read(image) is not None
+        and not proofs.standing_of(image).good
+    ]
+
+
+if __name__ == "__main__":
+    raise SystemExit(host.guarded(main, sys.argv[1:]))
