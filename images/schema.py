@@ -248,6 +248,7 @@ class File(Table, frozen=True, kw_only=True):
     requirements: Annotated[
         Lines, says("what the engine's lock is resolved from, each with a reason")
     ]
+    left_out: Annotated[Reasons, says("what the engine asks for and this image does not have")] = {}
     framework: Annotated[Framework | None, says("whose training runs in this image")] = None
     expect: Annotated[
         Reasons, says("versions that the lock has to have, and that the image is held to")
@@ -273,7 +274,7 @@ class File(Table, frozen=True, kw_only=True):
     ] = {}
 
     def __post_init__(self) -> None:
-        _normal(self, "source_distributions")
+        _normal(self, "left_out", "source_distributions")
 
 
 class Key(NamedTuple):

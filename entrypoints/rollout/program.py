@@ -35,6 +35,8 @@ _OUTSIDE = frozenset(
         *("problem", "program", "report"),
     )
 )
+# Ours, and what it is taken for: they answer alike wherever the other one answers.
+_SAME = {f"{PACKAGE}.presence.find_spec": "importlib.util.find_spec"}
 # Which checks run is told by the report itself, and a new one is not to change all others.
 _CHOICE = frozenset(
     f"{PACKAGE}.smoke.{name}"
@@ -267,6 +269,8 @@ class _Walk:
             else self.module.imported.get(name, "")
         )
         found = self.sources.find(dotted) if dotted else ""
+        if found in _SAME:
+            return _SAME[found], False
         return found or dotted or name, bool(found)
 
     def node(self, node: Any, own: frozenset[str], *, said: int = _USED) -> Form:

@@ -136,9 +136,11 @@ def claims_broken(image: Image, versions: Mapping[str, str]) -> list[str]:
     for name in sorted(image.sources):
         if name not in versions:
             broken.append(f"key 'source-distributions.{name}' is not in the lock; remove it")
-    for name in image.framework.left_out if image.framework else ():
-        if name in versions:
-            broken.append(f"key 'framework.left-out.{name}' is in the lock; remove the key")
+    of_framework = image.framework.left_out if image.framework else {}
+    for key, names in (("left-out", image.left_out), ("framework.left-out", of_framework)):
+        for name in names:
+            if name in versions:
+                broken.append(f"key '{key}.{name}' is in the lock; remove the key")
     return broken
 
 

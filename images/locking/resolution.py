@@ -99,7 +99,18 @@ class Question:
 def engine_question(image: Image) -> Question:
     """The engine and what it needs, as of its own day."""
     sources = (*image.source_distributions, *elsewhere.stubs(image.elsewhere))
-    return Question(image.python, image.resolved_as_of, image.requirements, sources)
+    return Question(
+        image.python,
+        image.resolved_as_of,
+        image.requirements,
+        sources,
+        overrides=_nowhere(image.left_out),
+    )
+
+
+def _nowhere(names: Iterable[str]) -> tuple[str, ...]:
+    """A marker that holds nowhere: uv then takes neither these nor what they alone need."""
+    return tuple(f"{name} ; sys_platform == 'nowhere'" for name in names)
 
 
 def above_question(image: Image, engine: Sequence[Locked]) -> Question:
@@ -109,15 +120,13 @@ def above_question(image: Image, engine: Sequence[Locked]) -> Question:
     framework = image.framework
     if framework is None:
         return replace(below, requirements=(*image.requirements, *TOOLS))
-    # A marker that holds nowhere: uv then takes neither the distribution nor what it alone needs.
-    nowhere = tuple(f"{name} ; sys_platform == 'nowhere'" for name in framework.left_out)
     own = (*framework.requirements, *framework.undeclared)
     return replace(
         below,
         resolved_as_of=framework.resolved_as_of,
         requirements=(*image.requirements, *own, *TOOLS),
         sources=tuple(sorted({*image.sources, *elsewhere.stubs(image.elsewhere)})),
-        overrides=(*framework.overrides, *nowhere),
+        overrides=(*below.overrides, *framework.overrides, *_nowhere(framework.left_out)),
     )
 
 

@@ -634,6 +634,15 @@ def test_what_costs_nothing_twice_is_no_fault(item: Item) -> None:
     assert contents.broken([layer(item), layer(item)], TIME) == []
 
 
+def test_a_program_whose_rights_the_last_layer_takes_is_no_fault() -> None:
+    su, tame = Item("usr/bin/su", LARGE, mode=0o4755), Item("usr/bin/su", LARGE, mode=0o755)
+    assert contents.twice([layer(su), layer(tame)]) == []
+    assert contents.twice([layer(tame), layer(tame)]) == ["usr/bin/su"]
+    assert contents.twice([layer(su), layer(Item("usr/bin/su", b"y", mode=0o755))]) == [
+        "usr/bin/su"
+    ]
+
+
 def test_a_folder_is_no_file_twice() -> None:
     layers = [layer(folder("a")), layer(replace(folder("a"), mode=0o2775))]
     assert contents.twice(layers) == []

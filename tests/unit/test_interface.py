@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 
 from images.catalog import ROOT
-from rollout import verify
+from rollout import presence, verify
 from rollout.backends import interface, vllm, vllm_interface
 from rollout.backends.interface import Comparison
 from rollout.backends.vllm_extension import Extension
@@ -331,6 +331,12 @@ def test_a_vllm_that_has_everything_is_found_whole_and_much_was_looked_at() -> N
 def test_a_method_that_vllm_lost_is_named(engine: Any, module: str, kind: str, method: str) -> None:
     delattr(engine.contents[module][kind], method)
     assert f"{module}:{kind}.{method}" in [where for where, _ in problems()]
+
+
+def test_a_module_is_not_there_where_its_package_is_not_either() -> None:
+    assert presence.find_spec("json.decoder") is not None
+    assert presence.find_spec("json.nothing") is None
+    assert presence.find_spec("json.nothing.at_all") is None
 
 
 def test_a_method_that_wants_more_than_it_is_given_is_named(engine: Any) -> None:

@@ -149,6 +149,12 @@ def test_what_a_framework_leaves_out_is_not_in_its_lock(checkout: Checkout) -> N
         lock.read(image)
 
 
+def test_what_is_left_out_of_an_engine_is_not_in_its_lock(checkout: Checkout) -> None:
+    image = checkout.image({"left-out": '{ Ray = "why" }'})
+    with pytest.raises(Problem, match=r"key 'left-out\.ray' is in the lock; remove the key"):
+        lock.read(image)
+
+
 # The locks of this repository
 
 LOCKFILES = sorted((ROOT / "lockfiles").rglob("*.lock"))

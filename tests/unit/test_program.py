@@ -171,6 +171,25 @@ def test_what_another_formatter_writes_is_the_same(package: Path) -> None:
     assert changed(package) == {}
 
 
+def test_a_call_that_says_not_there_is_the_one_that_raises(package: Path) -> None:
+    path = "backends/vllm_interface.py"
+    edit(
+        package,
+        path,
+        "from rollout.presence import find_spec",
+        "from importlib.util import find_spec",
+    )
+    assert changed(package) == {}
+    edit(
+        package,
+        path,
+        "from importlib.util import find_spec",
+        "from rollout.installed import find_spec",
+    )
+    assert all(checks == {"interface"} for checks in changed(package).values())
+    assert changed(package)
+
+
 def test_another_backend_changes_its_own_images_alone(package: Path) -> None:
     edit(package, "backends/sglang_worker.py", "IDLE = 30.0", "IDLE = 31.0")
     found = changed(package)

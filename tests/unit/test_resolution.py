@@ -214,6 +214,24 @@ def test_the_framework_is_resolved_with_every_pin_of_the_engine_held(
     assert named(engine, "--no-binary") == ["ray"]
 
 
+def test_what_is_left_out_of_an_engine_is_left_out_above_it_too(checkout: Checkout) -> None:
+    framework = (
+        '{ name = "verl", version = "0.7.1", resolved-as-of = 2026-03-20, '
+        'overrides = { "transformers==5.6.0" = "why" }, left-out = { tensorboard = "why" } }'
+    )
+    given = {"left-out": '{ Py_Nv = "why" }', "framework": framework}
+    image = checkout.image(given)
+    below, nowhere = resolution.engine_question(image), "sys_platform == 'nowhere'"
+    assert below.overrides == (f"py-nv ; {nowhere}",)
+    assert resolution.above_question(image, []).overrides == (
+        *below.overrides,
+        "transformers==5.6.0",
+        f"tensorboard ; {nowhere}",
+    )
+    alone = checkout.image({**given, "framework": None})
+    assert resolution.above_question(alone, []).overrides == below.overrides
+
+
 def test_releases_that_are_said_to_fit_are_asked_of_a_resolver(
     checkout: Checkout, uv: Callable[[Run], list[list[str]]]
 ) -> None:

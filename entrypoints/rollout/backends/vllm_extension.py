@@ -15,10 +15,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from rollout import placement
+from rollout import placement, vllm_names
 
 if TYPE_CHECKING:
     import torch
+
+vllm_names.adapt()
 
 BLOCK = 128  # rows and columns that share a scale; verl's weight_block_size
 LEAK_BYTES = 256 << 20

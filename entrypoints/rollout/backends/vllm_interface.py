@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rollout.backends import vllm
 from rollout.backends.interface import Comparison
 from rollout.backends.vllm_extension import Extension
 from rollout.placement import PACKED
+from rollout.presence import find_spec
 
 MODEL = Path("model")
 ENGINE = "vllm.v1.engine.llm_engine:LLMEngine"
