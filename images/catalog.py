@@ -252,6 +252,12 @@ def find(reference: str, images: Sequence[Image]) -> Image:
     raise Problem(f"no image {quoted(reference)} in {shown(CATALOG)}; {hint}", 2)
 
 
+def short(image: Image, images: Sequence[Image]) -> str:
+    """The shortest REF that :func:`find` takes for an image: its tag where no other has that."""
+    alone = [one.tag for one in images].count(image.tag) == 1
+    return image.tag if alone else image.reference
+
+
 def select(arguments: Sequence[str], images: Sequence[Image]) -> tuple[list[Image], list[str]]:
     """Split a session's arguments into images (REF …) and the options that follow them."""
     count = next((n for n, a in enumerate(arguments) if a.startswith("-")), len(arguments))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from images import catalog
 from images.building.layers import megabytes
 from images.catalog import Image
 from images.proving import standing
@@ -198,17 +199,18 @@ def cell(feature: Feature, smoke: Smoke, kept: Kept | None) -> str:
     return NOT_SHOWN if feature.claimed(smoke) else NOT_CLAIMED
 
 
-def head(image: Image, kept: Kept | None) -> str:
+def head(name: str, kept: Kept | None) -> str:
     """What stands over a column: the image, its report, and whether that is by other checks."""
     if kept is None:
-        return image.tag
+        return name
     earlier = kept.standing.word == standing.EARLIER
-    return f"[{image.tag}]({kept.where})" + (f", {standing.EARLIER}" if earlier else "")
+    return f"[{name}]({kept.where})" + (f", {standing.EARLIER}" if earlier else "")
 
 
 def table(columns: Sequence[tuple[Image, Kept | None]]) -> str:
     """The table: a row for each feature, a column for each image and its kept report."""
-    heads = [head(image, kept) for image, kept in columns]
+    images = [image for image, _ in columns]
+    heads = [head(catalog.short(image, images), kept) for image, kept in columns]
     rows = [
         [feature.name, *(cell(feature, image.smoke, kept) for image, kept in columns)]
         for feature in FEATURES

@@ -24,6 +24,6 @@ def fragments(images: Sequence[Image]) -> str:
     for path in sorted((catalog.CATALOG / catalog.FRAGMENTS).glob("*.toml")):
         first = path.read_text(encoding="utf-8").partition("\n\n")[0]
         sentence = " ".join(line.lstrip("# ") for line in first.splitlines()).partition(". ")[0]
-        who = ", ".join(image.tag for image in images if path in image.fragments)
-        rows.append((f"[{path.stem}]({shown(path)})", sentence.rstrip("."), who))
+        users = [catalog.short(i, images) for i in images if path in i.fragments]
+        rows.append((f"[{path.stem}]({shown(path)})", sentence.rstrip("."), ", ".join(users)))
     return markdown.table(("fragment", "what it is for", "taken by"), rows)

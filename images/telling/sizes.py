@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from images import catalog
 from images.building import layers
 from images.building.contents import Part
 from images.building.layers import Layer, megabytes
@@ -39,7 +40,7 @@ def layer_table(images: Sequence[Image]) -> str:
     for image, own in found:
         for layer in own:
             distinct[layer.diff_id] = layer
-            users.setdefault(layer.diff_id, []).append(image.tag)
+            users.setdefault(layer.diff_id, []).append(catalog.short(image, images))
     rows = [(*_cells(layer), ", ".join(users[diff_id])) for diff_id, layer in distinct.items()]
     registry = sum(layer.compressed for layer in distinct.values())
     whole = sum(layer.compressed for _, own in found for layer in own)

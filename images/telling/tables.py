@@ -115,7 +115,8 @@ def fault_table(images: Sequence[Image]) -> str:
     rows = []
     for name, fault in FAULTS.items():
         shown_on = ["CPU (tests)"] if fault.found_by(on_cpu) else []
-        shown_on += [where for image in images for where in kept_faults(image, name, image.tag)]
+        for image in images:
+            shown_on += kept_faults(image, name, catalog.short(image, images))
         checks = " or ".join(f"`{check}`" for check in (fault.check, fault.otherwise) if check)
         where = ", ".join(shown_on) or "not shown yet"
         rows.append((f"`{name}`", fault.what, checks, where))

@@ -387,6 +387,12 @@ def test_a_reference_may_be_full_or_short(images: list[Image], reference: str) -
     assert catalog.find(reference, images).reference == "verl-rollout:vllm-0.13"
 
 
+def test_the_shortest_name_of_an_image_finds_it_and_no_other(images: list[Image]) -> None:
+    for image in images:
+        assert catalog.find(catalog.short(image, images), images) is image
+    assert any(catalog.short(image, images) == image.tag for image in images)
+
+
 def test_an_ambiguous_reference_is_answered_with_the_full_ones(images: list[Image]) -> None:
     with pytest.raises(Problem) as caught:
         catalog.find("vllm-0.12", images)
