@@ -13,6 +13,7 @@ from images.host import leash
 from images.locking import lock
 from rollout.problem import Problem
 
+SAID = "error: "  # as host.guarded begins the sentence of a station
 # What a failed build prints, and what it means for the person who reads it.
 _FAILURES = {
     "no space left on device": "the disk is full; free some space and run it again",
@@ -41,8 +42,10 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     umask: int = -1,
+    *,
+    station: bool = False,
 ) -> None:
-    """Run a long command to its end.
+    """Run a long command to its end; the sentence and exit code of a station of ours are kept.
 
     Raises:
         Problem: the command failed.
@@ -57,4 +60,7 @@ def run(
             tail.append(line.rstrip())
         code = process.wait()
     if code:
+        own = next((line for line in reversed(tail) if line.startswith(SAID)), "")
+        if station and own:
+            raise Problem(own.removeprefix(SAID), code)
         raise Problem(meaning(list(tail), code))

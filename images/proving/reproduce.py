@@ -242,7 +242,8 @@ def build_once(image: Image, work: Path, circumstances: Circumstances) -> Outcom
     env = environment(work, circumstances)
     host.say(f"\n{image.reference}: the {circumstances.name} build, from nothing, in {checkout}")
     start = time.perf_counter()
-    streaming.run(build.command(image, "--no-check"), env, checkout, circumstances.umask)
+    argv = build.command(image, "--no-check")
+    streaming.run(argv, env, checkout, circumstances.umask, station=True)
     seconds = time.perf_counter() - start
     tool = Buildah()
     with storage_of(own):

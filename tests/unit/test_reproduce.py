@@ -288,7 +288,10 @@ class Machine:
 def machine(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine()
 
-    def stream(argv: Sequence[str], env: Mapping[str, str], cwd: Path, umask: int) -> None:
+    def stream(
+        argv: Sequence[str], env: Mapping[str, str], cwd: Path, umask: int, *, station: bool
+    ) -> None:
+        assert station
         made.streams.append({"argv": argv, "env": env, "cwd": cwd, "umask": umask})
         put(Path(env["UV_CACHE_DIR"]), "wheels/a.whl")
 

@@ -45,6 +45,18 @@ def test_a_failed_command_shows_its_lines_and_raises_the_last(
     assert capsys.readouterr().out.startswith("one\ntwo\n")
 
 
+def test_what_one_of_our_stations_says_is_said_again_with_its_exit_code() -> None:
+    """No room for the second of two builds is no difference between them."""
+    script = "echo 'error: no disk space for a build: 3 GiB free; free some'; exit 3"
+    with pytest.raises(Problem) as caught:
+        streaming.run(["sh", "-c", script], station=True)
+    assert caught.value.code == 3
+    assert caught.value.sentence == "no disk space for a build: 3 GiB free; free some"
+    with pytest.raises(Problem, match="the builder exited with 3") as caught:
+        streaming.run(["sh", "-c", script])  # uv, whose lines begin so, too
+    assert caught.value.code == 1
+
+
 def test_a_command_that_succeeds_raises_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     streaming.run(["sh", "-c", "echo no space left on device"])
     assert capsys.readouterr().out == "no space left on device\n"
