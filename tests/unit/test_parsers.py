@@ -162,7 +162,9 @@ def test_a_catalog_file_with_any_value_at_any_key(
     path = tmp_path / "verl-rollout" / original.name
     path.parent.mkdir(exist_ok=True)
     text = original.read_text(encoding="utf-8")
-    keys = list(re.finditer(r"^([\w\".>=-]+) *= *(\[[^\]]*\]|\".*?\"|[^#\n]*)", text, re.MULTILINE))
+    keys = list(
+        re.finditer(r"^([\w-]+|\"[^\"\n]*\") *= *(\[[^\]]*\]|\".*?\"|[^#\n]*)", text, re.MULTILINE)
+    )
     found = keys[number % len(keys)]
     path.write_text(text[: found.start(2)] + value + text[found.end(2) :], encoding="utf-8")
     one_sentence(lambda: catalog.parse(path))
