@@ -29,7 +29,7 @@ def test_the_unit_tests_that_need_torch_pass_in_the_image(
     command = builder.Command(
         "",
         [
-            *("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *("python3", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses=auto"),
             *(f"/checkout/tests/unit/{name}" for name in FILES),
         ],
         volumes={str(ROOT): "/checkout:ro", str(tools): "/tools:ro"},
