@@ -60,7 +60,7 @@ def run(
             tail.append(line.rstrip())
         code = process.wait()
     if code:
-        own = next((line for line in reversed(tail) if line.startswith(SAID)), "")
-        if station and own:
-            raise Problem(own.removeprefix(SAID), code)
+        own = [line for line in tail if station and line.startswith(SAID)]
+        if own:
+            raise Problem(own[-1].removeprefix(SAID), code)
         raise Problem(meaning(list(tail), code))

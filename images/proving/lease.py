@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from images import catalog, host
-from images.building import builders, layers
+from images.building import builders, export, layers
 from images.building.buildah import Buildah
 from images.catalog import ROOT, Image, shown
 from images.proving import leased, parcels, proofs
@@ -53,18 +53,15 @@ def _job(
 
 def jobs(image: Image, gpus: int) -> list[dict[str, Any]]:
     """What is run of an image on so many GPUs: its proof, a second start, and every fault."""
-    facts = image.smoke.facts
-    wide = smoke.available(facts, gpus) != smoke.available(facts, 1)
-    two = wide or smoke.transports(facts["refit"], gpus) != smoke.transports(facts["refit"], 1)
+    two = gpus > 1 and smoke.skipped(image.smoke.facts, 1)  # something that one GPU cannot show
     found = [
         _job("verify", ["verify"], 0, 0),
         _job("smoke", ["smoke"], 2 if two else 1, leased.WHOLE, "verify"),
         _job("warm", ["smoke", "--only", "start"], 1, leased.WHOLE, "smoke", "unproved"),
     ]
     for name in faults(image):
-        shares = leased.WHOLE // 2 if FAULTS[name].check == smoke.TRAINING else 1
         argv = ["smoke", "--inject", name]
-        found.append(_job(f"fault-{name}", argv, 1, shares, "smoke", "failed"))
+        found.append(_job(f"fault-{name}", argv, 1, shares(name), "smoke", "failed"))
     return found
 
 
@@ -74,39 +71,43 @@ def faults(image: Image) -> list[str]:
     return [name for name in FAULTS if FAULTS[name].found_by(known)]
 
 
+def shares(fault: str) -> int:
+    """How much of a GPU a fault takes: three trainings at once are too many for an H200."""
+    return leased.WHOLE // 2 if FAULTS[fault].check == smoke.TRAINING else 1
+
+
 # which images together
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an image adds to a lease: bytes to send, parts, seconds to send them and to run."""
+    """What an image adds to a lease: bytes to send in parts, and when it is there and proved."""
 
     image: Image
     bytes: int
     parts: int
-    sending: float
-    running: float
+    there: float
+    proved: float
 
 
 def run_seconds(image: Image, gpus: int) -> float:
     """Seconds that its jobs hold the machine, by its own reports where there are any."""
     kept = proofs.kept_report(image)
     proof = float(kept["seconds"]) if kept else PROOF_SECONDS
-    shares = 0.0
+    whole = 0.0
     for name in faults(image):
         path = proofs.kept_fault(image, name)
-        seconds = FAULT_SECONDS
-        if path.exists():
-            seconds = float(proofs.read(path, shown(path))["seconds"])
-        shares += seconds / (2 if FAULTS[name].check == smoke.TRAINING else leased.WHOLE)
-    return proof + shares / max(gpus, 1)
+        known = path.exists()
+        seconds = float(proofs.read(path, shown(path))["seconds"]) if known else FAULT_SECONDS
+        whole += seconds * shares(name) / leased.WHOLE
+    return proof + whole / max(gpus, 1)
 
 
-def cost(image: Image, sent: set[str], part: int, part_seconds: float, gpus: int) -> Cost:
-    """What an image adds to a lease in which these layers are sent already.
+def recorded(image: Image) -> layers.Record:
+    """The layers of an image.
 
     Raises:
-        Problem: exit code 3 where no layers are recorded.
+        Problem: exit code 3 where none are recorded.
     """
     record = layers.read(image)
     if record is None:
@@ -115,12 +116,17 @@ def cost(image: Image, sent: set[str], part: int, part_seconds: float, gpus: int
             f"run 'nox -s build -- {image.reference} --record'",
             3,
         )
-    new = [layer for layer in record.layers if layer.diff_id not in sent]
-    packed = sum(layer.compressed for layer in new)
-    parts = -(-packed // part)
-    unpacked = sum(layer.bytes for layer in new)
-    sending = parts * part_seconds + unpacked / UNPACK
-    return Cost(image, packed, parts, sending, run_seconds(image, gpus))
+    return record
+
+
+def new(record: layers.Record, sent: Collection[str]) -> list[layers.Layer]:
+    """The layers of an image that no image before it has brought."""
+    return [layer for layer in record.layers if layer.diff_id not in sent]
+
+
+def packed(found: Sequence[layers.Layer]) -> int:
+    """Bytes of some layers, compressed."""
+    return sum(layer.compressed for layer in found)
 
 
 def plan(
@@ -131,25 +137,27 @@ def plan(
     While one image is proved the next is sent; the last one is proved when nothing is left to send.
     An image that no lease can hold has one of its own, which its cost shows.
     """
+    records = {image.reference: recorded(image) for image in images}
+    running = {image.reference: run_seconds(image, gpus) for image in images}
     waiting, leases = list(images), []
     while waiting:
         sent: set[str] = set()
-        ready = free = 0.0
+        there = proved = 0.0
         found: list[Cost] = []
         while waiting:
-            known = frozenset(sent)
-            costs = [cost(image, set(known), part, part_seconds, gpus) for image in waiting]
             # The first of a lease is the first of those asked for; then what shares most with it.
-            best = costs[0] if not found else min(costs, key=lambda one: one.bytes)
-            arrived = ready + best.sending
-            over = max(arrived, free) + best.running
-            if found and over > budget:
+            costs = [packed(new(records[image.reference], sent)) for image in waiting]
+            image = waiting[costs.index(min(costs))] if found else waiting[0]
+            added = new(records[image.reference], sent)
+            size = packed(added)
+            parts = -(-size // part)
+            there += parts * part_seconds + sum(layer.bytes for layer in added) / UNPACK
+            proved = max(there, proved) + running[image.reference]
+            if found and proved > budget:
                 break
-            ready, free = arrived, over
-            found.append(best)
-            waiting.remove(best.image)
-            record = layers.read(best.image)
-            sent |= {layer.diff_id for layer in record.layers} if record else set()
+            found.append(Cost(image, size, parts, there, proved))
+            waiting.remove(image)
+            sent |= {layer.diff_id for layer in added}
         leases.append(found)
     return leases
 
@@ -158,13 +166,10 @@ def table(leases: Sequence[Sequence[Cost]], images: int) -> str:
     """The plan for a person."""
     lines = []
     for number, found in enumerate(leases, 1):
-        ready = free = 0.0
         lines.append(f"lease {number}")
         for one in found:
-            ready += one.sending
-            free = max(ready, free) + one.running
             size = f"{layers.megabytes(one.bytes):>9} in {one.parts:>3} parts"
-            times = f"there after {ready:>5.0f} s, proved after {free:>5.0f} s"
+            times = f"there after {one.there:>5.0f} s, proved after {one.proved:>5.0f} s"
             lines.append(f"  {one.image.reference:<36}{size}, {times}")
     lines.append(f"leases: {len(leases)}, images: {images}")
     return "\n".join(lines)
@@ -205,7 +210,7 @@ def pack(
         parts = parcels.write(
             image, tool, folder, sent, have, part=options.part_bytes, level=options.level
         )
-        name = f"{image.repository}-{image.tag}"
+        name = export.stem(image)
         bundles.append(
             {
                 "name": name,

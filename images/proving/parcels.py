@@ -148,7 +148,7 @@ def write(
         Problem: the image is not built, or not today's.
     """
     built = build.current(image, tool)
-    name = f"{image.repository}-{image.tag}"
+    name = export.stem(image)
     own = {
         "run": export.LAUNCHER.read_bytes(),
         "environment": export.environment(built.config, built.diff_ids).encode(),
