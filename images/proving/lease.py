@@ -38,7 +38,14 @@ LIMIT = 900  # seconds that a job may take
 
 
 def _job(
-    name: str, argv: Sequence[str], gpus: int, shares: int, after: str = "", ends: str = "proved"
+    name: str,
+    argv: Sequence[str],
+    gpus: int,
+    shares: int,
+    after: str = "",
+    ends: str = "proved",
+    *,
+    fault: bool = False,
 ) -> dict[str, Any]:
     return {
         "name": name,
@@ -48,6 +55,7 @@ def _job(
         "after": after,
         "ends": report.EXIT_CODES[ends],
         "limit": LIMIT,
+        "fault": fault,
     }
 
 
@@ -61,7 +69,8 @@ def jobs(image: Image, gpus: int) -> list[dict[str, Any]]:
     ]
     for name in faults(image):
         argv = ["smoke", "--inject", name]
-        found.append(_job(f"fault-{name}", argv, 1, shares(name), "smoke", "failed"))
+        job = _job(f"fault-{name}", argv, 1, shares(name), "smoke", "failed", fault=True)
+        found.append(job)
     return found
 
 

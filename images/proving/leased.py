@@ -207,19 +207,25 @@ def fits(free: Sequence[int], gpus: int, shares: int) -> list[int] | None:
 def chosen(jobs: Sequence[Job], free: Sequence[int]) -> list[tuple[Job, list[int]]]:
     """The jobs that begin now, in their order, each with its GPUs.
 
-    What needs several GPUs is not overtaken by what needs one, or it would wait for ever.
+    What waits for a GPU is overtaken by no other that needs one: small jobs would keep a whole GPU
+    from ever being free.
     """
-    left, found = list(free), []
+    left, found, waits = list(free), [], False
     for name, job in jobs:
         wanted = min(job["gpus"], len(left))
-        held = fits(left, wanted, job["shares"])
-        if held is not None:
-            for number in held:
-                left[number] -= job["shares"]
-            found.append(((name, job), held))
-        elif wanted > 1:
-            break
+        held = None if waits and wanted else fits(left, wanted, job["shares"])
+        if held is None:
+            waits = True
+            continue
+        for number in held:
+            left[number] -= job["shares"]
+        found.append(((name, job), held))
     return found
+
+
+def ordered(jobs: Sequence[Job]) -> list[Job]:
+    """Proofs of all images before the faults of any: a lease that ends early has the proofs."""
+    return sorted(jobs, key=lambda one: bool(one[1]["fault"]))
 
 
 def _begins(one: Job, over: dict[tuple[str, str], bool]) -> bool:
@@ -287,7 +293,7 @@ def conduct(place: Place, gpus: int) -> int:
             waiting.remove((name, job))
             over[name, job["name"]] = False
         can = [one for one in waiting if one[0] in ready and _begins(one, over)]
-        for (name, job), held in chosen(can, free):
+        for (name, job), held in chosen(ordered(can), free):
             for number in held:
                 free[number] -= job["shares"]
             waiting.remove((name, job))

@@ -218,7 +218,7 @@ def machine(tmp_path: Path) -> Machine:
 
 def job(name: str, **other: Any) -> dict[str, Any]:
     made = {"name": name, "argv": [name], "gpus": 1, "shares": 1, "after": "", "ends": 0}
-    return made | {"limit": 30} | other
+    return made | {"limit": 30, "fault": False} | other
 
 
 @needs_zstd
@@ -323,9 +323,16 @@ def test_what_needs_all_gpus_is_not_overtaken_and_small_ones_fill_what_is_left()
     jobs = [("one", small), ("one", wide), ("one", more)]
     assert leased.chosen(jobs, [4, 4]) == [(("one", small), [0])]
     assert leased.chosen(jobs[1:], [4, 4]) == [(("one", wide), [0, 1])]
-    alone = job("d", shares=4)
-    given = leased.chosen([("one", alone), ("one", alone), ("one", small), ("two", more)], [4, 2])
-    assert given == [(("one", alone), [0]), (("one", small), [1]), (("two", more), [1])]
+    alone, without = job("d", shares=4), job("verify", gpus=0, shares=0)
+    waiting = [("one", alone), ("two", alone), ("one", small), ("two", without)]
+    given = leased.chosen(waiting, [4, 2])
+    assert given == [(("one", alone), [0]), (("two", without), [])]
+
+
+def test_proofs_of_all_images_come_before_the_faults_of_any() -> None:
+    fault, smoke, warm = job("fault-a", fault=True), job("smoke"), job("warm")
+    given = leased.ordered([("one", fault), ("one", warm), ("two", smoke)])
+    assert given == [("one", warm), ("two", smoke), ("one", fault)]
 
 
 @needs_zstd
