@@ -157,6 +157,7 @@ def _check_promises(file: File) -> None:
         ("long", wanted.long, can.long),
         ("tensor-parallel", wanted.tensor_parallel, can.tensor_parallel),
         ("moe", wanted.moe, can.moe),
+        ("disaggregated", wanted.disaggregated, can.disaggregated),
     ):
         if promise and not able:
             raise _wrong(f"smoke.{key}", f"is promised, and the {name} backend has none")

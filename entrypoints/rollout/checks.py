@@ -867,6 +867,13 @@ def lora(trial: Trial) -> Metrics:
     return check(trial)
 
 
+def disaggregated(trial: Trial) -> Metrics:
+    """A trainer on GPUs of its own, and an engine on two: :mod:`rollout.disaggregated`."""
+    from rollout.disaggregated import disaggregated as check
+
+    return check(trial)
+
+
 # In the order in which they run: the engine starts on dummy weights, and the refit fills it.
 CHECKS: dict[str, Callable[[Trial], Metrics]] = {
     "refit": refit,
@@ -882,4 +889,5 @@ CHECKS: dict[str, Callable[[Trial], Metrics]] = {
     "lora": lora,
     "server": server,
     "tensor-parallel": tensor_parallel,
+    "disaggregated": disaggregated,
 }

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rollout.backends import Completion, Engine, Served
 from rollout.backends.adapters import FAULTS as OF_ADAPTERS
 from rollout.backends.adapters import KEPT, LOST, SCALED, UNDER, Adapting, adapting
+from rollout.disaggregated import LOST_BROADCAST, STALE_RANK
 from rollout.problem import Problem
 
 if TYPE_CHECKING:
@@ -142,6 +143,14 @@ FAULTS = {
         "long",
         "a preempted request goes on with blocks that others have written",
         "preempted and resumed, answers diverge from the float32 oracle",
+    ),
+    LOST_BROADCAST: Fault(
+        "disaggregated", "of a broadcast the engine loads all but the weights of its norms", HELD
+    ),
+    STALE_RANK: Fault(
+        "disaggregated",
+        "of two workers one takes its new weights and does not load them",
+        "the output is not that of the weights",
     ),
     "expert-not-refitted": Fault("moe", "of a refit one expert keeps its old weights", HELD),
     "swapped-experts": Fault("moe", "two experts arrive under each other's number", HELD),

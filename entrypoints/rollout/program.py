@@ -42,7 +42,7 @@ _CHOICE = frozenset(
     f"{PACKAGE}.smoke.{name}"
     for name in (
         *("available", "promised", "selected", "fault", "skipped", "run", "CHECKS", "_ALONE"),
-        *("cached", "gpus", "model", "proof", "framed"),
+        *("cached", "gpus", "model", "proof", "framed", "several"),
     )
 )
 _OFFERED = frozenset({"ABILITIES"})  # what a backend could be asked for, which no check looks at

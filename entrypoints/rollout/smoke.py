@@ -35,6 +35,7 @@ CHECKS = (
     "lora",
     "server",
     "tensor-parallel",
+    "disaggregated",
     "moe",
     "training",
 )
@@ -44,7 +45,8 @@ ANY = 1 << 10  # GPUs: what is asked for is judged apart from what this machine 
 # Checks that start an engine of their own.
 TRAINING = "training"
 MOE = "moe"
-_ALONE = {"long", "fp8", "lora", "server", MOE, TRAINING}
+DISAGGREGATED = "disaggregated"
+_ALONE = {"long", "fp8", "lora", "server", DISAGGREGATED, MOE, TRAINING}
 SEED, OTHER_SEED = 20260708, 20260709
 PROMPTS = 8
 # Eight bits round so coarsely that the probe, made to show every lost tensor in sixteen, exceeds
@@ -81,12 +83,19 @@ def promised(wanted: Mapping[str, Any]) -> list[str]:
 def available(wanted: Mapping[str, Any], gpus: int = 1) -> list[str]:
     """The checks of an image on so many GPUs; ``wanted`` is "smoke" in its image.json."""
     left_out = {f"sleep-{level}" for level in (1, 2) if level not in wanted["sleep_levels"]}
-    asked = ("long", "fp8", "lora", "server", MOE, TRAINING)
+    asked = ("long", "fp8", "lora", "server", DISAGGREGATED, MOE, TRAINING)
     left_out |= {name for name in asked if not wanted.get(name)}
     left_out |= {"refits"} if wanted["sleep_levels"] else SLEEPS
-    if gpus < wanted.get("tensor_parallel", ANY + 1):
-        left_out.add("tensor-parallel")
+    left_out |= {name for name, count in several(wanted).items() if gpus < count}
     return [name for name in CHECKS if name not in left_out]
+
+
+def several(wanted: Mapping[str, Any]) -> dict[str, int]:
+    """The checks that need more than one GPU, each with how many; ``wanted`` as in available."""
+    return {
+        "tensor-parallel": wanted.get("tensor_parallel", ANY + 1),
+        DISAGGREGATED: 2,  # the trainer's and the engine's
+    }
 
 
 def selected(only: Sequence[str], wanted: Mapping[str, Any], gpus: int = 1) -> list[str]:
@@ -163,7 +172,8 @@ def skipped(wanted: Mapping[str, Any], gpus: int) -> dict[str, str]:
     """
     there = "one GPU is visible" if gpus == 1 else f"{gpus} GPUs are visible"
     lacking = [name for name in promised(wanted) if name not in available(wanted, gpus)]
-    found = dict.fromkeys(lacking, f"it needs {wanted.get('tensor_parallel')} GPUs; {there}")
+    needs = several(wanted)
+    found = {name: f"it needs {needs[name]} GPUs; {there}" for name in lacking}
     sent = transports(wanted["refit"], gpus)
     why = f"it needs a second GPU, for NCCL refuses two processes on one; {there}"
     return found | {transport: why for transport in wanted["refit"] if transport not in sent}
@@ -328,8 +338,8 @@ def proof(
     gpus = visible_gpus(facts)
     lacking = set(options.only) - set(available(facts["smoke"], gpus))
     if lacking:
-        wanted = facts["smoke"]["tensor_parallel"]
-        raise Problem(f"{', '.join(sorted(lacking))} needs {wanted} GPUs; {gpus} are visible", 3)
+        needed = max(several(facts["smoke"])[name] for name in lacking)
+        raise Problem(f"{', '.join(sorted(lacking))} needs {needed} GPUs; {gpus} are visible", 3)
     sent, transport = sending(facts["smoke"], gpus), aimed(options.inject or "")[1]
     if transport not in ("", *sent):
         why = skipped(facts["smoke"], gpus)[transport]

@@ -60,23 +60,35 @@ def _job(
 
 
 def jobs(image: Image, gpus: int) -> list[dict[str, Any]]:
-    """What is run of an image on so many GPUs: its proof, a second start, and every fault."""
-    two = gpus > 1 and smoke.skipped(image.smoke.facts, 1)  # something that one GPU cannot show
-    found = [
-        _job("verify", ["verify"], 0, 0),
-        _job("smoke", ["smoke"], 2 if two else 1, leased.WHOLE, "verify"),
-        _job("warm", ["smoke", "--only", "start"], 1, leased.WHOLE, "smoke", "unproved"),
-    ]
-    for name in faults(image):
-        argv = ["smoke", "--inject", name]
-        job = _job(f"fault-{name}", argv, 1, shares(name), "smoke", "failed", fault=True)
+    """What is run of an image on so many GPUs: its proof, a second start, and every fault.
+
+    A check that needs several GPUs and starts an engine of its own is a run of its own: the others
+    leave a GPU to other work.
+    """
+    facts = image.smoke.facts
+    beyond = list(smoke.skipped(facts, 1)) if gpus > 1 else []  # what one GPU cannot show
+    alone = [name for name in beyond if name == smoke.DISAGGREGATED]
+    wide = 2 if len(beyond) > len(alone) else 1
+    left = wide == 1 and bool(smoke.skipped(facts, 1))
+    whole = _job("smoke", ["smoke"], wide, leased.WHOLE, "verify", "in-part" if left else "proved")
+    found = [_job("verify", ["verify"], 0, 0), whole]
+    if wide == 1:
+        found += [
+            _job(f"smoke-{name}", ["smoke", "--only", name], 2, leased.WHOLE, "verify", "unproved")
+            for name in alone
+        ]
+    found.append(_job("warm", ["smoke", "--only", "start"], 1, leased.WHOLE, "smoke", "unproved"))
+    for name in faults(image, gpus):
+        argv, check = ["smoke", "--inject", name], FAULTS[name].check
+        needs = smoke.several(facts).get(check, 1)
+        job = _job(f"fault-{name}", argv, needs, shares(name), "smoke", "failed", fault=True)
         found.append(job)
     return found
 
 
-def faults(image: Image) -> list[str]:
-    """The faults that a check of this image looks for on one GPU."""
-    known = smoke.available(image.smoke.facts)
+def faults(image: Image, gpus: int) -> list[str]:
+    """The faults that a check of this image looks for on so many GPUs."""
+    known = smoke.available(image.smoke.facts, gpus)
     return [name for name in FAULTS if FAULTS[name].found_by(known)]
 
 
@@ -104,7 +116,7 @@ def run_seconds(image: Image, gpus: int) -> float:
     kept = proofs.kept_report(image)
     proof = float(kept["seconds"]) if kept else PROOF_SECONDS
     whole = 0.0
-    for name in faults(image):
+    for name in faults(image, gpus):
         path = proofs.kept_fault(image, name)
         known = path.exists()
         seconds = float(proofs.read(path, shown(path))["seconds"]) if known else FAULT_SECONDS

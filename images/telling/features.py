@@ -18,6 +18,7 @@ from images.proving.standing import Standing
 from images.schema import Smoke
 from images.telling import markdown
 from rollout.checks import rate
+from rollout.disaggregated import BESIDE
 from rollout.oracle import BOUND_BF16, BOUND_FP8
 
 Metrics = Mapping[str, Any]
@@ -100,6 +101,12 @@ def far(found: Metrics, _: Smoke) -> str:
     return f"{far}, {often}: {within(found['worst_request'], BOUND_BF16)}"
 
 
+def by_nccl_and_disk(found: Metrics, _: Smoke) -> str:
+    """How fast weights came by each way, and how far the answers of two GPUs were."""
+    speeds = ", ".join(f"{found[rate(way)]:.3g} GB/s by {way}" for way in BESIDE)
+    return f"{speeds}; on two GPUs {within(found['divided_divergence'], BOUND_BF16)}"
+
+
 def adapters(found: Metrics, smoke: Smoke) -> str:
     """How far answers with an adapter are from the oracle's, and what a deep sleep does to it."""
     after = f"; after level 2 {found['after_level_2']}" if 2 in smoke.sleep_levels else ""
@@ -132,6 +139,12 @@ FEATURES = (
         lambda found, _: within(found["divergence"], BOUND_FP8),
     ),
     Feature("adapters (LoRA), replaced and kept in sleep", "lora", lambda s: s.lora, adapters),
+    Feature(
+        "a trainer on a GPU of its own, and an engine on two",
+        "disaggregated",
+        lambda smoke: smoke.disaggregated,
+        by_nccl_and_disk,
+    ),
     Feature(
         "mixture of experts, refitted by the names of experts",
         "moe",

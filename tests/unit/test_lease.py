@@ -111,10 +111,15 @@ def test_an_image_of_unknown_size_is_refused_with_what_to_do(
 @pytest.mark.parametrize("image", IMAGES, ids=lambda image: image.reference)
 def test_every_promise_and_every_fault_of_an_image_is_run(image: Image) -> None:
     jobs = {job["name"]: job for job in lease.jobs(image, 2)}
-    assert list(jobs)[:3] == ["verify", "smoke", "warm"]
-    wide = "nccl" in image.smoke.refit or "tensor-parallel" in smoke.promised(image.smoke.facts)
+    promised = smoke.promised(image.smoke.facts)
+    wide = "nccl" in image.smoke.refit or "tensor-parallel" in promised
+    apart = ["smoke-disaggregated"] if "disaggregated" in promised and not wide else []
+    assert [name for name in jobs if not name.startswith("fault-")] == [
+        *("verify", "smoke", *apart, "warm")
+    ]
     assert jobs["smoke"]["gpus"] == (2 if wide else 1)
-    sought = [n for n in FAULTS if FAULTS[n].found_by(smoke.available(image.smoke.facts))]
+    assert all(jobs[name]["gpus"] == 2 for name in apart)
+    sought = [n for n in FAULTS if FAULTS[n].found_by(smoke.available(image.smoke.facts, 2))]
     assert [n for n in jobs if n.startswith("fault-")] == [f"fault-{name}" for name in sought]
     assert {job["ends"] for name, job in jobs.items() if name.startswith("fault-")} == {1}
     names = list(jobs)

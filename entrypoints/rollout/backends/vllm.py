@@ -28,7 +28,15 @@ from rollout.transport import TransportError
 if TYPE_CHECKING:
     import torch
 
-ABILITIES = Abilities(("cuda-ipc",), fp8=True, lora=True, server=True, long=True, moe=True)
+ABILITIES = Abilities(
+    ("cuda-ipc",),
+    fp8=True,
+    lora=True,
+    server=True,
+    long=True,
+    moe=True,
+    disaggregated=True,
+)
 KV_BYTES = 4 << 30
 LONGEST = 512  # tokens of prompt and completion
 REQUESTS = 16  # at once: vLLM captures CUDA graphs for batches of up to twice as many
