@@ -81,16 +81,17 @@ class Engine(vllm.Engine):
         group, device = self._joined()
         stream = torch.cuda.current_stream(device)
         sent = 0
-        for bucket in _buckets(tensors):
-            there = [(name, tensor.detach().to(device).contiguous()) for name, tensor in bucket]
-            # What was copied from another GPU has to be here before it is read.
-            torch.cuda.synchronize(device)
-            said = [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in there]
-            answer = self._ask("smoke_broadcast", said)
-            for _, tensor in there:
-                group.broadcast(tensor, src=0, stream=stream)
-                sent += tensor.numel() * tensor.element_size()
-            self._wait(stream, answer)
+        with torch.cuda.device(device):
+            for bucket in _buckets(tensors):
+                there = [(name, tensor.detach().to(device).contiguous()) for name, tensor in bucket]
+                # What was copied from another GPU has to be here before it is read.
+                torch.cuda.synchronize(device)
+                said = [[n, str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in there]
+                answer = self._ask("smoke_broadcast", said)
+                for _, tensor in there:
+                    group.broadcast(tensor, src=0, stream=stream)
+                    sent += tensor.numel() * tensor.element_size()
+                self._wait(stream, answer)
         self._rpc("smoke_finish")
         return sent
 

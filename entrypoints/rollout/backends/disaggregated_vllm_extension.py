@@ -59,7 +59,8 @@ class Extension(vllm_extension.Extension):
         from vllm.config import LoadConfig
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-        loader: Any = DefaultModelLoader(LoadConfig(load_format="safetensors"))
+        config = LoadConfig(load_format="safetensors", use_tqdm_on_load=False)
+        loader: Any = DefaultModelLoader(config)
         source = DefaultModelLoader.Source(folder, revision=None)
         self.smoke_place(loader._get_weights_iterator(source))
 
