@@ -32,6 +32,8 @@ UNPACK = 100e6  # bytes of files a second, seen there as well
 # Of an image that no report tells of: the longest proof and fault that were seen.
 PROOF_SECONDS, FAULT_SECONDS = 430.0, 120.0
 LIMIT = 900  # seconds that a job may take
+# What comes first where all of it could run.
+PROOF, AGAIN, FAULT = 0, 1, 2
 
 
 # what is to be run
@@ -45,7 +47,7 @@ def _job(
     after: str = "",
     ends: str = "proved",
     *,
-    fault: bool = False,
+    rank: int = PROOF,
 ) -> dict[str, Any]:
     return {
         "name": name,
@@ -55,7 +57,7 @@ def _job(
         "after": after,
         "ends": report.EXIT_CODES[ends],
         "limit": LIMIT,
-        "fault": fault,
+        "rank": rank,
     }
 
 
@@ -74,14 +76,15 @@ def jobs(image: Image, gpus: int) -> list[dict[str, Any]]:
     found = [_job("verify", ["verify"], 0, 0), whole]
     if wide == 1:
         found += [
-            _job(f"smoke-{name}", ["smoke", "--only", name], 2, leased.WHOLE, "verify", "unproved")
+            _job(f"smoke-{name}", ["smoke", "--only", name], 2, leased.WHOLE, "smoke", "unproved")
             for name in alone
         ]
-    found.append(_job("warm", ["smoke", "--only", "start"], 1, leased.WHOLE, "smoke", "unproved"))
+    again = ["smoke", "--only", "start"]
+    found.append(_job("warm", again, 1, leased.WHOLE, "smoke", "unproved", rank=AGAIN))
     for name in faults(image, gpus):
         argv, check = ["smoke", "--inject", name], FAULTS[name].check
         needs = smoke.several(facts).get(check, 1)
-        job = _job(f"fault-{name}", argv, needs, shares(name), "smoke", "failed", fault=True)
+        job = _job(f"fault-{name}", argv, needs, shares(name), "smoke", "failed", rank=FAULT)
         found.append(job)
     return found
 

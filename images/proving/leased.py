@@ -224,8 +224,11 @@ def chosen(jobs: Sequence[Job], free: Sequence[int]) -> list[tuple[Job, list[int
 
 
 def ordered(jobs: Sequence[Job]) -> list[Job]:
-    """Proofs of all images before the faults of any: a lease that ends early has the proofs."""
-    return sorted(jobs, key=lambda one: bool(one[1]["fault"]))
+    """Proofs of all images before the faults of any: a lease that ends early has the proofs.
+
+    Of one rank what needs several GPUs comes first; behind the others it would find one in use.
+    """
+    return sorted(jobs, key=lambda one: (one[1]["rank"], -one[1]["gpus"]))
 
 
 def _begins(one: Job, over: dict[tuple[str, str], bool]) -> bool:

@@ -223,7 +223,7 @@ def machine(tmp_path: Path) -> Machine:
 
 def job(name: str, **other: Any) -> dict[str, Any]:
     made = {"name": name, "argv": [name], "gpus": 1, "shares": 1, "after": "", "ends": 0}
-    return made | {"limit": 30, "fault": False} | other
+    return made | {"limit": 30, "rank": 0} | other
 
 
 @needs_zstd
@@ -335,9 +335,10 @@ def test_what_needs_all_gpus_is_not_overtaken_and_small_ones_fill_what_is_left()
 
 
 def test_proofs_of_all_images_come_before_the_faults_of_any() -> None:
-    fault, smoke, warm = job("fault-a", fault=True), job("smoke"), job("warm")
-    given = leased.ordered([("one", fault), ("one", warm), ("two", smoke)])
-    assert given == [("one", warm), ("two", smoke), ("one", fault)]
+    fault, smoke, warm = job("fault-a", rank=2), job("smoke"), job("warm", rank=1)
+    wide = job("smoke-wide", gpus=2)
+    given = leased.ordered([("one", fault), ("one", warm), ("one", smoke), ("two", wide)])
+    assert given == [("two", wide), ("one", smoke), ("one", warm), ("one", fault)]
 
 
 @needs_zstd
