@@ -192,11 +192,18 @@ class Engine(vllm.Engine):
 
 
 def leave(communicator: Any) -> None:
-    """Give a communicator of vLLM back; older versions have no method for it."""
-    if hasattr(communicator, "destroy"):
-        communicator.destroy()
-    else:
-        communicator.nccl.ncclCommDestroy(communicator.comm)
+    """Give a communicator of vLLM back; older versions have no method for it.
+
+    NCCL makes the communicator's GPU the current one for that, and leaves it so: what the process
+    makes next would lie there.
+    """
+    import torch
+
+    with torch.cuda.device(communicator.device):
+        if hasattr(communicator, "destroy"):
+            communicator.destroy()
+        else:
+            communicator.nccl.ncclCommDestroy(communicator.comm)
 
 
 def _buckets(
