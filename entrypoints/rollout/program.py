@@ -41,7 +41,7 @@ _SAME = {f"{PACKAGE}.presence.find_spec": "importlib.util.find_spec"}
 _CHOICE = frozenset(
     f"{PACKAGE}.smoke.{name}"
     for name in (
-        *("available", "promised", "selected", "fault", "skipped", "run", "CHECKS", "_ALONE"),
+        *("available", "promised", "selected", "fault", "skipped", "run", "CHECKS", "ALONE"),
         *("cached", "gpus", "model", "proof", "framed", "several"),
     )
 )

@@ -46,7 +46,7 @@ ANY = 1 << 10  # GPUs: what is asked for is judged apart from what this machine 
 TRAINING = "training"
 MOE = "moe"
 DISAGGREGATED = "disaggregated"
-_ALONE = {"long", "fp8", "lora", "server", DISAGGREGATED, MOE, TRAINING}
+ALONE = {"long", "fp8", "lora", "server", DISAGGREGATED, MOE, TRAINING}
 SEED, OTHER_SEED = 20260708, 20260709
 PROMPTS = 8
 # Eight bits round so coarsely that the probe, made to show every lost tensor in sixteen, exceeds
@@ -108,7 +108,7 @@ def selected(only: Sequence[str], wanted: Mapping[str, Any], gpus: int = 1) -> l
     for name in only:
         if name not in known:
             raise Problem(f"--only: no check {name!r} in this image; {_nearest(name, known)}", 2)
-    begun = [] if only and set(only) <= _ALONE else ["start"]
+    begun = [] if only and set(only) <= ALONE else ["start"]
     return [name for name in known if not only or name in (*only, *begun)]
 
 

@@ -34,6 +34,8 @@ PROOF_SECONDS, FAULT_SECONDS = 430.0, 120.0
 LIMIT = 900  # seconds that a job may take
 # What comes first where all of it could run.
 PROOF, AGAIN, FAULT = 0, 1, 2
+# The checks that come before the first sleep: after its start such a run reads no memory.
+AWAKE = ("refit", "generation", "multi-turn", "partial-rollout")
 
 
 # what is to be run
@@ -82,22 +84,33 @@ def jobs(image: Image, gpus: int) -> list[dict[str, Any]]:
     again = ["smoke", "--only", "start"]
     found.append(_job("warm", again, 1, leased.WHOLE, "smoke", "unproved", rank=AGAIN))
     for name in faults(image, gpus):
-        argv, check = ["smoke", "--inject", name], FAULTS[name].check
+        check = looked_for_by(name, facts, gpus)
+        argv = ["smoke", "--inject", name, *(["--only", check] if check in smoke.ALONE else [])]
         needs = smoke.several(facts).get(check, 1)
-        job = _job(f"fault-{name}", argv, needs, shares(name), "smoke", "failed", rank=FAULT)
+        job = _job(f"fault-{name}", argv, needs, shares(check), "smoke", "failed", rank=FAULT)
         found.append(job)
     return found
 
 
+def looked_for_by(fault: str, facts: Mapping[str, Any], gpus: int) -> str:
+    """The check of an image that has to find a fault; empty where none of it does."""
+    return FAULTS[fault].found_by(smoke.available(facts, gpus)) or ""
+
+
 def faults(image: Image, gpus: int) -> list[str]:
     """The faults that a check of this image looks for on so many GPUs."""
-    known = smoke.available(image.smoke.facts, gpus)
-    return [name for name in FAULTS if FAULTS[name].found_by(known)]
+    return [name for name in FAULTS if looked_for_by(name, image.smoke.facts, gpus)]
 
 
-def shares(fault: str) -> int:
-    """How much of a GPU a fault takes: three trainings at once are too many for an H200."""
-    return leased.WHOLE // 2 if FAULTS[fault].check == smoke.TRAINING else 1
+def shares(check: str) -> int:
+    """How much of a GPU it takes to let a check find a fault.
+
+    One that comes after a sleep reads how much of the GPU is in use, so nobody else may be on it.
+    Three trainings at once are too many for an H200.
+    """
+    if check == smoke.TRAINING:
+        return leased.WHOLE // 2
+    return 1 if check in AWAKE else leased.WHOLE
 
 
 # which images together
@@ -123,7 +136,8 @@ def run_seconds(image: Image, gpus: int) -> float:
         path = proofs.kept_fault(image, name)
         known = path.exists()
         seconds = float(proofs.read(path, shown(path))["seconds"]) if known else FAULT_SECONDS
-        whole += seconds * shares(name) / leased.WHOLE
+        check = looked_for_by(name, image.smoke.facts, gpus)
+        whole += seconds * shares(check) / leased.WHOLE
     return proof + whole / max(gpus, 1)
 
 

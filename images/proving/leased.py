@@ -208,9 +208,10 @@ def chosen(jobs: Sequence[Job], free: Sequence[int]) -> list[tuple[Job, list[int
     """The jobs that begin now, in their order, each with its GPUs.
 
     What waits for a GPU is overtaken by no other that needs one: small jobs would keep a whole GPU
-    from ever being free.
+    from ever being free. Jobs that share a GPU begin together, on one that nobody is on: an engine
+    that starts looks at how much of the GPU is in use, and another one that ends changes that.
     """
-    left, found, waits = list(free), [], False
+    left, found, waits = [count if count == WHOLE else 0 for count in free], [], False
     for name, job in jobs:
         wanted = min(job["gpus"], len(left))
         held = None if waits and wanted else fits(left, wanted, job["shares"])

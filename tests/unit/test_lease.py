@@ -334,6 +334,27 @@ def test_what_needs_all_gpus_is_not_overtaken_and_small_ones_fill_what_is_left()
     assert given == [(("one", alone), [0]), (("two", without), [])]
 
 
+def test_jobs_that_share_a_gpu_begin_together_on_one_that_nobody_is_on() -> None:
+    jobs = [("one", job(name)) for name in "abcde"]
+    assert leased.chosen(jobs, [3, 0]) == []
+    assert [held for _, held in leased.chosen(jobs, [4, 1])] == [[0], [0], [0], [0]]
+    assert [held for _, held in leased.chosen(jobs, [4, 4])] == [[0], [0], [0], [0], [1]]
+
+
+def test_a_fault_that_is_found_after_a_sleep_has_a_gpu_alone() -> None:
+    assert lease.shares("refit") == lease.shares("partial-rollout") == 1
+    assert lease.shares("sleep-1") == lease.shares("server") == leased.WHOLE
+    assert lease.shares("training") < leased.WHOLE
+
+
+@pytest.mark.parametrize("image", IMAGES, ids=lambda image: image.reference)
+def test_for_a_fault_of_a_check_with_an_engine_of_its_own_no_other_check_runs(image: Image) -> None:
+    for one in lease.jobs(image, 2):
+        if one["name"].startswith("fault-"):
+            check = lease.looked_for_by(one["argv"][2], image.smoke.facts, 2)
+            assert one["argv"][3:] == (["--only", check] if check in smoke.ALONE else [])
+
+
 def test_proofs_of_all_images_come_before_the_faults_of_any() -> None:
     fault, smoke, warm = job("fault-a", rank=2), job("smoke"), job("warm", rank=1)
     wide = job("smoke-wide", gpus=2)
