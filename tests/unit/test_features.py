@@ -32,6 +32,7 @@ EVERYTHING = Smoke(
     tensor_parallel=2,
     training=True,
     moe=True,
+    disaggregated=True,
 )
 # The keys of a catalog file that promises a little more than that.
 SGLANG = {
@@ -91,6 +92,11 @@ CHECKS: dict[str, dict[str, Any]] = {
         "stranger_divergence": 4.2,
     },
     "moe": {"experts": 16, "divergence": 1.0162},
+    "disaggregated": {
+        "nccl_gb_per_s": 31.4,
+        "disk_gb_per_s": 0.77,
+        "divided_divergence": 1.0141,
+    },
     "tensor-parallel": {
         "gpus": 2,
         "free_bytes": [140_000_000_000, 98_000_000_000],
@@ -139,6 +145,9 @@ def test_a_cell_is_what_the_report_shows_with_its_telling_number() -> None:
         "weights in fp8, refitted from bf16": "1.0269 ≤ 1.08",
         "adapters (LoRA), replaced and kept in sleep": "1.0086 ≤ 1.043; after level 2 refused",
         "mixture of experts, refitted by the names of experts": "16 experts: 1.0162 ≤ 1.043",
+        "a trainer on a GPU of its own, and an engine on two": (
+            "31.4 GB/s by nccl, 0.77 GB/s by disk; on two GPUs 1.0141 ≤ 1.043"
+        ),
         "prefix reuse over turns with a tool call": "150 of 150 tokens",
         "partial rollout, continued": "6 of 8 equal, the others part at a tie",
         "positions in the thousands, preempted": "16,384 positions, 7 preemptions: 1.0194 ≤ 1.043",
