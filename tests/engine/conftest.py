@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,6 @@ def _run(which: str, prefix: Path, folder: Path) -> Found:
     variables = {
         "PATH": f"{prefix}/bin:/usr/local/bin:/usr/bin:/bin",
         "PYTHONPATH": f"{ROOT / 'entrypoints'}:{ROOT}",
-        "PYTHONDONTWRITEBYTECODE": "",  # the second process is the faster for what the first wrote
         "HOME": str(home),
         "USER": "rollout",
         "LANG": "C.UTF-8",
@@ -67,13 +67,17 @@ def _run(which: str, prefix: Path, folder: Path) -> Found:
         # Two engines at once, which would both be bound to the first core.
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # Ten messages between its processes are reserved in /dev/shm; a container has 64 MiB of it.
+        "VLLM_MQ_MAX_CHUNK_BYTES_MB": "1",
         # What is freed is given back at once, so that memory which grows is memory that is kept.
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
     }
     command = [str(prefix / "bin" / "python"), "-m", "tests.engine.trainer", which, str(found)]
-    with log.open("w") as output:
+    # Not pytest's own folder, in which the paths of sockets would be too long.
+    with log.open("w") as output, tempfile.TemporaryDirectory(prefix="engine-") as temporary:
+        variables["TMPDIR"] = temporary
         code = subprocess.run(
             command, env=variables, stdout=output, stderr=subprocess.STDOUT, timeout=TIMEOUT
         ).returncode

@@ -102,8 +102,7 @@ def test_a_fault_is_found_by_its_own_check_for_its_own_reason(offline: Found, fa
 
 def test_memory_that_every_refit_keeps_is_found(offline: Found) -> None:
     assert offline["leak"]["reason"].startswith("memory grew by ")
-    assert offline["leak"]["metrics"]["growth_bytes"] >= 4 << 20
-    assert offline["refits"]["metrics"]["growth_bytes"] < 1 << 20
+    assert offline["leak"]["metrics"]["growth_bytes"] >= 15 << 20
 
 
 def test_an_engine_whose_worker_is_killed_ends_the_next_call_and_leaves_no_process(
@@ -120,8 +119,9 @@ def test_an_engine_whose_worker_is_killed_ends_the_next_call_and_leaves_no_proce
 
 def test_the_check_of_the_server_passes_up_to_its_sleep_which_frees_nothing(served: Found) -> None:
     found = served["server"]
-    assert found["reason"] == "asleep, the server freed only 0 bytes", found
+    assert found["reason"].startswith("asleep, the server freed only "), found
     metrics = found["metrics"]
+    assert metrics["freed_bytes"] < metrics["held_bytes"] / 10
     # Noted in this order; what stands behind each was held to the bound before the next one.
     for key in ("divergence", "paused_divergence", "other_divergence", "held_bytes"):
         assert key in metrics

@@ -10,7 +10,9 @@ What is another than on a GPU, and all of it:
 - the device is the CPU. It has no name, no free memory and no CUDA IPC to ask for. A handle of
   shared memory goes the way of a CUDA IPC handle, through the same messages and buckets. Buckets
   are small: the tiny probe fills several, and its largest tensors have handles of their own;
-- memory in use is that of the engine's processes. The KV cache is as small as its requests allow;
+- memory in use is that of the engine's processes. In it are kernels that are made for a new number
+  of tokens, of some MB and at any time. So it may grow by as much as on a GPU, where they are not;
+- the KV cache is as small as its requests allow;
 - sleep mode is not asked for, since this vLLM refuses it: :func:`asleep` shows the sentence;
 - blocks have 32 tokens, since the CPU's kernels take multiples of 32 alone, and 128 of their own
   accord, which is more than a prompt of the probe has;
@@ -36,7 +38,7 @@ from typing import Any
 import torch
 
 from rollout import checks, cuda_ipc, faults, oracle, probe, smoke, vllm_names
-from rollout.backends import KV_CACHE, WEIGHTS, EngineError, gpu, interface, vllm
+from rollout.backends import KV_CACHE, WEIGHTS, Completion, EngineError, gpu, interface, vllm
 from rollout.faults import Faulty
 
 from .asked import CALLED, INJECTED, MOVED, OFFLINE
@@ -44,6 +46,7 @@ from .asked import CALLED, INJECTED, MOVED, OFFLINE
 KV_BYTES = 8 << 20  # 16 requests of 512 tokens
 BUCKET = 700 << 10  # less than a projection of the MLP, more than any other tensor
 BLOCK = 32
+PACE = 0.02  # seconds
 OURS = "tests.engine.worker.Extension"
 
 
@@ -98,6 +101,7 @@ def stand_in() -> None:
     cuda_ipc.send = partial(cuda_ipc.send, size=BUCKET)
     vllm.arguments = arguments
     vllm.KV_BYTES = vllm.Engine.kv_bytes = KV_BYTES
+    checks.GROWTH_CPU = checks.GROWTH
     torch.set_num_threads(1)  # as in the engine's process: for a tiny model more is slower
 
 
@@ -270,7 +274,25 @@ def offline(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 class Kept(vllm.Server):
-    """A server that runs on when a check has done with it, so that the next one starts none."""
+    """A server that runs on when a check has done with it, so that the next one starts none.
+
+    While its requests are to be stopped, each step takes longer. The tiny probe would have answered
+    them all, before a busy machine lets anybody say stop.
+    """
+
+    def halt(self, *given: Any) -> list[Completion]:
+        with self._paced():
+            return super().halt(*given)
+
+    def interrupt(self, *given: Any) -> list[Completion]:
+        with self._paced():
+            return super().interrupt(*given)
+
+    @contextlib.contextmanager
+    def _paced(self) -> Iterator[None]:
+        self._rpc("smoke_pace", PACE)
+        yield
+        self._rpc("smoke_pace", 0.0)
 
     def start(self, model: Path, **options: Any) -> None:
         if self._server is None:
