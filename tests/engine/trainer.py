@@ -46,7 +46,7 @@ from .asked import CALLED, INJECTED, MOVED, OFFLINE
 KV_BYTES = 8 << 20  # 16 requests of 512 tokens
 BUCKET = 700 << 10  # less than a projection of the MLP, more than any other tensor
 BLOCK = 32
-PACE = 0.02  # seconds
+PACE = 0.1  # seconds
 OURS = "tests.engine.worker.Extension"
 
 
