@@ -42,7 +42,7 @@ def shell_scripts() -> list[str]:
 
 @nox.session
 def lock(session: nox.Session) -> None:
-    """Resolve catalog files into locks: [REF … | base | dev] [--check]."""
+    """Resolve catalog files into locks: [REF … | base | dev | vllm-cpu] [--check]."""
     station(session, "locking.locks")
 
 
@@ -146,4 +146,4 @@ def tests(session: nox.Session) -> None:
         return
     # A unit test has a folder and ports of its own. The others share what a builder has stored.
     session.run("pytest", "--numprocesses=auto", "--dist=worksteal", "tests/unit")
-    session.run("pytest", "tests/registry", "tests/image", "tests/gpu")
+    session.run("pytest", "tests/engine", "tests/registry", "tests/image", "tests/gpu")

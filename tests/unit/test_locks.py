@@ -60,6 +60,25 @@ def test_a_resolution_is_written(checkout: Checkout, monkeypatch: pytest.MonkeyP
     assert path.read_text() == text
 
 
+@pytest.mark.parametrize("name", ["dev", "vllm-cpu"])
+def test_what_is_no_image_is_locked_and_checked_by_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path, resolve, text in (
+        ("DEV_LOCK", "resolve_dev", "dev"),
+        ("TESTED_LOCK", "resolve_tested", "vllm-cpu"),
+    ):
+        monkeypatch.setattr(resolution, path, tmp_path / f"{text}.lock")
+        monkeypatch.setattr(resolution, resolve, lambda text=text: f"{text}\n")
+    assert locks.main([name]) == 0
+    assert [path.read_text() for path in tmp_path.iterdir()] == [f"{name}\n"], "it, and no other"
+    assert locks.main([name, "--check"]) == 0
+    (tmp_path / f"{name}.lock").write_text("older\n")
+    with pytest.raises(Problem, match="locks have drifted"):
+        locks.main([name, "--check"])
+    assert f"+{name}\n" in capsys.readouterr().out
+
+
 def test_drift_is_nothing_where_nothing_drifted(tmp_path: Path) -> None:
     path = tmp_path / "a"
     assert "+x" in locks.drift(path, "x\n")

@@ -109,6 +109,7 @@ def lockfiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "lockfiles"
     folder.mkdir()
     (folder / "dev.lock").write_text(pinned("ruff==1 a"))
+    (folder / "vllm-cpu.lock").write_text(pinned("torch==1 a"))
     (folder / "base.lock").write_text(debs("gcc=12"))
     monkeypatch.setattr(catalog, "ROOT", tmp_path)
     monkeypatch.setattr(catalog, "load", list)
@@ -121,6 +122,8 @@ def lockfiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             # uv would keep what an existing lock says.
             assert not resolution.DEV_LOCK.exists()
             resolution.DEV_LOCK.write_text(pinned("ruff==2 b"))
+        if "vllm-cpu" in arguments:
+            (folder / "vllm-cpu.lock").write_text(pinned("torch==2 b"))
         if "base" in arguments:
             (folder / "base.lock").write_text(debs("gcc=13"))
         return 0
@@ -129,7 +132,7 @@ def lockfiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_tools_and_base_are_locked_anew_and_told(
+def test_tools_base_and_the_engine_of_the_tests_are_locked_anew_and_told(
     lockfiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert relock.main(["--report", str(tmp_path / "new/moved.md")]) == 0
@@ -137,6 +140,7 @@ def test_tools_and_base_are_locked_anew_and_told(
     assert rows == [
         "| lockfiles/base.lock | gcc | 12 | 13 |",
         "| lockfiles/dev.lock | ruff | 1 | 2 |",
+        "| lockfiles/vllm-cpu.lock | torch | 1 | 2 |",
     ]
     assert "\n".join(rows) in capsys.readouterr().out
     assert (lockfiles / "dev.lock").read_text() == pinned("ruff==2 b")
