@@ -15,7 +15,17 @@ from images.catalog import ROOT, Image, shown
 from images.locking import locks
 from images.proving import measure
 from images.proving import standing as rule
-from images.telling import features, findings, keys, numbers, pages, releases, sizes, tables
+from images.telling import (
+    features,
+    findings,
+    keys,
+    numbers,
+    overview,
+    pages,
+    releases,
+    sizes,
+    tables,
+)
 from rollout import report, verify
 from rollout.problem import Problem
 
@@ -83,6 +93,11 @@ def whole(images: Sequence[Image]) -> dict[str, str]:
     """The files that are generated as a whole; links of pages from the root."""
     found = {f"docs/images/{i.repository}/{i.tag}.md": pages.page(i) for i in images}
     found |= {shown(sizes.PAGE): sizes.page(images), findings.PAGE: findings.page()}
+    found |= {
+        overview.PAGE: overview.page(images),
+        overview.SIZES: overview.sizes(images),
+        overview.TIMES: overview.times(images),
+    }
     return {**found, SCHEMA: schema.published()}
 
 
