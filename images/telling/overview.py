@@ -23,7 +23,8 @@ from rollout.checks import rate
 
 PAGE, SIZES, TIMES = "docs/numbers.md", "docs/sizes.svg", "docs/times.svg"
 SHARED, OWN = "layers that another image has too", "layers of its own"
-FIRST, AGAIN, REST = "first start and first answer", "second start", "the rest of the proof, training included"
+FIRST, AGAIN = "first start and first answer", "second start"
+REST = "the rest of the proof, training included"
 Shown = Sequence[tuple[Image, Kept]]
 
 

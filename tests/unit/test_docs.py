@@ -14,7 +14,7 @@ from images.building.contents import Summary
 from images.catalog import Image
 from images.locking import base
 from images.proving import proofs, reproduce
-from images.telling import docs, numbers, pages, sizes, tables
+from images.telling import docs, numbers, overview, pages, sizes, tables
 from rollout.faults import FAULTS
 from rollout.problem import Problem
 
@@ -342,6 +342,9 @@ def written(checkout: Checkout, image: Image, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(docs, "printed", lambda _: "printed last")
     monkeypatch.setattr(docs, "measured", lambda _: "measured last")
     monkeypatch.setattr(pages, "measured", lambda *_: "gpu last")
+    monkeypatch.setattr(overview, "cells", lambda *_: {"a number": "measured last"})
+    monkeypatch.setattr(overview, "seconds", lambda *_: ())
+    monkeypatch.setattr(overview, "refits", lambda *_: ())
     texts = {page: "".join(marked(name, "old") for name in names) for page, names in PARTS.items()}
     for page, text in texts.items():
         host.write(checkout.root / page, text)
@@ -376,6 +379,7 @@ def test_renewed_pages_pass_the_check(
         own,
         "lockfiles/SIZES.md",
         "docs/findings.md",
+        *(overview.PAGE, overview.SIZES, overview.TIMES),
         docs.SCHEMA,
     }
     assert "| verl 0.7.1 | `verl-rollout:vllm-0.12` |" in read("docs/frameworks.md")
@@ -387,6 +391,7 @@ def test_renewed_pages_pass_the_check(
     assert "`flipped-byte`" in read("docs/proof.md")
     assert "measured last" in read("docs/reproducing.md")
     assert "gpu last" in read(own)
+    assert "| a number | measured last |" in read(overview.PAGE)
     assert "| `smoke.fp8` | true or false | no |" in read("docs/new-image.md")
 
 
