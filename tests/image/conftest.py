@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -114,12 +115,9 @@ def built(image: catalog.Image, tool: Buildah) -> builder.Built:
     return build.build(image, tool)
 
 
-@pytest.fixture
-def container(
-    tool: Buildah,
-    built: builder.Built,
-) -> Iterator[Callable[[], Container]]:
-    """Makes working containers, and removes them."""
+@contextmanager
+def containers(tool: Buildah, built: builder.Built) -> Iterator[Callable[[], Container]]:
+    """Makes working containers of an image, and removes them."""
     made: list[str] = []
 
     def make() -> Container:
@@ -132,9 +130,18 @@ def container(
         )
         return Container(name, Path(mounted.stdout.strip()), tool)
 
-    yield make
-    for name in made:
-        subprocess.run(["buildah", "rm", name], check=False, capture_output=True)
+    try:
+        yield make
+    finally:
+        for name in made:
+            subprocess.run(["buildah", "rm", name], check=False, capture_output=True)
+
+
+@pytest.fixture
+def container(tool: Buildah, built: builder.Built) -> Iterator[Callable[[], Container]]:
+    """Makes working containers, and removes them."""
+    with containers(tool, built) as make:
+        yield make
 
 
 @pytest.fixture

@@ -3,21 +3,60 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from images import catalog
+from images.building.buildah import Buildah
+from images.building.builder import Built
 from images.catalog import Image
 from images.proving import report_file
 from rollout.faults import FAULTS
 from rollout.smoke import available
 
-from .conftest import Container, Sealed, lines
+from .conftest import Container, Result, Sealed, containers, lines
 
 pytestmark = pytest.mark.image
 
 
+DEFAULT = catalog.find(catalog.DEFAULT, catalog.load())
+SOUGHT = available(DEFAULT.smoke.facts)
+
+
+# Found by a check that starts an engine of its own: what runs before it is shown by the sound run.
+BY_ITSELF = ("long", "lora", "moe")
+
+
+def inject(here: Container, fault: str) -> tuple[Result, Path]:
+    """A run with a fault, and where its report is to be."""
+    check = FAULTS[fault].found_by(SOUGHT) or ""
+    only = ("--only", check) if check in BY_ITSELF else ()
+    report = ("--report", "/var/cache/rollout/report.json")
+    done = here.run("rollout", "smoke", "--inject", fault, *only, *report)
+    return done, here.root / "var/cache/rollout/report.json"
+
+
+@pytest.fixture(scope="module")
+def injected(
+    request: pytest.FixtureRequest, tool: Buildah, built: Built
+) -> Iterator[dict[str, Future[tuple[Result, Path]]]]:
+    """The runs with a fault that are asked for: one for each core, since a run takes one."""
+    tests = [item for item in request.session.items if item.parent is request.node]
+    given = [item.callspec.params for item in tests if hasattr(item, "callspec")]
+    asked = [params["fault"] for params in given if "fault" in params]
+    with containers(tool, built) as make, ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {fault: pool.submit(inject, make(), fault) for fault in asked}
+
+
+# These run beside the runs with a fault, as a proof shares a machine with others.
+beside = pytest.mark.usefixtures("injected")
+
+
+@beside
 def test_a_sound_image_is_proved_read_only_offline_by_any_uid_without_home(
     sealed: Sealed, image: Image
 ) -> None:
@@ -30,24 +69,26 @@ def test_a_sound_image_is_proved_read_only_offline_by_any_uid_without_home(
     assert not list(sealed.cache.glob("rollout-*")), "temporary files were left behind"
 
 
-DEFAULT = catalog.find(catalog.DEFAULT, catalog.load())
-SOUGHT = available(DEFAULT.smoke.facts)
+@beside
+def test_some_checks_alone_prove_no_image(container: Callable[[], Container]) -> None:
+    done = container().run("rollout", "smoke", "--only", "generation")
+    assert done.returncode == 3
+    assert any(": unproved in " in line for line in lines(done))
 
 
-# Found by a check that starts an engine of its own: what runs before it is shown by the sound run.
-BY_ITSELF = ("long", "lora", "moe")
+@beside
+def test_the_probe_keeps_its_margins(container: Callable[[], Container]) -> None:
+    """Noise far below the bound, the loss of any single tensor at least tenfold above it."""
+    done = container().run("/opt/rollout/bin/python", "-m", "rollout.calibrate")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("fault", [name for name in FAULTS if FAULTS[name].found_by(SOUGHT)])
 def test_every_injected_fault_fails_its_check(
-    container: Callable[[], Container], fault: str
+    injected: dict[str, Future[tuple[Result, Path]]], fault: str
 ) -> None:
-    here = container()
-    path = here.root / "var/cache/rollout/report.json"
+    done, path = injected[fault].result()
     check = FAULTS[fault].found_by(SOUGHT) or ""
-    only = ("--only", check) if check in BY_ITSELF else ()
-    report = ("--report", "/var/cache/rollout/report.json")
-    done = here.run("rollout", "smoke", "--inject", fault, *only, *report)
     assert done.returncode == 1, done.stdout + done.stderr
     assert path.exists(), done.stdout + done.stderr
     data = json.loads(path.read_text())
@@ -57,15 +98,3 @@ def test_every_injected_fault_fails_its_check(
     assert list(failed) == [check]
     assert FAULTS[fault].reason in failed[check]
     assert any(line.startswith(check) and "failed" in line for line in lines(done))
-
-
-def test_some_checks_alone_prove_no_image(container: Callable[[], Container]) -> None:
-    done = container().run("rollout", "smoke", "--only", "generation")
-    assert done.returncode == 3
-    assert any(": unproved in " in line for line in lines(done))
-
-
-def test_the_probe_keeps_its_margins(container: Callable[[], Container]) -> None:
-    """Noise far below the bound, the loss of any single tensor at least tenfold above it."""
-    done = container().run("/opt/rollout/bin/python", "-m", "rollout.calibrate")
-    assert done.returncode == 0, done.stdout + done.stderr
