@@ -63,6 +63,8 @@ def gpu_rows(data: Mapping[str, Any], again: Mapping[str, Any] | None = None) ->
         rows += server_rows(found["server"])
     if "tensor-parallel" in found:
         rows += parallel_rows(found["tensor-parallel"])
+    if "disaggregated" in found:
+        rows += disaggregated_rows(found["disaggregated"])
     return rows
 
 
@@ -92,8 +94,13 @@ def start_rows(data: Mapping[str, Any], found: Mapping[str, Metrics]) -> list[Ro
 def divided(data: Mapping[str, Any]) -> tuple[float, float]:
     """Seconds of a smoke test, less ``verify``: what all starts of engines took, and the rest."""
     verified = sum(c["seconds"] for c in data["checks"] if c["name"] in verify.CHECKS)
-    # Several checks start an engine of their own.
-    starts = sum(c["metrics"].get("start_seconds", 0.0) for c in data["checks"])
+    # Several checks start an engine of their own, and one starts two.
+    starts = sum(
+        value
+        for check in data["checks"]
+        for name, value in check["metrics"].items()
+        if name.endswith("start_seconds")
+    )
     return starts, data["seconds"] - verified - starts
 
 
@@ -223,6 +230,17 @@ def parallel_rows(two: Metrics) -> list[Row]:
         ),
         (f"{DIVERGENCE} on both, bf16", f"{two['divergence']:.4f}", f"≤ {BOUND_BF16}"),
     ]
+
+
+def disaggregated_rows(found: Metrics) -> list[Row]:
+    """A trainer on a GPU of its own, and an engine on two."""
+    ways = {"nccl": "refit by NCCL, one group for all of them", "disk": REFITS["disk"]}
+    rows: list[Row] = [
+        (f"a trainer elsewhere: {what}", f"{found[rate(way)]:.3g} GB/s", "")
+        for way, what in ways.items()
+    ]
+    value = f"{found['divided_divergence']:.4f}"
+    return [*rows, (f"{DIVERGENCE}, its engine on two GPUs", value, f"≤ {BOUND_BF16}")]
 
 
 def calibration_rows(data: Mapping[str, Any]) -> list[Row]:

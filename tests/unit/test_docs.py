@@ -273,6 +273,21 @@ def test_an_image_whose_engine_never_sleeps_has_the_numbers_of_its_refits() -> N
     assert not [what for what in rows if "sleep" in what]
 
 
+def test_a_trainer_elsewhere_has_its_rates_and_two_starts() -> None:
+    report = gpu_report("start", "refit", "generation")
+    before = numbers.divided(report)
+    measured = {"nccl_gb_per_s": 31.41, "disk_gb_per_s": 0.771, "divided_divergence": 1.0141}
+    starts = {"start_seconds": 4.0, "divided_start_seconds": 5.0}
+    report["checks"].append(
+        {"name": "disaggregated", "seconds": 10.0, "metrics": measured | starts}
+    )
+    after = numbers.divided(report)
+    assert (round(after[0] - before[0], 6), round(before[1] - after[1], 6)) == (9.0, 9.0)
+    assert [value for _, value, _ in numbers.gpu_rows(report)[-3:]] == [
+        *("31.4 GB/s", "0.771 GB/s", "1.0141")
+    ]
+
+
 def test_a_second_start_stands_beside_the_first() -> None:
     def started(seconds: float, files: int) -> dict[str, Any]:
         metrics = CHECKS["start"] | {"start_seconds": seconds, "cache_files_added": files}
