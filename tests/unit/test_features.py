@@ -360,6 +360,8 @@ def test_each_transport_has_its_speed() -> None:
         ("refit by NCCL from another GPU, its group made anew", "9.87 GB/s"),
         ("refit by a checkpoint on disk, written and read", "0.512 GB/s"),
         ("… refitted in the middle of rollouts", "12.5 GB/s"),
+        ("a trainer elsewhere: refit by NCCL, one group for all of them", "31.4 GB/s"),
+        ("a trainer elsewhere: refit by a checkpoint on disk, written and read", "0.77 GB/s"),
     ]
     assert found[2] == ("refit over CUDA IPC, 256 MiB buckets", "80 GB/s")
 
