@@ -194,8 +194,8 @@ class Engine(vllm.Engine):
 def leave(communicator: Any) -> None:
     """Give a communicator of vLLM back; older versions have no method for it.
 
-    NCCL makes the communicator's GPU the current one for that, and leaves it so: what the process
-    makes next would lie there.
+    With its GPU as the current one, and back to the process' own after it: on two H200s a process
+    stood on the communicator's GPU later, and what it made next lay there.
     """
     import torch
 
