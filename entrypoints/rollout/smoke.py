@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout import preflight, report
+from rollout.disaggregated import GPUS
 from rollout.faults import AIMED, FAULTS, aimed, find
 from rollout.problem import Problem
 
@@ -94,7 +95,7 @@ def several(wanted: Mapping[str, Any]) -> dict[str, int]:
     """The checks that need more than one GPU, each with how many; ``wanted`` as in available."""
     return {
         "tensor-parallel": wanted.get("tensor_parallel", ANY + 1),
-        DISAGGREGATED: 2,  # the trainer's and the engine's
+        DISAGGREGATED: GPUS,
     }
 
 

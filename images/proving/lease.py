@@ -70,25 +70,25 @@ def jobs(image: Image, gpus: int) -> list[dict[str, Any]]:
     leave a GPU to other work.
     """
     facts = image.smoke.facts
-    beyond = list(smoke.skipped(facts, 1)) if gpus > 1 else []  # what one GPU cannot show
-    alone = [name for name in beyond if name == smoke.DISAGGREGATED]
-    wide = 2 if len(beyond) > len(alone) else 1
-    left = wide == 1 and bool(smoke.skipped(facts, 1))
-    whole = _job("smoke", ["smoke"], wide, leased.WHOLE, "verify", "in-part" if left else "proved")
-    found = [_job("verify", ["verify"], 0, 0), whole]
-    if wide == 1:
-        found += [
-            _job(f"smoke-{name}", ["smoke", "--only", name], 2, leased.WHOLE, "smoke", "unproved")
-            for name in alone
-        ]
+    needs = smoke.several(facts)
+    beyond = list(smoke.skipped(facts, 1))  # what one GPU cannot show
+    apart = [name for name in beyond if name in smoke.ALONE]
+    wide = 2 if gpus > 1 and beyond != apart else 1
+    found = [
+        _job("verify", ["verify"], 0, 0),
+        _job("smoke", ["smoke"], wide, leased.WHOLE, "verify"),
+    ]
+    for name in apart if gpus > wide else ():
+        only = ["smoke", "--only", name]
+        job = _job(f"smoke-{name}", only, needs[name], leased.WHOLE, "smoke", "unproved")
+        found.append(job)
     again = ["smoke", "--only", "start"]
     found.append(_job("warm", again, 1, leased.WHOLE, "smoke", "unproved", rank=AGAIN))
     for name in faults(image, gpus):
         check = looked_for_by(name, facts, gpus)
         argv = ["smoke", "--inject", name, *(["--only", check] if check in smoke.ALONE else [])]
-        needs = smoke.several(facts).get(check, 1)
-        job = _job(f"fault-{name}", argv, needs, shares(check), "smoke", "failed", rank=FAULT)
-        found.append(job)
+        count, part = needs.get(check, 1), shares(check)
+        found.append(_job(f"fault-{name}", argv, count, part, "smoke", "failed", rank=FAULT))
     return found
 
 

@@ -93,12 +93,7 @@ def whole(images: Sequence[Image]) -> dict[str, str]:
     """The files that are generated as a whole; links of pages from the root."""
     found = {f"docs/images/{i.repository}/{i.tag}.md": pages.page(i) for i in images}
     found |= {shown(sizes.PAGE): sizes.page(images), findings.PAGE: findings.page()}
-    found |= {
-        overview.PAGE: overview.page(images),
-        overview.SIZES: overview.sizes(images),
-        overview.TIMES: overview.times(images),
-    }
-    return {**found, SCHEMA: schema.published()}
+    return {**found, **overview.files(images), SCHEMA: schema.published()}
 
 
 def linked(text: str, page: str) -> str:

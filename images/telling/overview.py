@@ -38,9 +38,14 @@ def proved(images: Sequence[Image]) -> list[tuple[Image, Kept]]:
     ]
 
 
-def page(images: Sequence[Image]) -> str:
-    """docs/numbers.md."""
+def files(images: Sequence[Image]) -> dict[str, str]:
+    """The page and its pictures."""
     found = proved(images)
+    return {PAGE: page(images, found), SIZES: sizes(images), TIMES: times(images, found)}
+
+
+def page(images: Sequence[Image], found: Shown) -> str:
+    """docs/numbers.md."""
     names = [catalog.short(image, images) for image, _ in found]
     heads = [f"[{n}]({kept.where})" for n, (_, kept) in zip(names, found, strict=True)]
     left_out = [catalog.short(i, images) for i in images if i not in [one for one, _ in found]]
@@ -54,7 +59,7 @@ def page(images: Sequence[Image]) -> str:
                 "[The proof](docs/proof.md) tells what is asked.",
                 f"![Start, proof and refit of each image]({TIMES})",
                 markdown.table(["", *heads], rows(found)),
-                f"No proof on a GPU is kept of: {', '.join(left_out)}.",
+                f"Of these no proof on a GPU stands today: {', '.join(left_out)}.",
                 "## Sizes",
                 f"![Size of each image by layers]({SIZES})",
                 "As recorded at the build, compressed by zstd. "
@@ -113,9 +118,8 @@ def sizes(images: Sequence[Image]) -> str:
     return plots.svg([Chart(title, (SHARED, OWN), tuple(groups))])
 
 
-def times(images: Sequence[Image]) -> str:
+def times(images: Sequence[Image], found: Shown) -> str:
     """Start, the rest of the proof, and refit of each image."""
-    found = proved(images)
     begun = [Group(catalog.short(i, images), seconds(i, kept.report)) for i, kept in found]
     sent = [Group(catalog.short(i, images), refits(kept.report)) for i, kept in found]
     ways = [way for way in TRANSPORTS if any(way == b.parts[0][0] for g in sent for b in g.bars)]

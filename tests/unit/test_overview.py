@@ -92,13 +92,13 @@ def test_a_report_that_is_no_proof_of_today_gives_no_number(
 
     monkeypatch.setattr(tables, "kept", stale)
     assert overview.proved(IMAGES) == []
-    page = overview.page(IMAGES)
-    assert not re.search(r"\d GB/s", page)
-    assert lengths(overview.times(IMAGES)) == {}
+    found = overview.files(IMAGES)
+    assert not re.search(r"\d GB/s", found[overview.PAGE])
+    assert lengths(found[overview.TIMES]) == {}
 
 
 def test_every_image_is_a_column_or_named_as_one_without_a_proof() -> None:
-    page = overview.page(IMAGES)
+    page = overview.files(IMAGES)[overview.PAGE]
     for image in IMAGES:
         assert catalog.short(image, IMAGES) in page
 

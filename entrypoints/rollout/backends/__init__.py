@@ -155,9 +155,7 @@ class Abilities:
     tensor_parallel: bool = False  # a model divided among GPUs
     long: bool = False  # long sequences, by the module ``long_<backend>``
     moe: bool = False  # a mixture of experts, by the module ``moe_<backend>``
-    disaggregated: bool = (
-        False  # a trainer on other GPUs, by the module ``disaggregated_<backend>``
-    )
+    disaggregated: bool = False  # a trainer elsewhere, by ``disaggregated_<backend>``
 
 
 def abilities(backend: str) -> Abilities | None:

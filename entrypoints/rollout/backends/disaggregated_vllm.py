@@ -5,6 +5,9 @@ NCCL: the trainer and the workers join a group of their own by vLLM's ``Stateles
 ``PyNcclCommunicator``, as TRL, OpenRLHF and open-instruct do it in a worker extension; the group
 stays for the engine's life. Disk: vLLM's own loader reads a checkpoint, as prime-rl has it. Two
 GPUs: each worker gets a buffer on its own GPU, as verl's trainer ranks give it.
+
+The start of the engine and the watch over a refit stand in vllm.py too. A change of them there
+would be another program for every check of every vLLM image, and void their proofs.
 """
 
 from __future__ import annotations
