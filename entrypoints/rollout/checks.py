@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -38,6 +39,8 @@ TOOL = 24  # tokens of a tool's answer between two turns
 # tokens on an H200. What is lost or wrong parts by whole units.
 TIE = 0.2
 PAUSE = 1.0  # seconds at least that a paused server is given to answer what it must not
+REFUSED = "with 503"  # what a server answers in a pause that holds no requests
+AGAIN = 0.1  # seconds until somebody who was refused asks again
 CHECKPOINT = "disk"  # the transport of a trainer that shares nothing with the server but files
 IMBALANCE = 0.3  # by how much of the first GPU's free memory the second has less
 FREED = 0.90  # of what the engine held, at least, while it sleeps
@@ -731,6 +734,7 @@ def server(trial: Trial) -> Metrics:
 def paused(trial: Trial, engine: Served, metrics: Metrics) -> None:
     """Pause in the middle of rollouts, other weights, go on: what waited is answered by those.
 
+    A server may hold what it is asked in a pause, or refuse it with 503: then it is asked again.
     The weights go through a checkpoint where the server takes one, as from another machine, and in
     the end they are the first ones again. Control: paused it must not answer what it otherwise
     answers in a fifth of the time, and the first weights must not explain what it answers then.
@@ -740,9 +744,10 @@ def paused(trial: Trial, engine: Served, metrics: Metrics) -> None:
     metrics["paused_tokens"] = [len(part.tokens) for part in kept]
     if not half_way(kept):
         raise Failed("control: the pause did not stop the rollouts half-way", metrics)
-    pool = ThreadPoolExecutor(1)
+    pool, over = ThreadPoolExecutor(1), threading.Event()
+    refusals: list[str] = []
     try:
-        waiting = pool.submit(trial.together)
+        waiting = pool.submit(until_answered, trial.together, over, refusals)
         done, _ = wait([waiting], max(PAUSE, 5 * usual))
         if done:
             waiting.result()
@@ -751,15 +756,37 @@ def paused(trial: Trial, engine: Served, metrics: Metrics) -> None:
         seconds = timed(lambda: trial.refit(trial.others, transport))
         metrics["paused_refit_seconds"] = seconds
         engine.resume()
+        over.set()
         found = waiting.result()
     finally:
+        over.set()
         pool.shutdown(wait=False)  # one that waits for ever ends with the server
+    metrics["paused_refusals"] = len(refusals)
     metrics["paused_stranger_divergence"] = trial.divergence(found, trial.oracle)
     if metrics["paused_stranger_divergence"] <= trial.bound:
         raise Failed("control: the first weights explain what was answered after a pause", metrics)
     what = "after a pause the server's output is not that of the weights sent"
     agree(trial.judged(found, trial.other_oracle), trial.bound, what, metrics, "paused_")
     trial.refit(trial.weights)
+
+
+def until_answered(
+    ask: Callable[[], list[Completion]], over: threading.Event, refusals: list[str]
+) -> list[Completion]:
+    """The answer to what may be refused until the pause is ``over``, and each refusal.
+
+    Raises:
+        EngineError: another answer than a refusal, or a refusal of what was asked after the pause.
+    """
+    while True:
+        late = over.is_set()  # before it is asked: the refusal may come after the pause
+        try:
+            return ask()
+        except EngineError as error:
+            if late or REFUSED not in str(error):
+                raise
+            refusals.append(str(error))
+        over.wait(AGAIN)
 
 
 def tensor_parallel(trial: Trial) -> Metrics:

@@ -107,7 +107,7 @@ class Toy:
         self.held_back.set()
         self.says_of_itself: dict[str, Any] = {"model": "/m", "gpus": 1}
         self.restless = False  # paused, it answers
-        self.mute = False  # paused, it answers with an error
+        self.mute = ""  # paused, it answers with this error
         self.dull = False  # what waited is answered as if nothing had come meanwhile
 
     def start(
@@ -127,7 +127,7 @@ class Toy:
         assert self.weights is not None and not self.asleep
         if not self.held_back.is_set():
             if self.mute:
-                raise EngineError("the server answered /generate with 503")
+                raise EngineError(f"the server answered /generate {self.mute}")
             before = dict(self.weights)
             if not self.restless:
                 assert self.held_back.wait(10)
@@ -940,6 +940,7 @@ def test_weights_change_in_a_pause_of_a_server_that_has_one(
     assert metrics["paused_tokens"] == [19, 20, 19, 20, 19]
     assert metrics["paused_divergence"] == 1.0
     assert metrics["paused_stranger_divergence"] > 1.043
+    assert metrics["paused_refusals"] == 0, "it holds what it is asked"
 
 
 @pytest.mark.parametrize(
@@ -965,12 +966,39 @@ def test_a_server_whose_pause_is_none_is_not_passed(
     assert web.calls[-1] == "stop"
 
 
-def test_a_server_that_refuses_in_a_pause_has_an_error_and_not_a_wrong_pause(
+def test_a_server_that_refuses_in_a_pause_is_asked_until_it_answers(
+    pausing: Callable[..., Toy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "AGAIN", 0.01)
+    web = pausing(mute="with 503: Generation is paused.")
+    metrics = checks.server(trial(started(), serve=lambda: web))
+    assert metrics["paused_refusals"] > 1
+    assert metrics["paused_divergence"] == 1.0
+    assert metrics["paused_stranger_divergence"] > 1.043
+
+
+def test_a_server_that_fails_in_a_pause_has_an_error_and_not_a_wrong_pause(
     pausing: Callable[..., Toy],
 ) -> None:
-    web = pausing(mute=True)
-    with pytest.raises(EngineError, match="answered /generate with 503"):
+    web = pausing(mute="with 500: out of memory")
+    with pytest.raises(EngineError, match="answered /generate with 500"):
         checks.server(trial(started(), serve=lambda: web))
+    assert web.calls[-1] == "stop"
+
+
+def test_a_server_that_refuses_after_its_pause_too_has_an_error() -> None:
+    over = threading.Event()
+    asked: list[bool] = []
+
+    def ask() -> list[Completion]:
+        asked.append(over.is_set())
+        over.set()  # the pause ends while it refuses: that one is asked once more
+        raise EngineError("the server answered /generate with 503")
+
+    refusals: list[str] = []
+    with pytest.raises(EngineError, match="with 503"):
+        checks.until_answered(ask, over, refusals)
+    assert (asked, len(refusals)) == ([False, True], 1)
 
 
 @pytest.mark.parametrize(
