@@ -3,8 +3,8 @@
 Where the machine that builds has no GPU, the image is exported and run on one that has. The folder
 holds what those runs wrote: verify.json and smoke.json, and where they are there
 smoke-<any>.json of further parts of the smoke test (``--only``), fault-<name>.json of injected
-faults, warm.json of a second start and calibration.json. Only reports of this image are taken: they
-name its lock and its layers.
+faults, warm.json of a second start, calibration.json, and repeat-<number>.json of one smoke test
+after another (runs.py). Only reports of this image are taken: they name its lock and its layers.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from images.building import build
 from images.building.builder import Builder
 from images.catalog import Image, shown
 from images.locking import lock
-from images.proving import proofs, report_file, standing
+from images.proving import proofs, repeated, report_file, runs, standing
 from images.proving.standing import Today
 from rollout import calibrate, report, smoke
 from rollout.faults import unseen
 from rollout.problem import Problem
 
 
-def adopt(image: Image, tool: Builder, folder: Path, *, keep: bool) -> int:
+def adopt(image: Image, tool: Builder, folder: Path, *, keep: bool, times: int = 0) -> int:
     """Take in the reports that lie in a folder; returns the exit code.
 
-    Everything is checked before anything is written. A folder that holds reports of faults and no
-    proof adds these faults to what is kept.
+    Everything is checked before anything is written. A folder that holds reports of faults, or of
+    repeated runs (of ``times`` that were asked for), and no proof adds these to what is kept.
 
     Raises:
         Problem: exit code 2 for a report of another image, 1 for a fault that was not found.
@@ -38,22 +38,18 @@ def adopt(image: Image, tool: Builder, folder: Path, *, keep: bool) -> int:
     # As in prove: the report of an earlier run must not be taken for this one's.
     proofs.report_path(image).unlink(missing_ok=True)
     proof = [folder / f"{name}.json" for name in ("verify", "smoke")]
-    if not any(path.exists() for path in proof) and any(folder.glob("fault-*.json")):
-        now = proofs.today(image)
-        if now.layers is None:  # no record says which layers are today's
-            now = proofs.today(image, build.build(image, tool).diff_ids)
-        faults = found_faults(folder, image, now)
-        host.say(f"{image.reference}: each of {len(faults)} faults was found by its own check")
-        if keep:
-            proofs.keep_faults(image, faults)
-            host.say(f"kept in {shown(proofs.faults_folder(image))}; 'nox -s docs' is next")
-        return 0
+    often = runs.inside(folder)
+    if times and not often:
+        raise Problem(f"--from: {folder} holds no repeat-001.json, of which --times tells", 2)
+    if not any(path.exists() for path in proof) and (often or any(folder.glob("fault-*.json"))):
+        return _beside(image, tool, folder, keep=keep, times=times)
     built = build.build(image, tool)
     now = proofs.today(image, built.diff_ids)
     verified, smoked = (read_report(path, now) for path in proof)
     whole = proofs.merge([verified, in_parts(smoked, folder, image, now)])
     faults = found_faults(folder, image, now)
     calibrated = calibration(folder / "calibration.json", image, now)
+    many = runs.adopted(image, folder, now, times) if often else None
     second = folder / "warm.json"
     again = read_report(second, now) if _there(second) else None
     wrong = report_file.validate(whole)  # a check may be in both
@@ -78,7 +74,34 @@ def adopt(image: Image, tool: Builder, folder: Path, *, keep: bool) -> int:
             host.write_json(proofs.beside(image, "warm"), again)
         kept = shown(proofs.kept(image))
         host.say(f"kept as {kept}, with {len(faults)} faults; 'nox -s docs' is next")
-    return code
+    again_code = _take_repeated(image, many, keep=keep)
+    return code or again_code
+
+
+def _beside(image: Image, tool: Builder, folder: Path, *, keep: bool, times: int) -> int:
+    """Take in the reports of faults and of repeated runs in a folder without a proof."""
+    now = proofs.today(image)
+    if now.layers is None:  # no record says which layers are today's
+        now = proofs.today(image, build.build(image, tool).diff_ids)
+    faults = found_faults(folder, image, now)
+    many = runs.adopted(image, folder, now, times) if runs.inside(folder) else None
+    if faults:
+        host.say(f"{image.reference}: each of {len(faults)} faults was found by its own check")
+    if keep and faults:
+        proofs.keep_faults(image, faults)
+        host.say(f"kept in {shown(proofs.faults_folder(image))}; 'nox -s docs' is next")
+    return _take_repeated(image, many, keep=keep)
+
+
+def _take_repeated(image: Image, data: Mapping[str, Any] | None, *, keep: bool) -> int:
+    """Leave the report of repeated runs, keep it where that is asked for; its exit code."""
+    if data is None:
+        return 0
+    host.write_json(repeated.left(image), data)
+    host.say(f"{image.reference}: {repeated.told(data)}")
+    if keep:
+        repeated.keep(image, data)
+    return repeated.exit_code(data)
 
 
 def in_parts(smoked: dict[str, Any], folder: Path, image: Image, now: Today) -> dict[str, Any]:

@@ -33,7 +33,7 @@ UNPACK = 100e6  # bytes of files a second, seen there as well
 PROOF_SECONDS, FAULT_SECONDS = 430.0, 120.0
 LIMIT = 900  # seconds that a job may take
 # What comes first where all of it could run.
-PROOF, AGAIN, FAULT = 0, 1, 2
+PROOF, AGAIN, REPEATED, FAULT = 0, 1, 2, 3
 # The checks that come before the first sleep: after its start such a run reads no memory.
 AWAKE = ("refit", "generation", "multi-turn", "partial-rollout")
 
@@ -63,8 +63,10 @@ def _job(
     }
 
 
-def jobs(image: Image, gpus: int) -> list[dict[str, Any]]:
+def jobs(image: Image, gpus: int, times: int = 0) -> list[dict[str, Any]]:
     """What is run of an image on so many GPUs: its proof, a second start, and every fault.
+
+    With ``times`` its whole smoke test is run so many times more, on each GPU one after another.
 
     A check that needs several GPUs and starts an engine of its own is a run of its own: the others
     leave a GPU to other work.
@@ -84,6 +86,9 @@ def jobs(image: Image, gpus: int) -> list[dict[str, Any]]:
         found.append(job)
     again = ["smoke", "--only", "start"]
     found.append(_job("warm", again, 1, leased.WHOLE, "smoke", "unproved", rank=AGAIN))
+    for number in range(1, times + 1):
+        name = f"repeat-{number:03}"
+        found.append(_job(name, ["smoke"], wide, leased.WHOLE, "smoke", rank=REPEATED))
     for name in faults(image, gpus):
         check = looked_for_by(name, facts, gpus)
         argv = ["smoke", "--inject", name, *(["--only", check] if check in smoke.ALONE else [])]
@@ -127,11 +132,11 @@ class Cost:
     proved: float
 
 
-def run_seconds(image: Image, gpus: int) -> float:
+def run_seconds(image: Image, gpus: int, times: int = 0) -> float:
     """Seconds that its jobs hold the machine, by its own reports where there are any."""
     kept = proofs.kept_report(image)
     proof = float(kept["seconds"]) if kept else PROOF_SECONDS
-    whole = 0.0
+    whole = proof * times
     for name in faults(image, gpus):
         path = proofs.kept_fault(image, name)
         known = path.exists()
@@ -168,7 +173,13 @@ def packed(found: Sequence[layers.Layer]) -> int:
 
 
 def plan(
-    images: Sequence[Image], *, part: int, part_seconds: float, budget: float, gpus: int
+    images: Sequence[Image],
+    *,
+    part: int,
+    part_seconds: float,
+    budget: float,
+    gpus: int,
+    times: int = 0,
 ) -> list[list[Cost]]:
     """The leases: in each the images that fit into its seconds, the least to send next.
 
@@ -176,7 +187,7 @@ def plan(
     An image that no lease can hold has one of its own, which its cost shows.
     """
     records = {image.reference: recorded(image) for image in images}
-    running = {image.reference: run_seconds(image, gpus) for image in images}
+    running = {image.reference: run_seconds(image, gpus, times) for image in images}
     waiting, leases = list(images), []
     while waiting:
         sent: set[str] = set()
@@ -254,7 +265,7 @@ def pack(
                 "name": name,
                 "reference": image.reference,
                 "parts": parts,
-                "jobs": jobs(image, options.gpus),
+                "jobs": jobs(image, options.gpus, options.times),
             }
         )
         host.say(f"{image.reference}: {len(parts)} parts")
@@ -274,6 +285,9 @@ def parser() -> argparse.ArgumentParser:
         "refs", nargs="*", metavar="REF", help="default: every image for a GPU that is not proved"
     )
     top.add_argument("--gpus", type=int, default=2, help="of the machine")
+    top.add_argument(
+        "--times", type=int, default=0, metavar="N", help="run each smoke test so often again"
+    )
     top.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="of one lease")
     top.add_argument("--part-bytes", type=int, default=PART, help="how much goes there at once")
     top.add_argument("--part-seconds", type=float, default=PART_SECONDS, help="how long that takes")
@@ -296,6 +310,7 @@ def main(arguments: Sequence[str]) -> int:
             part_seconds=given.part_seconds,
             budget=given.budget,
             gpus=given.gpus,
+            times=given.times,
         )
         host.say(table(found, len(images)))
         return 0

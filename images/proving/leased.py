@@ -9,7 +9,7 @@ needs Python 3.11 or newer, tar and nothing of this repository:
     python3 leased.py have FOLDER…       the sha256 of what lies there, as $OUT/have.txt
 
 Each job writes its report as it ends, so that a machine that is taken away early has lost no more
-than what was running.
+than what was running. Beside it JOB.end says how it ended, also where it left no report.
 """
 
 from __future__ import annotations
@@ -271,6 +271,10 @@ def ended(place: Place, one: Running) -> bool:
             one.process.wait()
         place.say(f"{one.name}: {one.job['name']} had its {one.job['limit']} s and was stopped")
     code, seconds = one.process.returncode, time.monotonic() - one.begun
+    began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - seconds))
+    end = {"exit": code, "started": began, "seconds": round(seconds, 1)}
+    file = place.out / one.name / f"{one.job['name']}.end"
+    file.write_text(json.dumps(end) + "\n", encoding="utf-8")
     word = "as it should" if code == one.job["ends"] else "NOT as it should"
     place.say(f"{one.name}: {one.job['name']} exited with {code} after {seconds:.0f} s, {word}")
     return True

@@ -19,7 +19,7 @@ from images.building.buildah import Buildah
 from images.catalog import Image, shown
 from images.host import leftovers
 from images.locking import lock, locks, resolution
-from images.proving import adoption, proofs, standing
+from images.proving import adoption, proofs, repeated, runs, standing
 from rollout import cli, smoke
 from rollout.problem import Problem
 
@@ -41,11 +41,8 @@ def _drift(image: Image) -> None:
         raise Problem(f"{shown(image.lock)} has drifted (diff above); remake it with '{command}'")
 
 
-def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: bool) -> int:
-    """Prove one image; the options go to ``rollout smoke``. Returns the exit code of the proof.
-
-    With ``keep`` the report of a proof and the layers it holds for stay in the repository.
-    """
+def _ready(image: Image, tool: builder.Builder) -> builder.Built:
+    """The image of today's inputs, built where it was not."""
     host.say(f"{image.reference}: is the lock what its inputs resolve to?")
     lock.read(image)
     _drift(image)
@@ -53,6 +50,15 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
     built = build.build(image, tool)
     if isinstance(tool, Buildah):
         host.say(f"{image.reference}: {build.verdict_on(image, tool, built).sentence}")
+    return built
+
+
+def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: bool) -> int:
+    """Prove one image; the options go to ``rollout smoke``. Returns the exit code of the proof.
+
+    With ``keep`` the report of a proof and the layers it holds for stay in the repository.
+    """
+    built = _ready(image, tool)
     env = {"ROLLOUT_LAYERS": ",".join(built.diff_ids)}
     parts: list[dict[str, Any]] = []
     code = 0
@@ -87,6 +93,29 @@ def prove(image: Image, tool: builder.Builder, options: Sequence[str], *, keep: 
     return code
 
 
+def repeat(image: Image, tool: builder.Builder, times: int, *, keep: bool) -> int:
+    """Verify one image, then run its whole smoke test so many times; the exit code.
+
+    With ``keep`` the report of all runs stays in the repository, with the layers it holds for.
+    """
+    if keep and not isinstance(tool, Buildah):  # said now, and not after an hour
+        raise Problem("--keep needs buildah: only its layers are recorded", 2)
+    built = _ready(image, tool)
+    if keep and isinstance(tool, Buildah):
+        build.keep(image, tool, built)
+    host.say(f"\n{image.reference}: rollout verify")
+    code = tool.run(builder.Command(built.id, ["rollout", "verify"]))
+    if code:
+        host.say(f"rollout verify exited with {code}, so nothing is repeated")
+        return code
+    host.say(f"\n{image.reference}: rollout smoke, {times} times")
+    data = runs.repeat(image, tool, built, times)
+    host.say(f"{image.reference}: {repeated.told(data)}; report in {shown(repeated.left(image))}")
+    if keep:
+        repeated.keep(image, data)
+    return repeated.exit_code(data)
+
+
 def smoke_options(options: Sequence[str], image: Image) -> tuple[list[str], dict[str, str]]:
     """Options for ``rollout smoke``, checked before anything is built, and the volumes they need.
 
@@ -112,16 +141,40 @@ def smoke_options(options: Sequence[str], image: Image) -> tuple[list[str], dict
 
 HELP = """\
 usage: nox -s prove -- [REF ...] [--keep] [OPTION ...]
-       nox -s prove -- REF --from FOLDER [--keep]
+       nox -s prove -- [REF ...] --times N [--keep]
+       nox -s prove -- REF --from FOLDER [--times N] [--keep]
 
   --keep         keep the report, and the layers that it holds for, in the repository
+  --times N      run the whole smoke test so many times, each in a fresh container, and leave one
+                 report of all runs. It goes on after a failure, and ends with 0 where every run
+                 was clean. With --from: how many runs repeat-001.json and so on are of
   --from FOLDER  take in the reports that runs on another machine have left there: verify.json,
                  smoke.json and those beside them; nothing is run here. A smoke test that ran in
                  parts (--only) leaves smoke.json and smoke-ANY.json. A folder with
-                 fault-NAME.json alone adds these faults to those that are kept
+                 fault-NAME.json or repeat-NUMBER.json alone adds these to what is kept
 
 Every OPTION goes to `rollout smoke` in the image:
 """
+
+
+def times(options: Sequence[str]) -> tuple[int, list[str]]:
+    """How often ``--times`` asks for the smoke test, 0 where it does not, and the other options.
+
+    Raises:
+        Problem: exit code 2 for what is no number of at least 1.
+    """
+    rest = [part for option in options for part in _parts(option)]
+    if "--times" not in rest:
+        return 0, list(options)
+    place = rest.index("--times")
+    given = rest[place + 1 : place + 2]
+    if not given or not given[0].isdecimal() or not 0 < int(given[0]) < 1000:
+        raise Problem("--times takes a number of runs from 1 to 999 behind it", 2)
+    return int(given[0]), [*rest[:place], *rest[place + 2 :]]
+
+
+def _parts(option: str) -> list[str]:
+    return option.split("=", 1) if option.startswith("--times=") else [option]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -136,19 +189,28 @@ def main(arguments: Sequence[str]) -> int:
         cli.parser().parse_args(["smoke", "--help"])
     keeping = "--keep" in options
     options = [option for option in options if option != "--keep"]
+    count, options = times(options)
     if "--from" in options:
         if len(options) != 2 or options[0] != "--from" or len(chosen) != 1:
-            raise Problem("--from FOLDER takes one REF before it, and --keep alone beside it", 2)
-        return adoption.adopt(chosen[0], builders.detect(), Path(options[1]), keep=keeping)
+            raise Problem(
+                "--from FOLDER takes one REF before it, and --keep and --times alone beside it", 2
+            )
+        folder = Path(options[1])
+        return adoption.adopt(chosen[0], builders.detect(), folder, keep=keeping, times=count)
     if keeping and options:
         raise Problem("--keep takes no other option: what is kept is the whole proof", 2)
+    if count and options:
+        raise Problem("--times takes no other option: the whole smoke test is repeated", 2)
     chosen = chosen or [catalog.find(catalog.DEFAULT, images)]
     for image in chosen:
         smoke_options(options, image)
     tool = builders.detect()
     code = 0
     for image in chosen:
-        found = prove(image, tool, options, keep=keeping)
+        if count:
+            found = repeat(image, tool, count, keep=keeping)
+        else:
+            found = prove(image, tool, options, keep=keeping)
         code = code or found
     return code
 
