@@ -19,7 +19,7 @@ from images import catalog, host
 from images.building import builders, export, layers
 from images.building.buildah import Buildah
 from images.catalog import ROOT, Image, shown
-from images.proving import leased, parcels, proofs
+from images.proving import leased, parcels, proofs, runs
 from rollout import report, smoke
 from rollout.faults import FAULTS
 from rollout.problem import Problem
@@ -87,7 +87,7 @@ def jobs(image: Image, gpus: int, times: int = 0) -> list[dict[str, Any]]:
     again = ["smoke", "--only", "start"]
     found.append(_job("warm", again, 1, leased.WHOLE, "smoke", "unproved", rank=AGAIN))
     for number in range(1, times + 1):
-        name = f"repeat-{number:03}"
+        name = runs.name(number)
         found.append(_job(name, ["smoke"], wide, leased.WHOLE, "smoke", rank=REPEATED))
     for name in faults(image, gpus):
         check = looked_for_by(name, facts, gpus)
@@ -275,6 +275,13 @@ def pack(
     return sum(len(bundle["parts"]) for bundle in bundles)
 
 
+def often(text: str) -> int:
+    """A number of runs, for argparse."""
+    if not text.isdecimal() or int(text) > runs.MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at most {runs.MOST}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """What ``nox -s lease --`` takes."""
     top = argparse.ArgumentParser(
@@ -286,7 +293,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--gpus", type=int, default=2, help="of the machine")
     top.add_argument(
-        "--times", type=int, default=0, metavar="N", help="run each smoke test so often again"
+        "--times", type=often, default=0, metavar="N", help="run each smoke test so often again"
     )
     top.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="of one lease")
     top.add_argument("--part-bytes", type=int, default=PART, help="how much goes there at once")

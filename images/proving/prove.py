@@ -168,8 +168,8 @@ def times(options: Sequence[str]) -> tuple[int, list[str]]:
         return 0, list(options)
     place = rest.index("--times")
     given = rest[place + 1 : place + 2]
-    if not given or not given[0].isdecimal() or not 0 < int(given[0]) < 1000:
-        raise Problem("--times takes a number of runs from 1 to 999 behind it", 2)
+    if not given or not given[0].isdecimal() or not 0 < int(given[0]) <= runs.MOST:
+        raise Problem(f"--times takes a number of runs from 1 to {runs.MOST} behind it", 2)
     return int(given[0]), [*rest[:place], *rest[place + 2 :]]
 
 

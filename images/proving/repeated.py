@@ -50,6 +50,7 @@ class Run:
     seconds: float
     report: Mapping[str, Any] | None = None
     said: str = ""  # the end of what it printed, where it left no report
+    spoiled: str = ""  # why what it left is no report
 
 
 # what runs are worth
@@ -64,7 +65,8 @@ def verdict(data: Mapping[str, Any], promised: Sequence[str]) -> str:
 def outcome(run: Run, promised: Sequence[str]) -> str:
     """How a run ended."""
     if run.report is None:
-        return UNPROVED if run.exit == report.EXIT_CODES["unproved"] else BROKEN
+        unable = run.exit == report.EXIT_CODES["unproved"] and not run.spoiled
+        return UNPROVED if unable else BROKEN
     found = verdict(run.report, promised)
     if found in ("failed", "unproved"):
         return FAILED if found == "failed" else UNPROVED
@@ -82,11 +84,12 @@ def failures(run: Run, promised: Sequence[str]) -> list[dict[str, Any]]:
     if word == CLEAN:
         return []
     if run.report is None:
-        ended = "nobody saw it end" if run.exit is None else f"it exited with {run.exit}"
-        what = f", having said: {run.said}" if run.said else ""
-        return [told(None, f"{ended} and left no report{what}", {})]
+        ended = "nobody saw it end" if run.exit is None else f"it ended with {run.exit}"
+        what = f"its report {run.spoiled}" if run.spoiled else "it left no report"
+        last = f", having said: {run.said}" if run.said else ""
+        return [told(None, f"{ended}, and {what}{last}", {})]
     if word == BROKEN:
-        return [told(None, f"every check passed, and it exited with {run.exit}", {})]
+        return [told(None, f"every check passed, and it ended with {run.exit}", {})]
     status = "failed" if word == FAILED else "unproved"
     checks = [check for check in run.report["checks"] if check["status"] == status]
     found = [told(check["name"], check["reason"], check["metrics"]) for check in checks]
@@ -173,7 +176,7 @@ def at_once(runs: Sequence[Run]) -> int:
         begun = datetime.fromisoformat(run.started)
         end = begun + timedelta(seconds=max(run.seconds - 1, 0))
         steps += [(begun, 1), (end, -1)]
-    count = most = 0
+    count, most = 0, int(bool(steps))
     for _, step in sorted(steps):
         count += step
         most = max(most, count)

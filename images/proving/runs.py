@@ -26,6 +26,7 @@ from images.proving.standing import Today
 from rollout import report, smoke
 from rollout.problem import Problem
 
+MOST = 999  # runs: their numbers have three digits
 TOLD = 4000  # bytes at the end of what a run without a report has printed
 # The container's shell becomes the smoke test; what that prints lies beside its report.
 INSIDE = ("sh", "-c", 'exec "$@" >/report/log 2>&1', "sh", "rollout", "smoke")
@@ -64,7 +65,7 @@ def ended(
     try:
         data = report_file.read(file)
     except ValueError as error:
-        return Run(count, code, started, seconds, said=f"its report {error}")
+        return Run(count, code, started, seconds, spoiled=str(error))
     return Run(count, code, data["started"], data["seconds"], data)
 
 
@@ -116,6 +117,11 @@ def repeat(image: Image, tool: Builder, built: Built, times: int) -> dict[str, A
 # runs on another machine
 
 
+def name(number: int) -> str:
+    """What the report of a run is called on a machine that makes them for others."""
+    return f"repeat-{number:03}"
+
+
 def inside(folder: Path) -> list[int]:
     """The numbers of the runs that left something in a folder: a report, their end or a log.
 
@@ -140,7 +146,7 @@ def of_folder(folder: Path, now: Today, times: int) -> tuple[list[Run], int]:
     numbers = inside(folder)
     if times and numbers[-1] > times:
         raise Problem(f"--from: {folder} holds run {numbers[-1]}, and --times says {times}", 2)
-    found = [_of_file(folder / f"repeat-{n:03}.json", n, now) for n in range(1, numbers[-1] + 1)]
+    found = [_of_file(folder / f"{name(n)}.json", n, now) for n in range(1, numbers[-1] + 1)]
     return found, times or len(found)
 
 

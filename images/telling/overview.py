@@ -16,7 +16,7 @@ from images.building.layers import megabytes
 from images.catalog import Image
 from images.locking import lock
 from images.schema import TRANSPORTS
-from images.telling import markdown, numbers, pages, plots, tables
+from images.telling import markdown, numbers, pages, plots, repeats, tables
 from images.telling.features import Kept
 from images.telling.plots import Bar, Chart, Group
 from rollout.checks import rate
@@ -60,6 +60,7 @@ def page(images: Sequence[Image], found: Shown) -> str:
                 f"![Start, proof and refit of each image]({TIMES})",
                 markdown.table(["", *heads], rows(found)),
                 f"Of these no proof on a GPU stands today: {', '.join(left_out)}.",
+                *repeats.overview(images),
                 "## Sizes",
                 f"![Size of each image by layers]({SIZES})",
                 "As recorded at the build, compressed by zstd. "

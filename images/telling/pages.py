@@ -12,7 +12,7 @@ from images.catalog import ROOT, Image, shown
 from images.locking import base, lock
 from images.proving import measure, proofs
 from images.proving import standing as rule
-from images.telling import markdown, numbers, releases, sizes, tables
+from images.telling import markdown, numbers, releases, repeats, sizes, tables
 from rollout.faults import FAULTS
 
 
@@ -30,6 +30,7 @@ def page(image: Image) -> str:
         ("to pull", tables.pull(image)),
         ("two builds give the same bytes", tables.reproduced(image)),
         ("proof", tables.standing(image)),
+        ("smoke tests in a row", repeats.cell(image)),
         ("written in", f"[{shown(image.path)}]({shown(image.path)})"),
         ("locked in", f"[{shown(image.lock)}]({shown(image.lock)})"),
     ]
@@ -40,6 +41,7 @@ def page(image: Image) -> str:
         markdown.table(("", ""), facts),
         "## What its proof measured",
         measured(image, versions) or (NO_PROOF if lock.cuda(versions) else NO_GPU),
+        *repeats.section(image),
         "## Faults",
         "Each is put into the engine or its refit on purpose; [docs/proof.md](docs/proof.md) tells "
         "which check has to find it.",

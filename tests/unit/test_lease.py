@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,35 @@ def test_every_promise_and_every_fault_of_an_image_is_run(image: Image) -> None:
     names = list(jobs)
     for job in jobs.values():  # nothing waits for what comes after it
         assert not job["after"] or names.index(job["after"]) < names.index(job["name"])
+
+
+def test_a_smoke_test_that_is_to_be_repeated_is_so_many_jobs_before_the_faults() -> None:
+    image = IMAGES[0]
+    once, often = lease.jobs(image, 2), lease.jobs(image, 2, times=3)
+    more = [job for job in often if job not in once]
+    assert [job["name"] for job in more] == ["repeat-001", "repeat-002", "repeat-003"]
+    assert len(once) == len(often) - 3
+    smoked = next(job for job in once if job["name"] == "smoke")
+    for one in more:
+        assert (one["argv"], one["gpus"], one["shares"]) == (
+            ["smoke"],
+            smoked["gpus"],
+            leased.WHOLE,
+        )
+        assert (one["after"], one["ends"]) == ("smoke", 0)
+    order = [job["name"] for _, job in leased.ordered([("one", job) for job in often])]
+    assert order.index("smoke") < order.index("warm") < order.index("repeat-001")
+    faults = [place for place, name in enumerate(order) if name.startswith("fault-")]
+    assert order.index("repeat-003") < min(faults)
+    kept = lease.run_seconds(image, 2)
+    assert lease.run_seconds(image, 2, times=2) > kept
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1000", ""])
+def test_so_many_repeats_no_lease_takes(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no number of at most 999"):
+        lease.often(text)
+    assert lease.often("50") == 50
 
 
 # parts
@@ -375,11 +406,15 @@ def test_jobs_end_as_they_should_or_are_named(machine: Machine, tmp_path: Path) 
     assert machine.run("collect", "0").returncode == 0
     with tarfile.open(machine.place.root / "reports.tar.gz") as tar:
         names = tar.getnames()
+    ran = ("fault-found", "fault-unfound", "smoke")
     assert sorted(names) == [
         "log",
-        *(f"out/one/{name}.log" for name in ("fault-found", "fault-unfound", "smoke")),
+        *(f"out/one/{name}.{kind}" for name in ran for kind in ("end", "log")),
     ]
     assert (machine.place.out / "one/smoke.log").read_text() == "said\n"
+    end = json.loads((machine.place.out / "one/fault-found.end").read_text())
+    assert end["exit"] == 1
+    assert datetime.fromisoformat(end["started"]).tzinfo is not None
 
 
 @needs_zstd
