@@ -60,7 +60,7 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def prove(session: nox.Session) -> None:
-    """Check the lock, build, verify and smoke-test images: [REF …] [options of rollout smoke]."""
+    """Check the lock, build, verify, smoke-test images: [REF …] [--times N] [options of smoke]."""
     station(session, "proving.prove")
 
 
