@@ -94,9 +94,11 @@ def _files(prefix: Path) -> Findings:
     """Everything in the image is what was installed: the environment's files, and all around it."""
     inside, around = files(prefix), whole(prefix)
     metrics: dict[str, Any] = {"files": inside.metrics["files"], "bytes": inside.metrics["bytes"]}
-    numbers = dict(around.metrics)
-    for name, value in inside.metrics.items():
-        numbers[name] = value + numbers.get(name, 0)
+    numbers = {name: around.metrics.pop(name) for name in ("entries", "aside") if name in around.metrics}
+    for found in (inside.metrics, around.metrics):
+        for name, value in found.items():
+            if name not in metrics:
+                numbers[name] = numbers.get(name, 0) + value
     return Findings((*inside.problems, *around.problems), {**metrics, **numbers})
 
 
@@ -261,7 +263,7 @@ def main(arguments: Sequence[str]) -> int:
     listed = prefix / inventory.LIST
     try:
         what = inventory.make(prefix, mounts.read(root, f"{root.rstrip('/')}/{own}"))
-        listed.write_text(what, encoding="ascii")
+        listed.write_text(what, encoding="utf-8")
         text = seal(prefix)
         (prefix / SEAL).write_text(text, encoding="utf-8")
     except Problem as problem:

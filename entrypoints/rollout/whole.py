@@ -52,7 +52,7 @@ def whole(
     root, own = inventory.root_of(prefix)
     where = f"{own}/{inventory.LIST}"
     try:
-        with open(f"{root}/{where}", encoding="ascii") as stream:
+        with open(f"{root}/{where}", encoding="utf-8") as stream:
             expected = inventory.parse(stream.read())
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is damaged"
@@ -154,24 +154,22 @@ class Look:
     def _outside(self, path: str, seen: Seen, locked: Entry) -> None:
         entry = seen.entry
         self.seen.add(path)
-        if path in written.REWRITTEN and entry.kind == FILE:
-            if entry.mode & ~locked.mode or entry.uid != locked.uid:
-                self._rights(path, entry, locked)
-            self.jobs.append((path, "sha256", entry.size or 0))
-            return
         if entry.kind != locked.kind:
             now, then = _WORDS[entry.kind], _WORDS[locked.kind]
             to = f" to {printable(entry.content)}" if entry.kind == LINK else ""
             self._bad(path, "changed", f"changed: {now}{to}, not {then}")
             return
-        self._rights(path, entry, locked)
+        free = path in written.REWRITTEN
+        # Anew with fewer rights: the file of a program that makes temporary ones (mktemp).
+        if not free or entry.mode & ~locked.mode:
+            self._rights(path, entry, locked)
         if entry.kind == LINK and entry.content != locked.content:
             links = f"a link to {printable(entry.content)}, not to {printable(locked.content)}"
             self._bad(path, "changed", f"changed: {links}")
         if entry.kind == FILE:
-            if entry.size != locked.size and path != written.CACHE:
+            if entry.size != locked.size and path != written.CACHE and not free:
                 self._bad(path, "changed", f"changed: {entry.size} bytes, not {locked.size}")
-            elif locked.mode & 0o004 or os.access(f"{self.root}/{path}", os.R_OK):
+            elif entry.mode & 0o004 or os.access(f"{self.root}/{path}", os.R_OK):
                 self.jobs.append((path, "sha256", entry.size or 0))
             else:
                 self.unread.append(path)
@@ -308,11 +306,12 @@ class Look:
         for what, paths in (
             ("covered by mounts", self.covered),
             ("written by an engine", self.written),
-            ("not readable for this user", self.unread),
             ("beside the image", self.beside),
         ):
             if paths:
                 said.append(f"{what}: {_list(paths)}")
+        if self.unread:
+            said.append(f"{len(self.unread)} not readable for this user")
         return "; ".join(said)
 
 
