@@ -1,15 +1,16 @@
 """Is the environment the locked one, whole and unchanged, and can it be loaded?
 
-Seven checks, each with a name: ``files`` (every byte against RECORD or the seal, in hashes.py),
+Seven checks, each with a name: ``files`` (every byte against RECORD or the seal, in hashes.py; all
+else in the image, modes and owners against the list, in whole.py),
 ``distributions`` (against the lock, in installed.py; additions, in added.py), ``libraries`` (what
 shared objects need, in shared_objects.py), ``compilers`` (what compiles kernels, in compilers.py),
 ``imports``, ``interface`` (what the backend uses of its engine, in backends/interface.py) where the
 backend says that, and ``framework`` (every module that a training run touches) where there is one.
 Nothing is trusted that the environment itself could have altered unseen: RECORD
 vouches for what came out of a wheel, and ``share/rollout/unrecorded.sha256``, the seal made at
-image build, for all the rest, RECORD files included.
+image build, for all the rest, RECORD files and the list included.
 
-    python -m rollout.verify --seal     make the seal; the last step of an image build
+    python -m rollout.verify --seal     make the list and the seal; the last step of an image build
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rollout import added, driverless, info
+from rollout import added, driverless, info, inventory, mounts
 from rollout.backends.interface import has as has_interface
 from rollout.compilers import compilers
 from rollout.environment import Finding, Findings, ending, opened, printable
@@ -33,6 +34,7 @@ from rollout.installed import distributions, read_lock
 from rollout.problem import Problem
 from rollout.report import Check
 from rollout.shared_objects import libraries
+from rollout.whole import whole
 
 CHECKS = ("files", "distributions", "libraries", "compilers", "imports", "interface", "framework")
 
@@ -71,7 +73,7 @@ def run(
         read_lock(lock)
     python = prefix / "bin/python"
     work: dict[str, Callable[[], Findings]] = {
-        "files": partial(files, prefix),
+        "files": partial(_files, prefix),
         "distributions": partial(_distributions, prefix, lock, facts),
         "libraries": partial(libraries, prefix, _names(facts, "optional_libraries")),
         "compilers": compilers,
@@ -86,6 +88,18 @@ def run(
         checks.append(_check(name, work[name]))
         progress(checks[-1])
     return checks
+
+
+def _files(prefix: Path) -> Findings:
+    """Everything in the image is what was installed: the environment's files, and all around it."""
+    inside, around = files(prefix), whole(prefix)
+    metrics: dict[str, Any] = {"files": inside.metrics["files"], "bytes": inside.metrics["bytes"]}
+    numbers = {name: around.metrics.pop(name) for name in ("entries", "aside") if name in around.metrics}
+    for found in (inside.metrics, around.metrics):
+        for name, value in found.items():
+            if name not in metrics:
+                numbers[name] = numbers.get(name, 0) + value
+    return Findings((*inside.problems, *around.problems), {**metrics, **numbers})
 
 
 def _distributions(prefix: Path, lock: Path, facts: Mapping[str, Any]) -> Findings:
@@ -240,21 +254,27 @@ def _import(python: str, module: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``python -m rollout.verify --seal``: write the seal of this image's environment."""
+    """``python -m rollout.verify --seal``: write the list of this image, then its seal."""
     if list(arguments) != ["--seal"]:
         print("usage: python -m rollout.verify --seal", file=sys.stderr)
         return 2
     prefix = info.prefix()
+    root, own = inventory.root_of(prefix)
+    listed = prefix / inventory.LIST
     try:
+        what = inventory.make(prefix, mounts.read(root, f"{root.rstrip('/')}/{own}"))
+        listed.write_text(what, encoding="utf-8")
         text = seal(prefix)
         (prefix / SEAL).write_text(text, encoding="utf-8")
     except Problem as problem:
         print(problem.sentence, file=sys.stderr)
         return problem.code
     except OSError as error:
-        print(f"The seal cannot be written to {prefix / SEAL}: {error.strerror}.", file=sys.stderr)
+        where = error.filename or prefix / SEAL
+        print(f"{where} cannot be written or read: {error.strerror}.", file=sys.stderr)
         return 2
-    print(f"{prefix / SEAL}: {len(text.splitlines())} entries")
+    for path, lines in ((listed, what), (prefix / SEAL, text)):
+        print(f"{path}: {len(lines.splitlines())} entries")
     return 0
 
 
