@@ -157,6 +157,7 @@ def _check_promises(file: File) -> None:
         ("long", wanted.long, can.long),
         ("tensor-parallel", wanted.tensor_parallel, can.tensor_parallel),
         ("moe", wanted.moe, can.moe),
+        ("pressure", wanted.pressure, can.pressure),
         ("disaggregated", wanted.disaggregated, can.disaggregated),
     ):
         if promise and not able:

@@ -77,6 +77,9 @@ class Smoke(Table, frozen=True):
     server: Annotated[bool, says("the engine's own server, over HTTP")] = False
     long: Annotated[bool, says("positions in the thousands, chunked and preempted")] = False
     moe: Annotated[bool, says("a mixture of experts, on an engine of its own")] = False
+    pressure: Annotated[
+        bool, says("hundreds of requests at once, half of them aborted, weights replaced meanwhile")
+    ] = False
     disaggregated: Annotated[
         bool, says("a trainer on a GPU of its own, by NCCL and from disk; an engine on two GPUs")
     ] = False
@@ -100,6 +103,7 @@ class Smoke(Table, frozen=True):
             **({"long": True} if self.long else {}),
             **({"lora": True} if self.lora else {}),
             **({"moe": True} if self.moe else {}),
+            **({"pressure": True} if self.pressure else {}),
             **({"disaggregated": True} if self.disaggregated else {}),
             **({"training": True} if self.training else {}),
             **({"tensor_parallel": self.tensor_parallel} if self.tensor_parallel else {}),

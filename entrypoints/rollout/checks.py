@@ -887,6 +887,13 @@ def long(trial: Trial) -> Metrics:
     return check(trial)
 
 
+def pressure(trial: Trial) -> Metrics:
+    """Hundreds of requests at once, half of them aborted, others continued with new weights."""
+    from rollout.pressure import pressure as check
+
+    return check(trial)
+
+
 def lora(trial: Trial) -> Metrics:
     """Adapters change the answers as their weights say, through sleep, replacement and refits."""
     from rollout.lora import lora as check
@@ -912,6 +919,7 @@ CHECKS: dict[str, Callable[[Trial], Metrics]] = {
     "cycle": cycle,
     "refits": refits,
     "long": long,
+    "pressure": pressure,
     "fp8": fp8,
     "lora": lora,
     "server": server,

@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 from rollout.backends import Completion, Engine, Served
 from rollout.backends.adapters import FAULTS as OF_ADAPTERS
 from rollout.backends.adapters import KEPT, LOST, SCALED, UNDER, Adapting, adapting
+from rollout.backends.crowd import LEAKED
 from rollout.disaggregated import LOST_BROADCAST, STALE_RANK
+from rollout.pressure_faults import CROSSED, IGNORED, STALE
+from rollout.pressure_faults import LOST as LOST_REQUEST
 from rollout.problem import Problem
 
 if TYPE_CHECKING:
@@ -143,6 +146,29 @@ FAULTS = {
         "long",
         "a preempted request goes on with blocks that others have written",
         "preempted and resumed, answers diverge from the float32 oracle",
+    ),
+    LOST_REQUEST: Fault(
+        "pressure", "one of hundreds of requests is never answered", "never answered"
+    ),
+    CROSSED: Fault(
+        "pressure",
+        "of hundreds of requests two are answered under each other's name",
+        "diverge from the float32 oracle",
+    ),
+    IGNORED: Fault(
+        "pressure",
+        "aborted requests go on, and nobody is told of them",
+        "requests that were ended",
+    ),
+    STALE: Fault(
+        "pressure",
+        "of the requests that wait for new weights half go on with the old ones",
+        "diverge from the float32 oracle",
+    ),
+    LEAKED: Fault(
+        "pressure",
+        "of each aborted request a block of the KV cache is never given back",
+        "in use by no request",
     ),
     LOST_BROADCAST: Fault(
         "disaggregated", "of a broadcast the engine loads all but the weights of its norms", HELD

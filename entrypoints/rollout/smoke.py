@@ -32,6 +32,7 @@ CHECKS = (
     "cycle",
     "refits",
     "long",
+    "pressure",
     "fp8",
     "lora",
     "server",
@@ -47,7 +48,7 @@ ANY = 1 << 10  # GPUs: what is asked for is judged apart from what this machine 
 TRAINING = "training"
 MOE = "moe"
 DISAGGREGATED = "disaggregated"
-ALONE = {"long", "fp8", "lora", "server", DISAGGREGATED, MOE, TRAINING}
+ALONE = {"long", "pressure", "fp8", "lora", "server", DISAGGREGATED, MOE, TRAINING}
 SEED, OTHER_SEED = 20260708, 20260709
 PROMPTS = 8
 # Eight bits round so coarsely that the probe, made to show every lost tensor in sixteen, exceeds
@@ -84,7 +85,7 @@ def promised(wanted: Mapping[str, Any]) -> list[str]:
 def available(wanted: Mapping[str, Any], gpus: int = 1) -> list[str]:
     """The checks of an image on so many GPUs; ``wanted`` is "smoke" in its image.json."""
     left_out = {f"sleep-{level}" for level in (1, 2) if level not in wanted["sleep_levels"]}
-    asked = ("long", "fp8", "lora", "server", DISAGGREGATED, MOE, TRAINING)
+    asked = ("long", "pressure", "fp8", "lora", "server", DISAGGREGATED, MOE, TRAINING)
     left_out |= {name for name in asked if not wanted.get(name)}
     left_out |= {"refits"} if wanted["sleep_levels"] else SLEEPS
     left_out |= {name for name, count in several(wanted).items() if gpus < count}

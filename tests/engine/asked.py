@@ -11,6 +11,8 @@ INJECTED = (
 )
 # Where vLLM 0.32 has a module that the backend knows by two other names. No image has this release.
 MOVED = {"vllm.entrypoints.openai.cli_args": "vllm.entrypoints.launchers.cli_args"}
+# The requests of the check of many at once, and how many of them are worked at.
+CROWD, SLOTS = 64, 12
 # What fakes of the unit tests play.
 CALLED = (
     *(f"vllm:LLM.{name}" for name in ("generate", "collective_rpc", "sleep", "wake_up")),

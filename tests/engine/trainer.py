@@ -1,9 +1,10 @@
 """The trainer's side of a real vLLM on a CPU: our backend, with a stand-in for what needs a GPU.
 
-    python -m tests.engine.trainer offline|served FILE
+    python -m tests.engine.trainer offline|served|pressed FILE
 
-runs the checks of the proof on one engine, or on one server, and writes what they said as JSON. It
-runs where vLLM is (:mod:`tests.engine.environment`), without pytest and the tools of this project.
+runs the checks of the proof on one engine, on one server, or on one engine under pressure, and
+writes what they said as JSON. It runs where vLLM is (:mod:`tests.engine.environment`), without
+pytest and the tools of this project.
 
 What is another than on a GPU, and all of it:
 
@@ -332,8 +333,11 @@ def main(which: str, file: str) -> None:
     found: dict[str, Any] = {}
     begun = time.perf_counter()
     try:
+        from .pressed import pressed
+
+        runs = {"offline": offline, "served": served, "pressed": pressed}
         with tempfile.TemporaryDirectory(prefix="rollout-probe-") as folder:
-            for name, value in {"offline": offline, "served": served}[which](Path(folder)):
+            for name, value in runs[which](Path(folder)):
                 found[name] = value
                 print(f"{time.perf_counter() - begun:6.1f} {name}", flush=True)
     finally:

@@ -14,7 +14,7 @@ import torch
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.model_executor.layers import utils
 
-from rollout.backends import vllm_extension
+from rollout.backends import pressure_vllm_extension, vllm_extension
 
 
 def plain(layer: Any, remove_weight: bool) -> None:  # noqa: ARG001 - vLLM names it
@@ -50,3 +50,7 @@ class Extension(vllm_extension.Extension):
         held = [*self.model_runner.get_model().parameters(), *self.model_runner.kv_caches]
         storages = [tensor.untyped_storage() for tensor in held]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+class Pressed(Extension, pressure_vllm_extension.Extension):
+    """The same, with what many requests at once need."""

@@ -155,6 +155,7 @@ class Abilities:
     tensor_parallel: bool = False  # a model divided among GPUs
     long: bool = False  # long sequences, by the module ``long_<backend>``
     moe: bool = False  # a mixture of experts, by the module ``moe_<backend>``
+    pressure: bool = False  # hundreds of requests at once, by ``pressure_<backend>``
     disaggregated: bool = False  # a trainer elsewhere, by ``disaggregated_<backend>``
 
 

@@ -35,6 +35,7 @@ ABILITIES = Abilities(
     server=True,
     long=True,
     moe=True,
+    pressure=True,
     disaggregated=True,
 )
 KV_BYTES = 4 << 30
