@@ -26,6 +26,7 @@ from rollout.frameworks import training_roll_driver as driver
 from rollout.frameworks import training_roll_hook as hook
 from rollout.frameworks import training_roll_settings as settings
 from rollout.frameworks.verl import STORE, lack, last_words, lines, python_path, short_folder
+from rollout.frameworks.verl_settings import BATCH
 from rollout.problem import Problem
 
 PACKAGE = "roll"
@@ -36,6 +37,7 @@ COMMIT = 8  # characters of one that are shown
 # Of the trainer's allocator: what its refit by CUDA IPC needs where a process may not take a file
 # descriptor of another.
 PLAIN = "expandable_segments:False"
+ALLOCATOR = settings.ALLOCATOR
 _TAKE = """
 import ctypes, os, sys
 number = 438  # pidfd_getfd, which Python has no name for
@@ -119,6 +121,16 @@ def takes_descriptors() -> bool:
         )
         other.kill()
     return asked.returncode == 0
+
+
+def chosen(environ: Mapping[str, str]) -> str | None:
+    """The settings of the trainer's allocator: the job's, where it has any; None for ROLL's own."""
+    given = environ.get(ALLOCATOR)
+    if given is not None or takes_descriptors():
+        return given
+    why = "no process may take a file descriptor of another one here (CAP_SYS_PTRACE)"
+    print(f"rollout: ROLL's trainer gets {ALLOCATOR}={PLAIN}: {why}", file=sys.stderr, flush=True)
+    return PLAIN
 
 
 def step(line: str) -> Step:
@@ -206,10 +218,10 @@ class Framework:
         return found
 
     def start(self, steps: int, tampering: Tampering | None, gpu_bytes: int) -> None:
-        allocator = None if takes_descriptors() else PLAIN
-        if allocator:
-            why = "no process may take a file descriptor of another one here (CAP_SYS_PTRACE)"
-            print(f"rollout: ROLL trains with {PLAIN}: {why}", file=sys.stderr, flush=True)
+        visible = _visible(os.environ)
+        if visible and not visible.isdigit():  # as ROLL's own resource manager has it
+            raise Problem(f"ROLL counts GPUs; name one by its number, not as {visible!r}", 3)
+        allocator = chosen(os.environ)
         self._folder = folder = short_folder()
         self._log = log_file()
         made(folder, steps)
@@ -217,7 +229,7 @@ class Framework:
             folder,
             steps=steps,
             gpu_bytes=gpu_bytes,
-            visible=_visible(os.environ),
+            visible=visible,
             allocator=allocator,
         )
         text = json.dumps(config, indent=1) + "\n"
@@ -324,7 +336,7 @@ def made(folder: Path, steps: int) -> None:
             "ground_truth": tiny.WANTED,
         }
         # ROLL asks for more than one step needs, and begins anew at the end.
-        for number, prompt in enumerate(tiny.prompts(settings.BATCH * (steps + 2)))
+        for number, prompt in enumerate(tiny.prompts(BATCH * (steps + 2)))
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "train.jsonl").write_text(text, encoding="utf-8")

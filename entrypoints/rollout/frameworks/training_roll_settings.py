@@ -23,8 +23,9 @@ from rollout.frameworks.verl_settings import (
 DOMAIN = "letters"  # what ROLL sorts prompts, rewards and their workers by
 TRACKER = "rollout"  # its numbers of a step go there
 REWARD = "rollout.frameworks.training_roll_reward.Letters"
-BUCKET = 4  # MiB of a refit: the model's 21 MB go in several, as those of a real one do
+BUCKET = 2  # MiB of a refit: the model's 10 MB go in several, as those of a real one do
 FIRST_GPU = "list(range(0, 1))"  # ROLL evaluates it
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 RPC = 300  # seconds that one call of a worker may take
 
 
@@ -43,7 +44,7 @@ def configuration(
         "dtype": "bf16",
     }
     seen = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
-    trainer = seen | ({} if allocator is None else {"PYTORCH_CUDA_ALLOC_CONF": allocator})
+    trainer = seen | ({} if allocator is None else {ALLOCATOR: allocator})
     share = min(SHARE, ENGINE_BYTES / gpu_bytes) if gpu_bytes else SHARE / 2
     answers = BATCH * GROUP
     return {
@@ -66,6 +67,7 @@ def configuration(
         "prompt_length": 2 * tiny.PROMPT,
         "response_length": tiny.ANSWER,
         "adv_estimator": "grpo",
+        "loss_agg_mode": "token-mean",  # as verl has it
         "init_kl_coef": 0.0,  # with one there would be a reference model
         "model_update_buffer_size_mb": BUCKET,
         "actor_train": {
