@@ -202,8 +202,8 @@ def _smoke(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if given.report:
         report.writable(given.report)
     started, clock = report.now(), time.perf_counter()
-    data = info.image(info.prefix())
     options = smoke.Options(only, given.model, given.cycles, given.inject, given.framework)
+    data = smoke.tried(info.image(info.prefix()), options)
     checks, device = smoke.run(data, options, _show, environ)
     seconds = time.perf_counter() - clock
     # Some checks alone prove no image: the verdict is 'unproved', unless one of them failed.

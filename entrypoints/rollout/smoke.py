@@ -154,7 +154,22 @@ def framed(checkout: Path, data: Mapping[str, Any]) -> None:
 
     if not data.get("framework") or TRAINING not in available(data["smoke"], ANY):
         raise Problem("--framework: this image has no check that trains; take one that has", 2)
-    frameworks.create(data["framework"]["name"], data["backend"], checkout)
+    frameworks.create(frameworks.trainer(data["framework"]["name"]), data["backend"], checkout)
+
+
+def tried(data: dict[str, Any], options: Options) -> dict[str, Any]:
+    """image.json, and the check ``training`` among its promises where a checkout is to be tried.
+
+    No image promises it of a framework that comes as a checkout alone. Who names one, and asks for
+    this check, gets it where an adapter can start that framework.
+    """
+    from rollout import frameworks
+
+    framework = data.get("framework")
+    if options.framework is None or TRAINING not in options.only or not framework:
+        return data
+    can = frameworks.trains(framework["name"])
+    return data | {"smoke": data["smoke"] | {TRAINING: True}} if can else data
 
 
 @contextmanager
@@ -371,8 +386,12 @@ def proof(
         mixed_on = _mix(facts, options, gpus, attempt)
         device = device or mixed_on
     if TRAINING in names:
+        from rollout import frameworks
+
         # A framework starts its own engine: ours has ended, and what it was judged by is gone.
-        trained_on = _train(facts, options, attempt)
+        framework = facts["framework"]
+        adapter = framework | {"name": frameworks.trainer(framework["name"])}
+        trained_on = _train(facts | {"framework": adapter}, options, attempt)
         device = device or trained_on
     return done, device
 

@@ -7,6 +7,7 @@ checks, and checks know no framework by name.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,20 @@ class Framework(Protocol):
         """The modules that a run touches, to be imported where there is no GPU."""
 
 
+def trainer(name: str) -> str:
+    """The name by which :func:`create` makes what trains with a framework.
+
+    That is the framework's own, or that of an adapter for the check ``training`` alone
+    (``training_<name>``): one that has what a checkout of the framework needs of an image, and how
+    it is started in another module.
+    """
+    alone = f"training_{name.replace('-', '_')}"
+    return alone if importlib.util.find_spec(f"{__name__}.{alone}") else name
+
+
 def trains(name: str) -> bool:
-    """Whether the adapter of a framework can start a training; that of a checkout cannot."""
-    module = importlib.import_module(f"rollout.frameworks.{name.replace('-', '_')}")
+    """Whether an adapter of a framework can start a training."""
+    module = importlib.import_module(f"{__name__}.{trainer(name).replace('-', '_')}")
     return hasattr(module.Framework, "start")
 
 
