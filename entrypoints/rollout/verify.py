@@ -94,7 +94,9 @@ def _files(prefix: Path) -> Findings:
     """Everything in the image is what was installed: the environment's files, and all around it."""
     inside, around = files(prefix), whole(prefix)
     metrics: dict[str, Any] = {"files": inside.metrics["files"], "bytes": inside.metrics["bytes"]}
-    numbers = {name: around.metrics.pop(name) for name in ("entries", "aside") if name in around.metrics}
+    numbers = {
+        name: around.metrics.pop(name) for name in ("entries", "aside") if name in around.metrics
+    }
     for found in (inside.metrics, around.metrics):
         for name, value in found.items():
             if name not in metrics:
