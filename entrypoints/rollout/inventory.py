@@ -93,9 +93,9 @@ def walk(
             seen = _seen(f"{root}/{start}", os.lstat(f"{root}/{start}"))
         except OSError:
             continue
-        if seen.entry.kind == FOLDER:
+        if seen.entry.kind == FOLDER and start not in VOLATILE:
             folders.append(f"{start}/")
-        else:
+        elif start.split("/")[0] not in MOUNTED:
             yield start, seen
     while folders:
         folder = folders.pop()

@@ -93,13 +93,14 @@ def run(
 def _files(prefix: Path) -> Findings:
     """Everything in the image is what was installed: the environment's files, and all around it."""
     inside, around = files(prefix), whole(prefix)
-    metrics: dict[str, Any] = {"files": inside.metrics["files"], "bytes": inside.metrics["bytes"]}
-    numbers = {name: around.metrics.pop(name) for name in ("entries", "aside") if name in around.metrics}
-    for found in (inside.metrics, around.metrics):
-        for name, value in found.items():
-            if name not in metrics:
-                numbers[name] = numbers.get(name, 0) + value
-    return Findings((*inside.problems, *around.problems), {**metrics, **numbers})
+    first = ("files", "bytes", "entries", "aside")  # what the table has room for
+    found: dict[str, Any] = {**around.metrics, **inside.metrics}
+    for kind in inside.metrics.keys() & around.metrics.keys():
+        found[kind] = inside.metrics[kind] + around.metrics[kind]
+    ordered = [name for name in first if name in found]
+    ordered += [name for name in found if name not in first]
+    problems = (*inside.problems, *around.problems)
+    return Findings(problems, {name: found[name] for name in ordered})
 
 
 def _distributions(prefix: Path, lock: Path, facts: Mapping[str, Any]) -> Findings:

@@ -160,9 +160,7 @@ class Look:
             self._bad(path, "changed", f"changed: {now}{to}, not {then}")
             return
         free = path in written.REWRITTEN
-        # Anew with fewer rights: the file of a program that makes temporary ones (mktemp).
-        if not free or entry.mode & ~locked.mode:
-            self._rights(path, entry, locked)
+        self._rights(path, entry, locked)
         if entry.kind == LINK and entry.content != locked.content:
             links = f"a link to {printable(entry.content)}, not to {printable(locked.content)}"
             self._bad(path, "changed", f"changed: {links}")
@@ -176,7 +174,9 @@ class Look:
 
     def _rights(self, path: str, entry: Entry, locked: Entry) -> None:
         self.owners.append((path, locked, entry))
-        if entry.kind != LINK and entry.mode != locked.mode:
+        # Written anew a file has fewer rights, those of a temporary one (mktemp).
+        fewer = path in written.REWRITTEN and not entry.mode & ~locked.mode
+        if entry.kind != LINK and entry.mode != locked.mode and not fewer:
             self.modes.append((path, entry.mode, locked.mode))
 
     # What is too much, and what is not there -----------------------------------------------------

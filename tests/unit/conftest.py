@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rollout import hashes, shared_objects
+from rollout import hashes, inventory, mounts, shared_objects
 from rollout.environment import Findings
 
 from .launcher import IMAGE, LAUNCHER, Run
@@ -55,6 +55,9 @@ def install(prefix: Path, name: str, version: str, files: Mapping[str, bytes]) -
 
 
 def seal(prefix: Path) -> None:
+    """The list and the seal, as the last step of a build makes them."""
+    root, own = inventory.root_of(prefix)
+    (prefix / inventory.LIST).write_text(inventory.make(prefix, mounts.read(root, f"{root}/{own}")))
     (prefix / hashes.SEAL).write_text(hashes.seal(prefix))
 
 
@@ -67,7 +70,7 @@ def torch() -> Any:
 @pytest.fixture
 def prefix(tmp_path: Path) -> Path:
     """A sealed environment: two distributions, compiled files, scripts, links, our own package."""
-    prefix = tmp_path / "rollout"
+    prefix = tmp_path / "image/opt/rollout"
     core = b"x" * (hashes._BUFFER + 1000)  # more than one read
     files = {"demo/__init__.py": b"", "demo/core.bin": core, "../../../bin/demo": b"#!demo\n"}
     install(prefix, "demo", "1.0", files)
