@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rollout import disaggregated, faults, smoke
+from rollout import disaggregated, faults, pressure_faults, smoke
 from rollout.backends import Completion, adapters
 from rollout.faults import FAULTS, Faulty
 from rollout.problem import Problem
@@ -147,7 +147,8 @@ SOUND: list[tuple[Any, ...]] = [
 
 
 def test_every_fault_names_a_check_that_exists_and_what_happens() -> None:
-    checks = {*ADAPTERS, *LONG, *EXPERTS, *disaggregated.FAULTS, *TRAINING}
+    checks = {*ADAPTERS, *LONG, *EXPERTS, *disaggregated.FAULTS}
+    checks |= {*pressure_faults.FAULTS, *TRAINING}
     assert set(FAULTS) == {*STREAM, *PROTOCOL, *ROLLOUTS, *ENGINE, *PROOF, *checks}
     for name, fault in FAULTS.items():
         assert fault.check in smoke.CHECKS, name

@@ -209,7 +209,9 @@ def test_long_sequences_stand_on_modules_of_their_own(
     package: Path, name: str, before: str, after: str
 ) -> None:
     edit(package, name, before, after)
-    assert changed(package) == {reference: {"long"} for reference in images_with("long")}
+    # The reference engine schedules many requests at once as it does long ones.
+    shared = {"pressure"} if name.startswith("backends/") else set()
+    assert changed(package) == {reference: {"long", *shared} for reference in images_with("long")}
 
 
 @pytest.mark.parametrize("name", ["vllm", "sglang"])

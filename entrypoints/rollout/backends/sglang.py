@@ -53,6 +53,7 @@ ABILITIES = Abilities(
     tensor_parallel=True,
     long=True,
     moe=True,
+    pressure=True,
 )
 
 
