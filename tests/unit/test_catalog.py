@@ -16,7 +16,7 @@ import pytest
 from images import catalog
 from images.catalog import ROOT, Image
 from images.schema import LEVELS, TRANSPORTS, Framework, Smoke
-from rollout import backends
+from rollout import backends, frameworks
 from rollout.backends import Abilities
 from rollout.problem import Problem
 
@@ -662,10 +662,15 @@ def test_no_training_is_promised_without_a_framework(checkout: Checkout) -> None
     assert sentence == "key 'smoke.training' needs the table [framework]; add one"
 
 
-def test_no_training_is_promised_of_a_framework_that_nothing_starts(checkout: Checkout) -> None:
+def test_no_training_is_promised_of_a_framework_that_nothing_starts(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     smoke = '{ sleep-levels = [1], refit = ["cuda-ipc"], training = true }'
     given = table(name='"roll"', version='"8eb27cc2"', requirements='["ray"]')
-    sentence = refused(checkout.file({"framework": given, "smoke": smoke}))
+    path = checkout.file({"framework": given, "smoke": smoke})
+    assert catalog.parse(path).smoke.training, "control: something starts it"
+    monkeypatch.setattr(frameworks, "trains", lambda name: name != "roll")
+    sentence = refused(path)
     assert sentence == "key 'smoke.training' is promised, and nothing starts a training of roll"
 
 

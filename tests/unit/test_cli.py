@@ -315,6 +315,27 @@ def test_verify_names_what_has_no_sha256_and_proves_in_part(
     assert f"not shown here: sha256 of engine ({why})" in capsys.readouterr().out
 
 
+def test_a_check_that_the_image_does_not_promise_is_in_the_report_with_its_program(
+    prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = FACTS | {"framework": {"name": "roll", "version": "8eb27cc2"}}
+    (prefix / "share/rollout/image.json").write_text(json.dumps(facts))
+    asked: list[dict[str, Any]] = []
+
+    def run(data: dict[str, Any], *_: Any) -> tuple[list[Check], str]:
+        asked.append(data)
+        return [Check("training", "passed", 1.0)], "a GPU"
+
+    monkeypatch.setattr(smoke, "run", run)
+    monkeypatch.setattr(smoke, "gpus", lambda _: [])
+    monkeypatch.setattr(smoke, "visible_gpus", lambda _: 1)
+    path = tmp_path / "report.json"
+    named = ["--framework", str(tmp_path), "--report", str(path)]
+    assert cli.main(["smoke", "--only", "training", *named]) == 3, "it proves no image"
+    assert "training" in smoke.promised(asked[0]["smoke"])
+    assert json.loads(path.read_text())["program"]["training"]
+
+
 @pytest.mark.parametrize(("status", "code"), [("passed", 0), ("failed", 1)])
 def test_verify_is_proved_by_all_of_its_checks(
     prefix: Path,

@@ -346,6 +346,18 @@ def test_an_adapter_of_a_framework_is_part_of_its_own_check_alone(package: Path)
     assert wanted and changed(package) == wanted
 
 
+def test_what_trains_with_a_checkout_counts_for_the_check_training_alone(package: Path) -> None:
+    def roll(root: Path) -> dict[str, str]:
+        sources = program.Sources(root)
+        checks = ("framework",), ("training", "generation")
+        return program.identity("vllm", *checks, framework="roll", sources=sources)
+
+    before = roll(package)
+    edit(package, "frameworks/training_roll_settings.py", "BUCKET = 2 ", "BUCKET = 3 ")
+    after = roll(package)
+    assert {name for name in before if before[name] != after[name]} == {"training"}
+
+
 def test_a_transport_is_part_of_the_images_whose_engine_has_it(package: Path) -> None:
     edit(package, "cuda_ipc.py", "BUCKET_BYTES = 256 << 20", "BUCKET_BYTES = 128 << 20")
     found = changed(package)

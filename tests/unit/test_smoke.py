@@ -681,6 +681,16 @@ def test_a_checkout_and_a_fault_reach_the_run(runs: list[training.Run], tmp_path
     assert given(runs[0]) == ("verl", "transformers", tmp_path)
 
 
+def test_what_trains_with_a_checkout_is_its_own_adapter(
+    runs: list[training.Run], tmp_path: Path
+) -> None:
+    facts = TRAINS | {"framework": {"name": "roll", "version": "8eb27cc2"}, "smoke": WANTED}
+    options = smoke.Options(("training",), framework=tmp_path)
+    done, _ = smoke.proof(smoke.tried(facts, options), options, lambda _: None)
+    assert [check.name for check in done] == ["training"]
+    assert given(runs[0]) == ("training_roll", "transformers", tmp_path)
+
+
 @pytest.mark.parametrize("facts", [FACTS, TRAINS | {"framework": None}, TRAINS | {"smoke": WANTED}])
 def test_a_checkout_is_refused_where_nothing_trains(facts: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Problem) as caught:

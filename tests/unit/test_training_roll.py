@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from rollout.frameworks import LOST, STALE, FrameworkError, Tampering, processes
 from rollout.frameworks import training_roll as roll
 from rollout.frameworks import training_roll_driver as driver
 from rollout.frameworks import training_roll_hook as hook
+from rollout.frameworks import training_roll_reward as reward
 from rollout.frameworks import training_roll_settings as settings
 from rollout.problem import Problem
 
@@ -262,15 +264,15 @@ def test_another_checkout_is_another_version_and_git_gives_the_commit(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("named", "part"), [(True, "has no roll/pipeline/"), (False, "--framework DIR")]
+    ("named", "code", "part"), [(True, 2, "has no roll/pipeline/"), (False, 3, "--framework DIR")]
 )
 def test_without_a_checkout_it_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool, part: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool, code: int, part: str
 ) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
     with pytest.raises(Problem) as caught:
         roll.Framework("vllm", tmp_path if named else None)
-    assert caught.value.code == 2
+    assert caught.value.code == code
     assert part in caught.value.sentence
 
 
@@ -482,6 +484,98 @@ def test_with_nothing_said_the_hook_does_nothing(monkeypatch: pytest.MonkeyPatch
 def test_ray_finds_the_hook_by_its_name() -> None:
     module, _, function = hook.SETUP.rpartition(".")
     assert getattr(importlib.import_module(module), function) is hook.setup
+
+
+# The reward -------------------------------------------------------------------------------------
+
+PAPER_ROLL = {
+    "torch": """
+class Tensor(list):
+    def clone(self):
+        return Tensor(self)
+float32 = "float32"
+tensor = Tensor
+zeros_like = lambda rows, dtype: Tensor([[0.0] * len(row) for row in rows])
+""",
+    "roll.distributed.executor.worker": """
+class Worker:
+    def __init__(self, worker_config):
+        self.worker_config = worker_config
+""",
+    "roll.distributed.scheduler.decorator": """
+class Dispatch:
+    ONE_TO_ALL, DP_MP_COMPUTE = "all", "data"
+def register(**said):
+    def remember(function):
+        function.said = said
+        return function
+    return remember
+""",
+    "roll.distributed.scheduler.protocol": """
+class DataProto:
+    @staticmethod
+    def from_dict(tensors):
+        return tensors
+""",
+    "roll.models.model_providers": """
+class Tokenizer:
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
+        return ["".join(row) for row in rows]
+def default_tokenizer_provider(model_args):
+    assert model_args == "of the config"
+    return Tokenizer()
+""",
+}
+
+
+@dataclass
+class Config:
+    """A worker's configuration."""
+
+    model_args: str = "of the config"
+
+
+@dataclass
+class Answers:
+    """Answers as ROLL hands them to a reward's worker."""
+
+    batch: dict[str, Any]
+    non_tensor_batch: dict[str, Any]
+
+
+def test_rolls_worker_of_the_reward_pays_by_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in PAPER_ROLL.items():
+        module = ModuleType(name)
+        exec(text, module.__dict__)  # noqa: S102
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("roll", "roll.distributed", "roll.distributed.executor", "roll.models"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(
+        sys.modules, "roll.distributed.scheduler", ModuleType("roll.distributed.scheduler")
+    )
+    monkeypatch.delitem(reward.__dict__, "Letters", raising=False)
+    where, _, name = settings.REWARD.rpartition(".")
+    cls = getattr(importlib.import_module(where), name)
+    assert getattr(reward, name) is cls, "Ray's workers find the same class by its name"
+    assert (cls.__module__, cls.__qualname__) == (where, name)
+    wanted, other = tiny.WANTED[0] * tiny.ANSWER, "z" * tiny.ANSWER
+    half = tiny.WANTED[1] * (tiny.ANSWER // 2)
+    data = Answers(
+        {"responses": [list(wanted), list(other), list(half)]},
+        {"ground_truth": [tiny.WANTED] * 3},
+    )
+    found = cls(Config()).compute_rewards(data)
+    assert found["scores"] == found["response_level_rewards"] == [1.0, 0.0, 0.5]
+    assert found["scores"] is not found["response_level_rewards"], "ROLL changes the latter"
+    assert sum(map(sum, found["token_level_rewards"])) == 0
+    assert cls.compute_rewards.said["dispatch_mode"] == "data"
+    monkeypatch.delitem(reward.__dict__, "Letters")
+
+
+def test_the_module_of_the_reward_has_nothing_else() -> None:
+    with pytest.raises(AttributeError, match="Digits"):
+        reward.Digits  # noqa: B018
 
 
 # The driver -------------------------------------------------------------------------------------

@@ -54,7 +54,8 @@ def located(checkout: Path | None, environ: Mapping[str, str] = os.environ) -> P
     """The package of ROLL that a run imports.
 
     Raises:
-        Problem: exit code 2 where there is none, or it is another one than this adapter knows.
+        Problem: exit code 2 where what was named is no checkout that this adapter knows, and 3
+            where none was: what else an image promises can be proved without one.
     """
     if checkout is not None:
         package = checkout / PACKAGE
@@ -70,7 +71,7 @@ def located(checkout: Path | None, environ: Mapping[str, str] = os.environ) -> P
         )
         found = done.stdout.strip().splitlines()
         if not found:
-            raise Problem("ROLL is on no index; name a checkout of it: --framework DIR", 2)
+            raise Problem("ROLL is on no index; name a checkout of it: --framework DIR", 3)
         package, named = Path(found[-1]), "ROLL"
     missing = [name for name in MODULES if not (package / name).is_file()]
     if missing:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 class Strategy:
-    """What ROLL asks of its strategy for vLLM, by the same messages; it starts on random weights."""
+    """What ROLL asks of its strategy for vLLM; it starts on random weights, as that does."""
 
     def __init__(self, folder: str) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
