@@ -15,6 +15,7 @@ image build, for all the rest, RECORD files and the list included.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -99,8 +100,20 @@ def _files(prefix: Path) -> Findings:
         found[kind] = inside.metrics[kind] + around.metrics[kind]
     ordered = [name for name in first if name in found]
     ordered += [name for name in found if name not in first]
+    # The seal covers the list, and with RECORD it is all that both looks go by: who has another
+    # copy of the image, as a registry has, compares this one number.
+    seal_sha256 = _sha256(prefix / SEAL)
     problems = (*inside.problems, *around.problems)
-    return Findings(problems, {name: found[name] for name in ordered})
+    metrics = {name: found[name] for name in ordered}
+    return Findings(problems, {**metrics, "seal": seal_sha256})
+
+
+def _sha256(path: Path) -> str:
+    """The sha256 of a file; "none" where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return "none"
 
 
 def _distributions(prefix: Path, lock: Path, facts: Mapping[str, Any]) -> Findings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -191,6 +192,16 @@ def test_the_list_is_small_and_the_seal_covers_it(container: Callable[[], Contai
     packed = subprocess.run(["zstd", "-q10"], input=data, capture_output=True, check=True).stdout
     assert len(packed) < 500_000
     assert "  share/rollout/image.list\n" in (root / "unrecorded.sha256").read_text()
+
+
+def test_the_same_image_is_sealed_to_the_same_bytes(container: Callable[[], Container]) -> None:
+    here = container()
+    folder = here.root / "opt/rollout/share/rollout"
+    before = {name: (folder / name).read_bytes() for name in ("image.list", "unrecorded.sha256")}
+    assert metrics(here)["seal"] == hashlib.sha256(before["unrecorded.sha256"]).hexdigest()
+    done = here.run("/opt/rollout/bin/python", "-B", "-m", "rollout.verify", "--seal", user="0:0")
+    assert done.returncode == 0, done.stderr
+    assert {name: (folder / name).read_bytes() for name in before} == before
 
 
 def test_additions_and_what_engines_write_are_named_and_are_no_damage(

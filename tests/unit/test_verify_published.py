@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -30,7 +31,7 @@ from images.publishing.published import Published
 from images.publishing.registry import Registry
 from images.publishing.unpacking import LOCK_INSIDE
 from images.publishing.verify_published import CHECKS, NEEDS
-from rollout import report
+from rollout import hashes, report
 from rollout.problem import Problem
 
 REGISTRY = "127.0.0.1:5000"
@@ -387,6 +388,13 @@ def test_a_layer_is_read_to_its_last_byte_and_the_lock_found_in_it(
     (tmp_path / "layer").write_bytes(packed)
     found = unpacking.unpacked(tmp_path / "layer", "layer 1")
     assert (found.diff_id, found.size, found.lock) == (oci.digest(data), len(data), b"torch==1")
+
+
+@needs_zstd
+def test_the_seal_in_a_layer_is_found_as_verify_prints_it(tmp_path: Path) -> None:
+    path = compressed(tmp_path / "layer", tar((f"opt/rollout/{hashes.SEAL}", b"sealed")))
+    found = unpacking.unpacked(path, "layer 1")
+    assert found.seal == hashlib.sha256(b"sealed").hexdigest()
 
 
 def compressed(path: Path, data: bytes) -> Path:
