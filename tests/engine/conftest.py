@@ -15,6 +15,7 @@ from images.catalog import ROOT
 
 from . import environment
 
+RUNS = ("offline", "served", "pressed")
 TIMEOUT = 600.0  # seconds; a minute is usual
 Found = dict[str, Any]
 
@@ -30,10 +31,10 @@ def prefix() -> Path:
 
 @pytest.fixture(scope="session")
 def told(prefix: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
-    """What was found on one engine, and on one server; both run at once, for each start is slow."""
+    """What was found in each run; all of them at once, for each start is slow."""
     folder = tmp_path_factory.mktemp("engine")
     with ThreadPoolExecutor() as pool:
-        runs = {which: pool.submit(_run, which, prefix, folder) for which in ("offline", "served")}
+        runs = {which: pool.submit(_run, which, prefix, folder) for which in RUNS}
         return {which: run.result() for which, run in runs.items()}
 
 
@@ -47,6 +48,12 @@ def offline(told: dict[str, Found]) -> Found:
 def served(told: dict[str, Found]) -> Found:
     """What was found on one server."""
     return told["served"]
+
+
+@pytest.fixture(scope="session")
+def pressed(told: dict[str, Found]) -> Found:
+    """What was found on one engine of many requests at once."""
+    return told["pressed"]
 
 
 def _run(which: str, prefix: Path, folder: Path) -> Found:
@@ -64,7 +71,7 @@ def _run(which: str, prefix: Path, folder: Path) -> Found:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        # Two engines at once, which would both be bound to the first core.
+        # Several engines at once, which would both be bound to the first core.
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # Ten messages between its processes are reserved in /dev/shm; a container has 64 MiB of it.

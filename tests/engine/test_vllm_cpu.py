@@ -7,6 +7,7 @@ in for a GPU is in ``trainer.py`` and ``worker.py``, with the reason for each.
 from __future__ import annotations
 
 import inspect
+import re
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import pytest
 
 from images.locking import lock, resolution
 from rollout.backends import vllm
+from rollout.backends.crowd import LEAKED
 from rollout.backends.interface import Comparison
+from rollout.oracle import BOUND_BF16
+from rollout.pressure_faults import FAULTS
 
 from ..unit.test_interface import engine as fakes  # noqa: F401 - a fixture
 from ..unit.test_vllm import Llm
-from .asked import CALLED, INJECTED, MOVED, OFFLINE
+from .asked import CALLED, CROWD, INJECTED, MOVED, OFFLINE
 from .conftest import Found
 
 pytestmark = pytest.mark.engine
@@ -140,6 +144,35 @@ def test_a_server_that_keeps_its_own_weights_is_found(served: Found) -> None:
 
 def test_a_server_that_was_stopped_leaves_no_process(served: Found) -> None:
     assert served["left"] == []
+
+
+# many requests at once
+
+
+def test_many_requests_at_once_are_answered_rightly_while_half_of_them_are_aborted(
+    pressed: Found,
+) -> None:
+    found = pressed["pressure"]
+    assert found["reason"] == "", found
+    metrics = found["metrics"]
+    assert metrics["requests"] == CROWD
+    assert metrics["kinds"]["aborted"] == CROWD // 2
+    assert 1 < metrics["worst_request"] <= BOUND_BF16
+    assert metrics["tokens_per_s"] > 0 < metrics["plain_tokens_per_s"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_many_requests_is_found_for_its_own_reason(pressed: Found, fault: str) -> None:
+    assert pressed[fault]["unseen"] == "", pressed[fault]
+
+
+def test_blocks_that_the_scheduler_keeps_are_counted_from_vllms_metrics(pressed: Found) -> None:
+    count = int(re.search(r"(\d+) blocks", pressed[LEAKED]["reason"])[1])  # type: ignore[index]
+    assert count >= CROWD // 2, "one of each aborted request"
+
+
+def test_an_engine_of_many_requests_that_was_stopped_leaves_no_process(pressed: Found) -> None:
+    assert pressed["left"] == []
 
 
 # the fakes of the unit tests

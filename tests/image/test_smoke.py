@@ -28,7 +28,7 @@ SOUGHT = available(DEFAULT.smoke.facts)
 
 
 # Found by a check that starts an engine of its own: what runs before it is shown by the sound run.
-BY_ITSELF = ("long", "lora", "moe")
+BY_ITSELF = ("long", "pressure", "lora", "moe")
 
 
 def inject(here: Container, fault: str) -> tuple[Result, Path]:
@@ -83,7 +83,17 @@ def test_the_probe_keeps_its_margins(container: Callable[[], Container]) -> None
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("fault", [name for name in FAULTS if FAULTS[name].found_by(SOUGHT)])
+# Of many requests at once one fault is enough here: test_pressure_engine.py finds all of them in
+# the same image, on one engine, whose start takes longer than the check.
+ONE = "ignored-abort"
+SHOWN = [
+    name
+    for name, fault in FAULTS.items()
+    if fault.found_by(SOUGHT) and (fault.check != "pressure" or name == ONE)
+]
+
+
+@pytest.mark.parametrize("fault", SHOWN)
 def test_every_injected_fault_fails_its_check(
     injected: dict[str, Future[tuple[Result, Path]]], fault: str
 ) -> None:

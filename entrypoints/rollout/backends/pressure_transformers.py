@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 REQUESTS = 64
-ANSWERS = (16, 56)
+ANSWERS = (16, 40)
 SEED = 20261130
 
 
