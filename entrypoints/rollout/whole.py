@@ -31,6 +31,8 @@ REMEDY_EXTRA = "remove it; additions belong in /opt/added or a folder of their o
 # What programs, the loader and Python read by themselves. Elsewhere a name that no layer has is
 # somebody's own: a checkout in /opt/mine, data in /data.
 _SYSTEM = ("usr", "etc", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "boot", "var")
+# Where a site says which index its additions come from; nothing that runs reads them.
+_SETTINGS = frozenset({"etc/pip.conf", "etc/uv"})
 _SPECIAL = {stat.S_ISUID: "set-user", stat.S_ISGID: "set-group", stat.S_ISVTX: "sticky"}
 # What a user who is not root loses of a mode in unpacking: tar does not set these bits.
 _LOST = 0o7022
@@ -317,6 +319,8 @@ class Look:
 
 def _system(path: str, own: str) -> bool:
     """Whether nothing may lie at a path but what a layer has."""
+    if path in _SETTINGS:
+        return False
     return path.split("/")[0] in _SYSTEM or path == own or path.startswith(f"{own}/")
 
 

@@ -217,6 +217,17 @@ def test_additions_in_folders_of_their_own_are_named_and_are_no_damage(root: Pat
     assert findings.metrics["aside"] == "beside the image: /data, /opt/mine"
 
 
+def test_settings_of_pip_may_lie_where_pip_looks_and_others_may_not(root: Path) -> None:
+    (root / "etc/pip.conf").touch()
+    (root / "etc/uv").mkdir()
+    (root / "etc/uv/uv.toml").touch()
+    findings = look(root)
+    assert not findings.problems
+    assert "/etc/pip.conf" in findings.metrics["aside"]
+    (root / "etc/other").touch()
+    assert "/etc/other: extra: a file that no layer has" in found(look(root))
+
+
 def test_the_user_that_an_engine_adds_is_said_and_is_no_damage(root: Path) -> None:
     with (root / "etc/passwd").open("a") as file:
         file.write("12345:*:12345:0::/:/bin/sh\n")
