@@ -28,8 +28,14 @@ pytestmark = pytest.mark.image
 
 CHECKOUT = "ROLLOUT_TEST_ROLL"
 STANDS = Path(__file__).parent / "roll_cpu"
-REFERENCE = "roll-rollout:vllm-0.12"
+IMAGES = [image for image in catalog.load() if image.framework and image.framework.name == "roll"]
 
+# ROLL's strategy for vLLM and what it runs in the engine's process, in which it chooses by release.
+IMPORT = """
+import importlib
+for name in ("distributed.strategy.vllm_strategy", "third_party.vllm.worker"):
+    importlib.import_module(f"roll.{name}")
+"""
 # The check as `rollout smoke` has it, but for its look at the machine and at the GPU's memory.
 TRAIN = """
 import json, os, sys
@@ -49,10 +55,11 @@ except checks.Failed as failed:
 """
 
 
-@pytest.fixture(scope="module")
-def image() -> catalog.Image:
-    """The image of the vLLM that ROLL has patches of its own for."""
-    return catalog.find(REFERENCE, catalog.load())
+@pytest.fixture(scope="module", params=IMAGES, ids=lambda image: image.reference)
+def image(request: pytest.FixtureRequest) -> catalog.Image:
+    """An image of ROLL's."""
+    found: catalog.Image = request.param
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +85,12 @@ def inside(sealed: Sealed) -> Sealed:
     # Threads that wait for each other's cores take ten times as long on a busy machine.
     sealed.env |= {"PYTHONPATH": "/opt/stands", "OMP_NUM_THREADS": "1"}
     return sealed
+
+
+def test_rolls_part_of_the_engine_imports(inside: Sealed) -> None:
+    inside.env |= {"PYTHONPATH": "/opt/ROLL", "ROLL_LOG_DIR": "/var/cache/rollout"}
+    done = inside.run("rollout", "python3", "-c", IMPORT)
+    assert done.returncode == 0, done.stderr
 
 
 def trained(inside: Sealed, fault: str = "") -> Result:
