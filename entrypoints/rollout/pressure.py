@@ -192,7 +192,7 @@ def hold(found: Rush, old: Side, new: Side, bound: float, metrics: Metrics) -> N
     metrics["kinds"] = {kind: found.kinds[kind] for kind in KINDS}
     for kind, count in metrics["kinds"].items():
         if count < len(found.answers) // FEW:
-            raise Failed(f"control: {count} requests were {KINDS[kind]}", metrics)
+            raise Failed(f"control: {count} requests were of the kind {kind!r}", metrics)
     for kind, when in KINDS.items():
         answers = [one for one in found.answers if one.kind == kind and one.logprobs]
         agree(answers, pairs(answers, old, new), bound, when, metrics)

@@ -101,6 +101,12 @@ def far(found: Metrics, _: Smoke) -> str:
     return f"{far}, {often}: {within(found['worst_request'], BOUND_BF16)}"
 
 
+def at_once(found: Metrics, _: Smoke) -> str:
+    """How many requests there were, how many of them were aborted, and what came out."""
+    what = f"{found['requests']} requests, {found['aborted']} aborted"
+    return f"{what}: {within(found['worst_request'], BOUND_BF16)}"
+
+
 def by_nccl_and_disk(found: Metrics, _: Smoke) -> str:
     """How fast weights came by each way, and how far the answers of two GPUs were."""
     speeds = ", ".join(f"{found[rate(way)]:.3g} GB/s by {way}" for way in BESIDE)
@@ -163,6 +169,12 @@ FEATURES = (
     ),
     Feature("partial rollout, continued", "partial-rollout", every, continued),
     Feature("positions in the thousands, preempted", "long", lambda smoke: smoke.long, far),
+    Feature(
+        "many sampled requests at once, weights replaced meanwhile",
+        "pressure",
+        lambda smoke: smoke.pressure,
+        at_once,
+    ),
     Feature(
         "new weights in the middle of rollouts, over HTTP",
         "server",

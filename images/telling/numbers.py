@@ -50,6 +50,8 @@ def gpu_rows(data: Mapping[str, Any], again: Mapping[str, Any] | None = None) ->
     ]
     if "long" in found:
         rows += long_rows(found["long"])
+    if "pressure" in found:
+        rows += pressure_rows(found["pressure"])
     if "fp8" in found:
         eight = found["fp8"]
         rows.append(
@@ -202,6 +204,21 @@ def long_rows(long: Metrics) -> list[Row]:
             f"≤ {BOUND_BF16}",
         ),
         (f"preemptions: {crowd}", str(long["preemptions"]), ""),
+    ]
+
+
+def pressure_rows(crowd: Metrics) -> list[Row]:
+    """Many sampled requests at once, of which half are aborted while weights are replaced."""
+    plain = f"one plain call for as many: {crowd['plain_tokens_per_s']:,.0f} tokens/s"
+    asked = f"{crowd['requests']} sampled requests at once, {crowd['aborted']} aborted"
+    return [
+        (
+            f"{DIVERGENCE}, {asked}, the worst request",
+            f"{crowd['worst_request']:.4f}",
+            f"≤ {BOUND_BF16}; under another's name: {crowd['crossed_divergence']:.2f}",
+        ),
+        ("… their tokens, less the refit", f"{crowd['tokens_per_s']:,.0f} tokens/s", plain),
+        ("… growth from round to round", f"{crowd['growth_bytes']} bytes", ""),
     ]
 
 

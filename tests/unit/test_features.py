@@ -32,6 +32,7 @@ EVERYTHING = Smoke(
     tensor_parallel=2,
     training=True,
     moe=True,
+    pressure=True,
     disaggregated=True,
 )
 # The keys of a catalog file that promises a little more than that.
@@ -81,6 +82,16 @@ CHECKS: dict[str, dict[str, Any]] = {
         "crowd_seconds": 3.5,
         "crowd_tokens": 25_600,
         "cache_tokens": 20_464,
+    },
+    "pressure": {
+        "requests": 512,
+        "aborted": 256,
+        "worst_request": 1.0201,
+        "crossed_divergence": 1.71,
+        "tokens_per_s": 20_400.4,
+        "plain_tokens_per_s": 31_000.0,
+        "growth_bytes": 0,
+        "start_seconds": 20.0,
     },
     "fp8": {"start_seconds": 16.0, "divergence": 1.0269, "stranger_divergence": 3.77},
     "lora": {"divergence": 1.0086, "after_level_2": "refused"},
@@ -151,6 +162,9 @@ def test_a_cell_is_what_the_report_shows_with_its_telling_number() -> None:
         "prefix reuse over turns with a tool call": "150 of 150 tokens",
         "partial rollout, continued": "6 of 8 equal, the others part at a tie",
         "positions in the thousands, preempted": "16,384 positions, 7 preemptions: 1.0194 ≤ 1.043",
+        "many sampled requests at once, weights replaced meanwhile": (
+            "512 requests, 256 aborted: 1.0201 ≤ 1.043"
+        ),
         "new weights in the middle of rollouts, over HTTP": "8 rollouts: 1.0123 ≤ 1.043",
         "second witness of a refit": "the engine's own checker agrees on 35 tensors",
         "two GPUs with unequal free memory": (
@@ -331,10 +345,15 @@ def rows(*names: str) -> dict[str, tuple[str, str]]:
     return {what: (value, beside) for what, value, beside in numbers.gpu_rows(report(*names))}
 
 
+def test_the_speed_of_many_requests_stands_beside_one_plain_call_for_as_many() -> None:
+    found = next(row for row in numbers.gpu_rows(report()) if row[0].startswith("… their tokens"))
+    assert found[1:] == ("20,400 tokens/s", "one plain call for as many: 31,000 tokens/s")
+
+
 def test_every_engine_start_that_is_timed_is_counted() -> None:
-    # 20 + 27 + 16 + 30 + 25 of 200 s, 10 of which verify's one check took.
+    # 20 + 27 + 20 + 16 + 30 + 25 of 200 s, 10 of which verify's one check took.
     whole = rows()["the whole smoke test: engine starts, and the rest"]
-    assert whole[0] == "118.0 s + 72.0 s"
+    assert whole[0] == "138.0 s + 52.0 s"
 
 
 def test_an_image_of_level_2_alone_has_the_numbers_of_that() -> None:

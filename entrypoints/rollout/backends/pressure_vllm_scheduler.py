@@ -12,10 +12,10 @@ def leaking(scheduler: Any) -> Any:
     """A scheduler of vLLM with the fault, made of one of its own."""
 
     class Leaking(scheduler):  # type: ignore[misc]
-        def finish_requests(self, request_ids: Any, *given: Any) -> Any:
-            names = [request_ids] if isinstance(request_ids, str) else list(request_ids or ())
-            found = super().finish_requests(names, *given)
-            self.kv_cache_manager.block_pool.get_new_blocks(len(names))
+        def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
+            found = super().finish_requests(request_ids, finished_status)
+            if isinstance(request_ids, list):  # none is named where all are ended
+                self.kv_cache_manager.block_pool.get_new_blocks(len(request_ids))
             return found
 
     return Leaking
