@@ -395,4 +395,17 @@ def test_open_files_and_shared_memory_are_counted(tmp_path: Path) -> None:
     before = crowd.files({os.getpid()})
     with (tmp_path / "file").open("w"):
         assert crowd.files({os.getpid()}) == before + 1
-    assert crowd.shared() >= 0
+
+
+def test_shared_memory_counts_as_what_these_processes_have_mapped_each_piece_once() -> None:
+    import mmap
+    import os
+    import tempfile
+
+    mine = {os.getpid()}
+    before = crowd.shared(mine)
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        file.truncate(3 << 20)
+        assert crowd.shared(mine) == before, "nobody has mapped it"
+        with mmap.mmap(file.fileno(), 3 << 20), mmap.mmap(file.fileno(), 3 << 20):
+            assert crowd.shared(mine) == before + (3 << 20)

@@ -246,7 +246,7 @@ def test_vllm_says_what_it_holds_after_a_step_of_its_own(
     engine: tuple[pressure_vllm.Engine, list[Llm]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, (llm,) = engine
-    monkeypatch.setattr(crowd, "shared", lambda: 4096)
+    monkeypatch.setattr(crowd, "shared", lambda _: 4096)
     found = made.usage()
     assert found == Usage(2, 12, 50 * GIB, found.files, 4096)
     assert found.files > 2

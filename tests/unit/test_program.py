@@ -214,6 +214,33 @@ def test_long_sequences_stand_on_modules_of_their_own(
     assert changed(package) == {reference: {"long", *shared} for reference in images_with("long")}
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("pressure.py", "ENOUGH = 16", "ENOUGH = 17"),
+        ("rush.py", "BEGUN = 16", "BEGUN = 15"),
+        ("ledger.py", 'entry.end = "finished"', 'entry.end = "done"'),
+        ("backends/crowd.py", "/fd", "/fdinfo"),
+    ],
+)
+def test_many_requests_at_once_stand_on_modules_of_their_own(
+    package: Path, name: str, before: str, after: str
+) -> None:
+    edit(package, name, before, after)
+    assert changed(package) == {reference: {"pressure"} for reference in images_with("pressure")}
+
+
+def test_how_a_backend_takes_many_requests_and_its_faults_are_no_part_of_another_check(
+    package: Path,
+) -> None:
+    edit(package, "pressure_faults.py", "half = asked[::2]", "half = asked[::3]")
+    assert changed(package) == {}
+    edit(package, "backends/pressure_vllm.py", "SLOTS = 128", "SLOTS = 64")
+    found = changed(package)
+    assert set(found) == {i.reference for i in IMAGES if i.smoke.pressure and i.backend == "vllm"}
+    assert all(checks == {"pressure"} for checks in found.values())
+
+
 @pytest.mark.parametrize("name", ["vllm", "sglang"])
 def test_how_an_engine_is_set_for_long_sequences_is_part_of_that_check_alone(
     package: Path, name: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from rollout.backends import Completion, Engine
 
 LEAKED = "leaked-blocks"  # the fault that is made in the engine; others are made at its protocol
 PATIENCE = 120.0  # seconds without a word, after which what still runs counts as hung
-SHARED = Path("/dev/shm")  # noqa: S108 - looked at
+SHARED = "/dev/shm/"  # noqa: S108 - looked at
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Usage:
     blocks: int  # of its KV cache, in use by requests
     memory: int  # bytes, as `Engine.memory` has it
     files: int  # open in its processes
-    shared: int  # bytes of shared memory in use
+    shared: int  # bytes of shared memory that they have mapped
 
 
 class Crowd(Engine, Protocol):
@@ -79,7 +78,16 @@ def files(processes: Iterable[int]) -> int:
     return sum(1 for process in processes for _ in Path(f"/proc/{process}/fd").iterdir())
 
 
-def shared() -> int:
-    """Bytes of shared memory in use, by all processes of the container."""
-    found = os.statvfs(SHARED)
-    return (found.f_blocks - found.f_bfree) * found.f_frsize
+def shared(processes: Iterable[int]) -> int:
+    """Bytes of shared memory that these processes have mapped, each piece once.
+
+    What others have in the same folder is theirs: a machine may run several engines.
+    """
+    pieces = {}
+    for process in processes:
+        for line in Path(f"/proc/{process}/maps").read_text(encoding="utf-8").splitlines():
+            place, _, offset, device, inode, *name = line.split(maxsplit=5)
+            if name and name[0].startswith(SHARED):
+                begin, end = (int(bound, 16) for bound in place.split("-"))
+                pieces[device, inode, offset] = end - begin
+    return sum(pieces.values())

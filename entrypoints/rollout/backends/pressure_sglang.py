@@ -71,8 +71,9 @@ class Engine(apart_sglang.Engine):
 
     def usage(self) -> Usage:
         requests, tokens, processes = self._call("usage")
-        files = crowd.files({os.getpid(), *processes})
-        return Usage(requests, tokens, self.memory(), files, crowd.shared())
+        everyone = {os.getpid(), *processes}
+        files, shared = crowd.files(everyone), crowd.shared(everyone)
+        return Usage(requests, tokens, self.memory(), files, shared)
 
     def plain(self, asked: Sequence[Asked]) -> list[Completion]:
         return sglang._completions(self._call("plain", _plain(asked)))

@@ -67,7 +67,8 @@ class Engine(reference.Engine):
         if self._process is None or self._process.pid is None:
             raise EngineError("the engine is not started")
         processes = {os.getpid(), self._process.pid}
-        return Usage(requests, blocks, self.memory(), crowd.files(processes), crowd.shared())
+        files, shared = crowd.files(processes), crowd.shared(processes)
+        return Usage(requests, blocks, self.memory(), files, shared)
 
     def plain(self, asked: Sequence[Asked]) -> list[Completion]:
         return [Completion(*answer) for answer in self._call("plain", _plain(asked))]

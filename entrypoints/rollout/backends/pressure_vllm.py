@@ -121,12 +121,13 @@ class Engine(vllm.Engine):
 
         found = self._result(self._submit(run), crowd.PATIENCE)
         children = multiprocessing.active_children()
+        processes = {os.getpid(), *(child.pid for child in children if child.pid)}
         return Usage(
             requests=int(found[RUNNING] + found[WAITING]),
             blocks=round(found[IN_USE] * self._blocks),
             memory=self.memory(),
-            files=crowd.files({os.getpid(), *(one.pid for one in children if one.pid)}),
-            shared=crowd.shared(),
+            files=crowd.files(processes),
+            shared=crowd.shared(processes),
         )
 
     def plain(self, asked: Sequence[Asked]) -> list[Completion]:
