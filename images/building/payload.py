@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Sequence
@@ -62,12 +63,39 @@ def belongs(module: Path, image: Image) -> bool:
     return owners in ([], [own.replace("-", "_")])
 
 
+def imported(module: Path) -> set[Path]:
+    """The modules of the package that one of them imports, anywhere in it."""
+    found = set[Path]()
+    for node in ast.walk(ast.parse(module.read_bytes(), str(module))):
+        if not isinstance(node, ast.ImportFrom) or node.level or not node.module:
+            continue
+        name, *inside = node.module.split(".")
+        if name == ENTRYPOINTS.name:
+            folder = ENTRYPOINTS.joinpath(*inside)
+            found |= {folder.with_suffix(".py"), *(folder / f"{a.name}.py" for a in node.names)}
+    return {path for path in found if path.is_file()}
+
+
+def modules(image: Image) -> list[Path]:
+    """The modules of the package that an image has: its own, and what adapters of these import.
+
+    One framework's adapter may use another one's, which would not be there without the second rule.
+    """
+    everything = sorted(ENTRYPOINTS.rglob("*.py"))
+    own = {path for path in everything if belongs(path, image)}
+    waiting = [path for path in own if path.parent.name == "frameworks"]
+    while waiting:
+        new = imported(waiting.pop()) - own
+        own |= new
+        waiting += new
+    return sorted(own)
+
+
 def files(image: Image, locked: Sequence[Locked]) -> dict[str, bytes]:
     """The files of the last layer: our own package, the lock, and what the image is."""
-    modules = [path for path in sorted(ENTRYPOINTS.rglob("*.py")) if belongs(path, image)]
     data = json.dumps(facts(image, locked), indent=1, sort_keys=True) + "\n"
     return {
-        **{f"rollout/{path.relative_to(ENTRYPOINTS)}": path.read_bytes() for path in modules},
+        **{f"rollout/{path.relative_to(ENTRYPOINTS)}": path.read_bytes() for path in modules(image)},
         "requirements.lock": image.lock.read_bytes(),
         "image.json": data.encode(),
         "launcher": LAUNCHER.encode(),
