@@ -158,6 +158,20 @@ def test_every_file_is_the_locked_one_after_the_way_through_an_archive(
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_change_is_found_in_an_image_that_is_put_together_from_mounts(
+    launched: Launched, folder: Path
+) -> None:
+    path = launched.top / "rootfs/usr/bin/yes"
+    path.chmod(0o4755)
+    try:  # a place that the image lacks makes the launcher mount its folders one by one
+        done = launched.run("--bind", f"{folder}:/foreign", "verify")
+    finally:
+        path.chmod(0o755)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "/usr/bin/yes: changed: mode 4755, not 0755 (the set-user bit is set)" in done.stdout
+    assert "covered by mounts" not in done.stdout
+
+
 def test_only_cache_and_temporary_folders_can_be_written(launched: Launched) -> None:
     code = (
         "import os, pathlib\n"
