@@ -35,10 +35,10 @@ USED = ("torch", "setuptools", "ninja", "packaging", "psutil")
 CUDA = "nvidia-"
 # The engines' own kernels for newer GPUs; its package is called flash_attn, too.
 OTHER = "flash-attn-4"
-INSTEAD = (
-    "say actor_rollout_ref.model.use_remove_padding=False and "
-    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa to verl, or add the public "
-    "wheel that docs/adding.md names with its sha256"
+# How verl trains without it.
+VERL = (
+    "actor_rollout_ref.model.use_remove_padding=False",
+    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
 )
 PLACE = "/mnt/rollout"
 
@@ -55,17 +55,18 @@ def refusal(image: Image, locked: Sequence[Locked]) -> str:
             f"{image.reference} has {OTHER} {versions[OTHER]}, whose package is called flash_attn, "
             f"too: Python would take {NAME}'s in its place, and the engine would lose its kernels"
         )
-    if not nvcc:
-        return (
-            f"{image.reference} has torch of CUDA {cuda} and no nvcc, for no index has one of "
-            f"CUDA 12 as a wheel; {INSTEAD}"
-        )
-    if compiler != cuda:
-        return (
-            f"{image.reference} has torch of CUDA {cuda} and nvcc of {compiler}, with which torch "
-            f"compiles nothing that it would load; {INSTEAD}"
-        )
-    return ""
+    if compiler == cuda:
+        return ""
+    other = f"nvcc of {compiler}, which torch refuses to compile with" if nvcc else "no nvcc"
+    return f"{image.reference} has torch of CUDA {cuda} and {other}; {_instead(image)}"
+
+
+def _instead(image: Image) -> str:
+    """What to do where it cannot be compiled."""
+    public = "docs/adding.md names public wheels with their sha256"
+    if image.framework and image.framework.name == "verl":
+        return f"say {' and '.join(VERL)} to verl; {public}"
+    return public
 
 
 def wanted() -> list[Locked]:
@@ -95,21 +96,20 @@ def the_wheel(folder: Path) -> Path | None:
     return next(iter(sorted(folder.glob("*.whl"))), None)
 
 
-def fetch(folder: Path) -> None:
+def fetch(folder: Path, python: str) -> None:
     """Lay out what the stage reads: the script, the source, and the tools as a folder."""
     folder.mkdir()
     context.place(SCRIPT, folder / SCRIPT.name)
     settings = host.uv_environment(os.environ)
-    sources = [entry.name for entry in wanted() if entry.name == NAME]
 
     def keep(target: Path) -> None:
         shutil.copytree(target, folder / "tools")
 
-    fetching.fetch(wanted(), "3.11", sources, (), settings, folder / "source", keep)
+    fetching.fetch(wanted(), python, (NAME,), (), settings, folder / "source", keep)
 
 
-def stage(tool: Buildah, identity: str, given: Path, out: Path, jobs: int) -> list[str]:
-    """The command of the stage; the folder that it writes to is one of its own."""
+def stage(jobs: int) -> list[str]:
+    """The command of the stage, in its container; without a number the script finds one."""
     return [
         *("/opt/rollout/bin/python", "-I", "-B", f"{PLACE}/in/{SCRIPT.name}"),
         *(f"{PLACE}/in", f"{PLACE}/out", *(["--jobs", str(jobs)] if jobs else [])),
@@ -120,12 +120,9 @@ def compile_in(image: Image, tool: Buildah, jobs: int = 0) -> Path:
     """The wheel for an image: the one that is kept, or one that is compiled now.
 
     Raises:
-        Problem: it cannot be compiled in this image, here, or at all.
+        Problem: the image is not here, or it cannot be compiled.
     """
-    locked = lock.read(image)
-    if why := refusal(image, locked):
-        raise Problem(why, 3)
-    found = inputs(locked)
+    found = inputs(lock.read(image))
     place = kept(found)
     if ready := the_wheel(place):
         host.say(f"{shown(ready)} was compiled before, of the same inputs")
@@ -137,13 +134,12 @@ def compile_in(image: Image, tool: Buildah, jobs: int = 0) -> Path:
     host.say(f"compiling {NAME} in {image.reference}; with two cores that takes hours")
     begun = time.monotonic()
     with leftovers.temporary("wheel", host.scratch()) as folder:
-        fetch(folder / "in")
+        fetch(folder / "in", image.python)
         (folder / "out").mkdir()
         (folder / "mounts").mkdir()
         with tool.container(built.id) as container:
             volumes = {f"{folder}/in": f"{PLACE}/in:ro", f"{folder}/out": f"{PLACE}/out"}
-            argv = stage(tool, built.id, folder / "in", folder / "out", jobs)
-            command = tool.run_argv(Command(built.id, argv, "0:0", volumes), container)
+            command = tool.run_argv(Command(built.id, stage(jobs), "0:0", volumes), container)
             apart = isolation.command(command, os.geteuid(), None, folder / "mounts")
             streaming.run(apart, isolation.environment({**os.environ, "TMPDIR": str(folder)}))
         wheel = the_wheel(folder / "out")

@@ -13,8 +13,8 @@ from images.catalog import shown
 from images.locking import base, lock, resolution
 from rollout.problem import Problem
 
-# Locks of what is no image: Debian's packages of all of them, the tools, the engine of the tests, and
-# what compiles flash-attn.
+# Locks of what is no image: Debian's packages of all of them, the tools, the engine of the tests,
+# and what compiles flash-attn.
 OTHERS = ("base", "dev", resolution.TESTED, resolution.FLASH)
 
 
