@@ -35,11 +35,6 @@ USED = ("torch", "setuptools", "ninja", "packaging", "psutil")
 CUDA = "nvidia-"
 # The engines' own kernels for newer GPUs; its package is called flash_attn, too.
 OTHER = "flash-attn-4"
-# How verl trains without it.
-VERL = (
-    "actor_rollout_ref.model.use_remove_padding=False",
-    "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-)
 PLACE = "/mnt/rollout"
 
 
@@ -53,20 +48,15 @@ def refusal(image: Image, locked: Sequence[Locked]) -> str:
     if OTHER in versions:
         return (
             f"{image.reference} has {OTHER} {versions[OTHER]}, whose package is called flash_attn, "
-            f"too: Python would take {NAME}'s in its place, and the engine would lose its kernels"
+            f"too: Python would take {NAME}'s in its place, and the engine would lose its kernels; "
+            "docs/adding.md says how verl trains there"
         )
     if compiler == cuda:
         return ""
     other = f"nvcc of {compiler}, which torch refuses to compile with" if nvcc else "no nvcc"
-    return f"{image.reference} has torch of CUDA {cuda} and {other}; {_instead(image)}"
-
-
-def _instead(image: Image) -> str:
-    """What to do where it cannot be compiled."""
-    public = "docs/adding.md names public wheels with their sha256"
-    if image.framework and image.framework.name == "verl":
-        return f"say {' and '.join(VERL)} to verl; {public}"
-    return public
+    lacks = image.framework.lacks if image.framework else {}
+    instead = lacks.get(NAME, "docs/adding.md names wheels")
+    return f"{image.reference} has torch of CUDA {cuda} and {other}; {instead}"
 
 
 def wanted() -> list[Locked]:
