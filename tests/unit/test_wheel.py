@@ -289,6 +289,10 @@ def test_the_source_is_laid_out_in_one_place_with_that_standard(
     top = tmp_path / "flash_attn-2"
     top.mkdir()
     (top / "setup.py").write_text('flags = ["-O3", "-std=c++17"]\nmore = ["-std=c++17"]\n')
+    kernels = top / "csrc/flash_attn/src"
+    kernels.mkdir(parents=True)
+    for name in ("one", "two"):
+        (kernels / f"{name}.cu").write_text("template<> void run<int>() {}")
     (tmp_path / "in/source").mkdir(parents=True)
     (tmp_path / "in/tools/wheel").mkdir(parents=True)
     with tarfile.open(tmp_path / "in/source/flash_attn-2.tar.gz", "w:gz") as archive:
@@ -302,6 +306,9 @@ def test_the_source_is_laid_out_in_one_place_with_that_standard(
     assert (source / "setup.py").read_text().count("-std=c++20") == 2
     assert list((tmp_path / "place/tmp").iterdir()) == []
     assert (tmp_path / "place/tools/wheel").is_dir()
+    # Measured: without a function of its own an object has the number of nvcc's process in it.
+    ends = {p.stem: p.read_text().splitlines()[-1] for p in source.rglob("*.cu")}
+    assert ends == {"one": "void rollout_module_one() {}", "two": "void rollout_module_two() {}"}
 
 
 def test_a_source_that_names_no_standard_is_not_compiled(
