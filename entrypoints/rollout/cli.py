@@ -97,6 +97,7 @@ COMMANDS = ("info", "verify", "smoke", "doctor", "fleet", "serve", "-h", "--help
 def _info(as_json: bool) -> int:
     facts = info.facts(info.prefix())
     beside = added.found(info.prefix(), os.environ)
+    facts["lacks"] = info.lacking(facts["lacks"], (item.name for item in beside))
     if as_json:
         from rollout import program, verify
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def image(root: Path) -> dict[str, Any]:
 def facts(root: Path) -> dict[str, Any]:
     """Reference, engine, torch, CUDA, Python, Ray, lock and dates of the image at root.
 
+    ``lacks`` is what the framework's defaults use and is not in the image, each with what to do.
     Python and Ray in full: a Ray cluster turns a node away whose versions differ. A version is
     None where that distribution is not installed, ``cuda`` is None where torch was built for the
     CPU. Problem (code 2) if image.json or the lock cannot be read.
@@ -62,6 +63,7 @@ def facts(root: Path) -> dict[str, Any]:
     engine = data.get("engine")
     engine = engine if isinstance(engine, dict) else {}
     versions = _versions(root)
+    lacks = data.get("lacks")
     return {
         "reference": data.get("reference"),
         "backend": data.get("backend"),
@@ -76,7 +78,14 @@ def facts(root: Path) -> dict[str, Any]:
         "ray": versions.get("ray"),
         "lock_sha256": lock_sha256(root),
         "resolved_as_of": data.get("resolved_as_of"),
+        "lacks": lacking(lacks if isinstance(lacks, dict) else {}, versions),
     }
+
+
+def lacking(named: Mapping[str, str], there: Iterable[str]) -> dict[str, str]:
+    """Of the distributions that an image is said to lack those that are not there, with reasons."""
+    known = {normalised(name) for name in there}
+    return {name: why for name, why in named.items() if normalised(name) not in known}
 
 
 def unlocked(root: Path) -> dict[str, str]:
@@ -103,10 +112,12 @@ def _lock(root: Path) -> bytes:
 
 def text(found: Mapping[str, Any]) -> str:
     """The table that ``rollout info`` prints; what is not there is said, not left out."""
-    engine = found["engine"]
+    engine, framework = found["engine"], found["framework"]
+    if isinstance(framework, dict):
+        framework = f"{framework.get('name')} {framework.get('version')}"
     rows = {
         "image": found["reference"],
-        "framework": found["framework"],
+        "framework": framework,
         "engine": f"{engine['name']} {engine['version'] or '(not installed)'}",
         "torch": found["torch"] or "(not installed)",
         "CUDA": found["cuda"] or "none (CPU build)",
@@ -116,7 +127,9 @@ def text(found: Mapping[str, Any]) -> str:
         "resolved as of": found["resolved_as_of"],
     }
     shown = {key: "unknown" if value is None else value for key, value in rows.items()}
-    return "\n".join(f"{key:<16}{value}" for key, value in shown.items())
+    lines = list(shown.items())
+    lines += [("lacks", f"{name}: {why}") for name, why in found["lacks"].items()]
+    return "\n".join(f"{key:<16}{value}" for key, value in lines)
 
 
 def _versions(root: Path) -> dict[str, str]:

@@ -32,6 +32,7 @@ def facts(image: Image, locked: Sequence[Locked]) -> dict[str, object]:
         "backend": image.backend,
         "framework": framework
         and {"name": framework.name, "distribution": framework.name, "version": framework.version},
+        "lacks": dict(framework.lacks) if framework else {},
         "python": image.python,
         "resolved_as_of": image.resolved_as_of.isoformat(),
         "engine": {"name": image.backend, "distribution": image.engine},

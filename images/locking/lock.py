@@ -136,8 +136,12 @@ def claims_broken(image: Image, versions: Mapping[str, str]) -> list[str]:
     for name in sorted(image.sources):
         if name not in versions:
             broken.append(f"key 'source-distributions.{name}' is not in the lock; remove it")
-    of_framework = image.framework.left_out if image.framework else {}
-    for key, names in (("left-out", image.left_out), ("framework.left-out", of_framework)):
+    framework = image.framework
+    for key, names in (
+        ("left-out", image.left_out),
+        ("framework.left-out", framework.left_out if framework else {}),
+        ("framework.lacks", framework.lacks if framework else {}),
+    ):
         for name in names:
             if name in versions:
                 broken.append(f"key '{key}.{name}' is in the lock; remove the key")

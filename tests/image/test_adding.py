@@ -161,6 +161,26 @@ def test_the_page_s_editable_checkout_is_proved_and_runs_from_its_folder(
         assert where.stdout.strip() == "/opt/mine/mine/__init__.py", where.stderr
 
 
+def test_the_page_s_wheel_of_flash_attn_is_added_and_no_longer_lacking(
+    derive: Callable[[str], Container], tmp_path: Path
+) -> None:
+    """The default image has no framework, so what it lacks is written into it first."""
+    files = {"flash_attn_program.py": "", "flash_attn/__init__.py": ""}
+    wheel(tmp_path / "mine", "flash-attn", "2.8.3", files, "torch")
+    text = DOCKERFILES[2]
+    assert "pip install --no-index" in text
+    reference = catalog.DEFAULT
+    here = derive(re.sub(r"^FROM .*", f"FROM {reference}", text))
+    path = here.root / "opt/rollout/share/rollout/image.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "lacks": {"flash-attn": "add it", "other": "add it"}}))
+    said = lines(here.run("rollout", "info"))
+    assert [line.split()[:2] for line in said if line.startswith(("lacks", "added"))] == [
+        ["lacks", "other:"],
+        ["added", "flash-attn"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("step", "named"),
     [

@@ -62,7 +62,35 @@ def test_the_facts_are_those_of_the_files(prefix: Path) -> None:
         "ray": "2.53.0",
         "lock_sha256": hashlib.sha256(LOCK).hexdigest(),
         "resolved_as_of": "2025-12-20",
+        "lacks": {},
     }
+
+
+def test_what_the_framework_s_defaults_use_and_is_not_there_is_said(prefix: Path) -> None:
+    lacks = {"flash-attn": "add a wheel", "ray": "it is there", "vllm_engine": "it is, too"}
+    path = prefix / "share/rollout/image.json"
+    path.write_text(json.dumps({**IMAGE, "lacks": lacks}))
+    facts = info.facts(prefix)
+    assert facts["lacks"] == {"flash-attn": "add a wheel"}
+    assert info.text(facts).splitlines()[-1].split(maxsplit=1) == [
+        "lacks",
+        "flash-attn: add a wheel",
+    ]
+    assert info.lacking(facts["lacks"], ["Flash_Attn"]) == {}, "it was added"
+
+
+def test_an_image_made_before_that_was_said_lacks_nothing(prefix: Path) -> None:
+    path = prefix / "share/rollout/image.json"
+    path.write_text(json.dumps({**IMAGE, "lacks": ["damaged"]}))
+    assert info.facts(prefix)["lacks"] == {}
+
+
+def test_the_framework_is_shown_with_its_release(prefix: Path) -> None:
+    path = prefix / "share/rollout/image.json"
+    framework = {"name": "verl", "distribution": "verl", "version": "0.7.1"}
+    path.write_text(json.dumps({**IMAGE, "framework": framework}))
+    lines = info.text(info.facts(prefix)).splitlines()
+    assert ["framework", "verl", "0.7.1"] in [line.split() for line in lines]
 
 
 def test_a_cpu_build_of_torch_has_no_cuda(prefix: Path) -> None:

@@ -60,13 +60,14 @@ def test_a_resolution_is_written(checkout: Checkout, monkeypatch: pytest.MonkeyP
     assert path.read_text() == text
 
 
-@pytest.mark.parametrize("name", ["dev", "vllm-cpu"])
+@pytest.mark.parametrize("name", ["dev", "vllm-cpu", "flash-attn"])
 def test_what_is_no_image_is_locked_and_checked_by_its_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path, resolve, text in (
         ("DEV_LOCK", "resolve_dev", "dev"),
         ("TESTED_LOCK", "resolve_tested", "vllm-cpu"),
+        ("FLASH_LOCK", "resolve_flash", "flash-attn"),
     ):
         monkeypatch.setattr(resolution, path, tmp_path / f"{text}.lock")
         monkeypatch.setattr(resolution, resolve, lambda text=text: f"{text}\n")

@@ -110,6 +110,7 @@ def lockfiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "dev.lock").write_text(pinned("ruff==1 a"))
     (folder / "vllm-cpu.lock").write_text(pinned("torch==1 a"))
+    (folder / "flash-attn.lock").write_text(pinned("wheel==1 a"))
     (folder / "base.lock").write_text(debs("gcc=12"))
     monkeypatch.setattr(catalog, "ROOT", tmp_path)
     monkeypatch.setattr(catalog, "load", list)
@@ -124,6 +125,8 @@ def lockfiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             resolution.DEV_LOCK.write_text(pinned("ruff==2 b"))
         if "vllm-cpu" in arguments:
             (folder / "vllm-cpu.lock").write_text(pinned("torch==2 b"))
+        if "flash-attn" in arguments:
+            (folder / "flash-attn.lock").write_text(pinned("wheel==2 b"))
         if "base" in arguments:
             (folder / "base.lock").write_text(debs("gcc=13"))
         return 0
@@ -140,6 +143,7 @@ def test_tools_base_and_the_engine_of_the_tests_are_locked_anew_and_told(
     assert rows == [
         "| lockfiles/base.lock | gcc | 12 | 13 |",
         "| lockfiles/dev.lock | ruff | 1 | 2 |",
+        "| lockfiles/flash-attn.lock | wheel | 1 | 2 |",
         "| lockfiles/vllm-cpu.lock | torch | 1 | 2 |",
     ]
     assert "\n".join(rows) in capsys.readouterr().out
