@@ -26,6 +26,7 @@ from images.building import (
     context,
     dockerfile,
     fetching,
+    interpreter,
     labels,
     layering,
     payload,
@@ -57,7 +58,7 @@ def recipe_text(image: Image, locked: Sequence[Locked]) -> str:
     Raises:
         Problem: exit code 2 where it cannot be rendered.
     """
-    found = labels.of_image(image, locked, host.sha256(image.lock), base_name())
+    found = labels.of_image(image, locked, host.sha256(image.lock), base_name(image))
     return dockerfile.stamped(_steps(image, locked), labels.variables(image, locked), found)
 
 
@@ -81,7 +82,9 @@ def inputs(image: Image) -> str:
     locked = lock.read(image)
     texts = layering.layers(locked, image.engine, image.sources)
     code = dockerfile.below(_steps(image, locked))
-    values = json.dumps(context.below(texts, base_name()), sort_keys=True)
+    values = json.dumps(
+        context.below(texts, base_name(image), interpreter.identity(image)), sort_keys=True
+    )
     return context.digest(values, dockerfile.stamped(code, labels.variables(image, locked), {}))
 
 
@@ -105,9 +108,10 @@ def check_disk(folder: Path, needed: int = DISK_NEEDED) -> None:
         raise Problem(f"no disk space for a build in {folder}: {numbers}; free some", 3)
 
 
-def base_name() -> str:
-    """The base image's name: a digest of its lock, its recipe and its Dockerfile."""
-    return f"{BASE}:{context.digest(base.identity(base.LOCK), BASE_DOCKERFILE.read_bytes())[:12]}"
+def base_name(image: Image | None = None) -> str:
+    """The name of the base below an image: a digest of its lock, its recipe and its Dockerfile."""
+    lock_of = base.lock_of(image)
+    return f"{BASE}:{context.digest(base.identity(lock_of), BASE_DOCKERFILE.read_bytes())[:12]}"
 
 
 def base_needs(uid: int) -> list[str]:
@@ -117,12 +121,12 @@ def base_needs(uid: int) -> list[str]:
     return needs if uid == 0 else [*needs, "newuidmap"]
 
 
-def base_image(tool: builder.Builder, *, cache: bool = True) -> str:
-    """The base image in the builder's storage; made where it is not there yet."""
-    name = tool.local + base_name()
+def base_image(tool: builder.Builder, image: Image | None = None, *, cache: bool = True) -> str:
+    """The base below an image in the builder's storage; made where it is not there yet."""
+    name = tool.local + base_name(image)
     if not cache or not tool.inspect(name):
         host.require(*base_needs(os.geteuid()))
-        tar = base.tarball()
+        tar = base.tarball(image)
         with leftovers.temporary("context", _contexts()) as place:
             folder = place / "context"
             folder.mkdir()
@@ -131,7 +135,7 @@ def base_image(tool: builder.Builder, *, cache: bool = True) -> str:
             # the same. Without it, layers cached on one base would be taken for the other's, and
             # would carry its name and history.
             text = BASE_DOCKERFILE.read_text("utf-8")
-            text = dockerfile.stamped(text, {}, {"rollout.base": base_name()})
+            text = dockerfile.stamped(text, {}, {"rollout.base": base_name(image)})
             (folder / "Dockerfile").write_text(text, encoding="utf-8")
             found = tool.build(builder.Recipe(folder, name, TIMESTAMP, cache=cache))
         if not tool.inspect(found):
@@ -150,7 +154,8 @@ def everything(image: Image) -> str:
     """sha256 of all that decides an image, our own package and the labels too; needs no build."""
     locked = lock.read(image)
     texts = layering.layers(locked, image.engine, image.sources)
-    values = context.arguments(texts, base_name(), payload.files(image, locked))
+    files, python = payload.files(image, locked), interpreter.identity(image)
+    values = context.arguments(texts, base_name(image), files, python)
     return context.digest(json.dumps(values, sort_keys=True), recipe_text(image, locked))
 
 
@@ -194,7 +199,7 @@ def build(
     leftovers.prune()
     with storage.alone(tool), leftovers.temporary("context", _contexts()) as place:
         tool.sweep()
-        bottom = base_image(tool, cache=cache)
+        bottom = base_image(tool, image, cache=cache)
         folder = place / "context"
         told = context.indexes(settings, bool(wheels)) + context.exports(context.clock(os.environ))
         context.prepare(
@@ -205,7 +210,9 @@ def build(
         fetching.fetch(
             locked, image.python, image.sources, here, settings, folder / "sources", look
         )
-        values = context.arguments(texts, bottom, files)
+        if image.interpreter:
+            context.place(interpreter.fetch(image.interpreter, settings), folder / interpreter.FILE)
+        values = context.arguments(texts, bottom, files, interpreter.identity(image))
         if context.CLOCK in os.environ:
             host.require(str(context.FAKETIME))
             context.place(context.FAKETIME, folder / "tools" / context.FAKETIME.name)

@@ -45,7 +45,7 @@ def dockerfile(text: str) -> list[str]:
             found.append(f"{name} {value}: a file that no lock has")
         if name == "RUN":
             words = [w for w in shlex.split(value) if not w.startswith("--mount=")]
-            last = words == ["sh", "/mnt/context/entrypoints"]
+            last = words in (["sh", "/mnt/context/entrypoints"], ["sh", "/mnt/context/python"])
             step = words[-1].rpartition("/")[2]
             called = words[:2] == ["sh", "/mnt/context/install"] and len(words) == 3
             if not last and not (called and words[2].isalpha()):
@@ -57,7 +57,7 @@ def dockerfile(text: str) -> list[str]:
                 what = "files are fetched before a build, and code of wheels could read this mount"
                 found.append(f"RUN … {step}: {what}")
             elif last and "from=" in value:
-                found.append("RUN … entrypoints: it needs no package, so it gets none")
+                found.append(f"RUN … {step}: it needs no package, so it gets none")
     return found
 
 
@@ -101,11 +101,11 @@ def problems(image: Image) -> list[str]:
     ]
     bottom = build.BASE_DOCKERFILE
     found += [f"{shown(bottom)}: {p}" for p in dockerfile(bottom.read_text("utf-8"))]
-    for step in (context.SCRIPTS[0], context.LAST):
+    for step in (context.SCRIPTS[0], context.PYTHON, context.LAST):
         found += [f"{shown(step)}: {p}" for p in script(step.read_text("utf-8"))]
     found += locked(image.lock.read_text("utf-8"), image.lock)
     try:
-        base.read()  # a line without a sha256 is none
+        base.read(base.lock_of(image))  # a line without a sha256 is none
     except Problem as problem:
         found.append(problem.sentence)
     return found

@@ -367,10 +367,10 @@ def test_the_inputs_of_an_image_change_with_its_dockerfile_and_its_base(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = checkout.image()
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     before = build.inputs(image)
     assert build.inputs(image) == before
-    monkeypatch.setattr(build, "base_name", lambda: "base:2")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:2")
     other_base = build.inputs(image)
     image.dockerfile.write_text(image.dockerfile.read_text() + "\nUSER 1000:0\n")
     assert len({before, other_base, build.inputs(image)}) == 3
@@ -388,7 +388,7 @@ def test_the_inputs_of_an_image_change_with_its_dockerfile_and_its_base(
 def test_the_inputs_of_an_image_change_with_its_variables(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None]
 ) -> None:
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     assert build.inputs(checkout.image(changes)) != build.inputs(checkout.image())
 
 
@@ -398,7 +398,7 @@ def test_neither_labels_nor_our_own_package_are_inputs_of_the_layers_below(
     """Or every reworded sentence would ask for two builds of every image from nothing."""
     image = checkout.image()
     text = image.dockerfile.read_text()
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     before = build.inputs(image)
     monkeypatch.setattr(labels, "of_image", lambda *_: {"rollout.torch": "another"})
     monkeypatch.setattr(payload, "files", lambda *_: {"rollout/checks.py": b"other"})
@@ -414,7 +414,7 @@ def test_neither_labels_nor_our_own_package_are_inputs_of_the_layers_below(
 def test_what_an_image_may_weigh_is_no_input_of_it(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     changes = {"size": '{ compressed = "9 GB", largest-layer = "9 GB" }', "reproducible": '"R1"'}
     assert build.inputs(checkout.image(changes)) == build.inputs(checkout.image())
 
@@ -422,7 +422,7 @@ def test_what_an_image_may_weigh_is_no_input_of_it(
 def test_the_dockerfile_that_is_built_has_the_variables_and_labels(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     image = checkout.image()
     text = build.recipe_text(image, lock.read(image))
     stamped = labels.of_image(image, lock.read(image), host.sha256(image.lock), "base:1")
@@ -826,7 +826,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return Measured(LAYERS, ())
 
     monkeypatch.setattr(build, "measure", measure)
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     monkeypatch.setattr(budget, "remembered", lambda: {"sha256:b": LAYERS[0]})
     return made
 
