@@ -30,12 +30,14 @@ from images.building import (
     labels,
     layering,
     payload,
+    release,
     storage,
     variables,
 )
 from images.building import layers as layers_of
 from images.building.buildah import Buildah
 from images.building.layers import Record, Verdict, measure
+from images.building.plan import Plan
 from images.catalog import RECIPES, ROOT, Image, shown
 from images.host import leftovers
 from images.locking import base, elsewhere, lock, resolution
@@ -175,55 +177,83 @@ def current(image: Image, tool: builder.Builder) -> builder.Built:
     return built
 
 
-def build(
-    image: Image, tool: builder.Builder, *, tag: str = "", cache: bool = True, check: bool = True
-) -> builder.Built:
-    """Build one image.
+def _plan(image: Image) -> Plan:
+    """The plan of an image on our own base, of its whole lock.
 
-    The final tag is given by the builder after the last layer: an interrupted build leaves none.
+    Raises:
+        Problem: exit code 3 where a file of the lock cannot be had.
     """
     locked = lock.read(image)
     elsewhere.refuse(image, locked)
+    texts = layering.layers(locked, image.engine, image.sources)
+    files, python = payload.files(image, locked), interpreter.identity(image)
+    return Plan(
+        image.reference,
+        recipe_text(image, locked),
+        locked,
+        files,
+        lambda bottom: context.arguments(texts, bottom, files, python),
+        texts,
+        interpreter=image.interpreter,
+    )
+
+
+def build(
+    image: Image,
+    tool: builder.Builder,
+    *,
+    tag: str = "",
+    cache: bool = True,
+    check: bool = True,
+    registry: str = "",
+) -> builder.Built:
+    """Build one image; on the release image of its engine where a registry of that is named.
+
+    The final tag is given by the builder after the last layer: an interrupted build leaves none.
+    """
+    plan = release.plan(image, registry) if registry else _plan(image)
     if platform.machine() != "x86_64":
         raise Problem(f"the locks are for x86-64, this machine is {platform.machine()}", 3)
     check_disk(tool.storage(), DISK_NEEDED * tool.copies())
-    name = tool.local + (tag or image.reference)
-    texts = layering.layers(locked, image.engine, image.sources)
-    files = payload.files(image, locked)
+    name = tool.local + (tag or plan.name)
+    sources = image.sources & {entry.name for entry in plan.locked}
     settings = host.uv_environment(os.environ)
-    wheels = context.own_wheels(locked, settings.get("UV_FIND_LINKS", ""))
-    backend = resolution.torch_backend([f"{e.name}=={e.version}" for e in locked], settings)
+    wheels = context.own_wheels(plan.locked, settings.get("UV_FIND_LINKS", ""))
+    backend = resolution.torch_backend([f"{e.name}=={e.version}" for e in plan.locked], settings)
     if backend:
         settings["UV_TORCH_BACKEND"] = backend
     leftovers.sweep(BUILD)
     leftovers.prune()
     with storage.alone(tool), leftovers.temporary("context", _contexts()) as place:
         tool.sweep()
-        bottom = base_image(tool, image, cache=cache)
+        if plan.released:
+            tool.pull(plan.released)
+        bottom = plan.released or base_image(tool, image, cache=cache)
         folder = place / "context"
         told = context.indexes(settings, bool(wheels)) + context.exports(context.clock(os.environ))
         context.prepare(
-            folder, recipe_text(image, locked), texts, files, wheels, image.sources, told
+            folder, plan.recipe, plan.texts, plan.files, wheels, sources, told, plan.more
         )
         here = {canonicalize_name(wheel.name.split("-")[0]) for wheel in wheels}
         look = partial(variables.check, image)
-        fetching.fetch(
-            locked, image.python, image.sources, here, settings, folder / "sources", look
-        )
-        if image.interpreter:
-            context.place(interpreter.fetch(image.interpreter, settings), folder / interpreter.FILE)
-        values = context.arguments(texts, bottom, files, interpreter.identity(image))
+        fetching.fetch(plan.locked, image.python, sources, here, settings, folder / "sources", look)
+        if plan.interpreter:
+            context.place(interpreter.fetch(plan.interpreter, settings), folder / interpreter.FILE)
         if context.CLOCK in os.environ:
             host.require(str(context.FAKETIME))
             context.place(context.FAKETIME, folder / "tools" / context.FAKETIME.name)
-        recipe = builder.Recipe(folder, name, TIMESTAMP, values, fetching.cache(), cache=cache)
+        recipe = builder.Recipe(
+            folder, name, TIMESTAMP, plan.arguments(bottom), fetching.cache(), cache=cache
+        )
         built = tool.inspect(tool.build(recipe))
         if not built:
             raise Problem(f"{tool.name} finished, but {name} is not in its storage")
-        storage.remember(tool, everything(image), built.id)
+        if not plan.released:
+            storage.remember(tool, everything(image), built.id)
     host.say(f"{name} is {built.id}")
-    if check and isinstance(tool, Buildah):  # docker's storage gives no layer away
-        budget.check(image, tool, built, layering.layer_names(image, locked))
+    # docker's storage gives no layer away, and a release image weighs what its makers put in.
+    if check and isinstance(tool, Buildah) and not plan.released:
+        budget.check(image, tool, built, layering.layer_names(image, plan.locked))
     return built
 
 
@@ -281,7 +311,7 @@ def compare(image: Image, tool: Buildah, built: builder.Built) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``nox -s build [-- REF … --builder docker --no-cache --tag NAME --record]``."""
+    """``nox -s build [-- REF … --builder docker --no-cache --tag NAME --record --from HOST]``."""
     parser = argparse.ArgumentParser(prog="nox -s build --", description="Build images.")
     parser.add_argument("refs", nargs="*", metavar="REF", help="default: " + catalog.DEFAULT)
     parser.add_argument("--builder", help="buildah (default) or docker")
@@ -292,20 +322,31 @@ def main(arguments: Sequence[str]) -> int:
         "--show", action="store_true", help="print the Dockerfile and build nothing"
     )
     parser.add_argument("--record", action="store_true", help="keep what the layers are")
+    parser.add_argument(
+        "--from",
+        dest="registry",
+        default="",
+        metavar="REGISTRY",
+        help="build on the engine's release image in this registry (HOST[/PREFIX])",
+    )
     given = parser.parse_args(list(arguments))
     images = catalog.load()
     chosen = [catalog.find(ref, images) for ref in given.refs or [catalog.DEFAULT]]
     if given.show:
         for image in chosen:
-            sys.stdout.write(recipe_text(image, lock.read(image)))
+            text = release.recipe_text(image) if given.registry else None
+            sys.stdout.write(text or recipe_text(image, lock.read(image)))
         return 0
     tool = builders.detect(given.builder)
     if given.record and (given.tag or not isinstance(tool, Buildah)):
         raise Problem("--record needs buildah and the image's own name: leave out --tag", 2)
+    if given.record and given.registry:
+        raise Problem("--record keeps layers of our own: leave it out, or --from", 2)
     for image in chosen:
         cache, check = not given.no_cache, not given.no_check
-        built = build(image, tool, tag=given.tag, cache=cache, check=check)
-        if not isinstance(tool, Buildah):
+        where = given.registry.rstrip("/")
+        built = build(image, tool, tag=given.tag, cache=cache, check=check, registry=where)
+        if not isinstance(tool, Buildah) or given.registry:
             continue
         if given.record:
             keep(image, tool, built)

@@ -10,6 +10,7 @@ import shutil
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from packaging.utils import canonicalize_name
 
@@ -121,10 +122,11 @@ def prepare(
     wheels: Sequence[Path],
     sources: Collection[str] = (),
     settings: str = "",
+    more: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Lay out a build context. ``sources`` are built, so they stand in a list of their own.
 
-    ``settings`` is what :func:`indexes` gives.
+    ``settings`` is what :func:`indexes` gives, ``more`` are files that this build alone reads.
     """
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("tools", "layers", "wheels", "sources", "payload"):
@@ -147,6 +149,8 @@ def prepare(
         path = folder / "payload" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
+    for name, data in more.items():
+        (folder / name).write_bytes(data)
     for wheel in wheels:
         place(wheel, folder / "wheels" / wheel.name)
 

@@ -48,6 +48,18 @@ def _step(paragraph: str, layer: str, *, told: bool) -> str:
     return step.replace("/mnt/context/install layer", f"/mnt/context/install {layer}")
 
 
+def above(text: str, release: str, base: str) -> str:
+    """The Dockerfile on a release image: ``text`` is images/recipes/release.Dockerfile.
+
+    Its last paragraph is what ``base``, the Dockerfile of the base, sets; but for the path, which
+    is the release image's own.
+    """
+    paragraphs = text.rstrip("\n").replace("${RELEASE}", release).split("\n\n")
+    settings = [p for p in base.rstrip("\n").split("\n\n") if not re.search(r"(?m)^FROM ", p)]
+    settings = [re.sub(r"(?m)^ENV PATH=\S+ \\\n\s*", "ENV ", p) for p in settings]
+    return "\n\n".join([*paragraphs[:-1], *settings]) + "\n"
+
+
 def below(text: str) -> str:
     """What decides the layers below our own package: no comment, and not the last step."""
     paragraphs = [p for p in text.split("\n\n") if LAST not in p.splitlines()]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -19,6 +17,9 @@ from images.building import context, interpreter
 from images.catalog import ROOT
 from images.schema import Interpreter
 from rollout.problem import Problem
+
+from . import pythons
+from .pythons import MINOR
 
 NAME = "cpython-3.12.1+20260101-x86_64-unknown-linux-gnu-install_only_stripped.tar.gz"
 CONTENT = b"a Python"
@@ -92,47 +93,34 @@ def test_its_sha256_and_what_unpacks_it_decide_every_layer_above() -> None:
 # the step
 
 
-def archive(folder: Path, minor: str) -> Path:
-    """As such a file is: everything below one folder, made for a place called /install.
-
-    It is the Python of these tests; of its library all but the modules are links.
-    """
-    library = Path(sysconfig.get_path("stdlib"))
+def archive(folder: Path) -> Path:
+    """As such a file is: everything below one folder, made for a place called /install."""
     made = folder / "python"
-    (made / "bin").mkdir(parents=True)
-    (made / "lib").mkdir()
-    shutil.copy2(os.path.realpath(sys.executable), made / f"bin/python{minor}")
-    (made / "bin/python3").symlink_to(f"python{minor}")
-    (made / f"lib/libpython{minor}.so.1.0").write_text("Python's own library")
-    own = made / f"lib/python{minor}"
-    own.mkdir()
-    for entry in sorted(library.iterdir()):
-        if entry.name.startswith("_sysconfigdata_"):
-            text = entry.read_text(encoding="utf-8")
-            told = "build_time_vars.update(INCLUDEDIR='/install/include')"
-            (own / entry.name).write_text(f"{text}\n{told}\n", encoding="utf-8")
-        elif entry.name not in ("__pycache__", "site-packages", "dist-packages"):
-            (own / entry.name).symlink_to(entry)
-    (own / "site-packages").mkdir()
-    (own / "site-packages/beside.py").write_text("")
+    pythons.install(made)
+    (made / f"lib/libpython{MINOR}.so.1.0").write_text("Python's own library")
+    for entry in list((made / f"lib/python{MINOR}").glob("_sysconfigdata_*.py")):
+        text = entry.read_text(encoding="utf-8")
+        entry.unlink()  # a link
+        told = "build_time_vars.update(INCLUDEDIR='/install/include')"
+        entry.write_text(f"{text}\n{told}\n", encoding="utf-8")
+    (made / f"lib/python{MINOR}/site-packages/beside.py").write_text("")
     path = folder / interpreter.FILE
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
         tar.add(made, "python")
     return path
 
 
-@pytest.mark.skipif(sys.base_prefix == "/usr", reason="Debian's Python finds /usr/lib/python3")
+@pythons.movable
 def test_the_step_makes_the_environment_of_that_python(tmp_path: Path) -> None:
-    minor = f"{sys.version_info[0]}.{sys.version_info[1]}"
     places = {"/opt": tmp_path / "opt", "/mnt/context": tmp_path / "context"}
     places["/usr/lib/x86_64-linux-gnu"] = tmp_path / "lib"
     for place in places.values():
         place.mkdir()
     given = places["/mnt/context"]
-    archive(tmp_path, minor).rename(given / interpreter.FILE)
+    archive(tmp_path).rename(given / interpreter.FILE)
     for name in ("tools", "payload"):
         (given / name).mkdir()
-    (given / "payload/python").write_text(minor)
+    (given / "payload/python").write_text(MINOR)
     (given / "tools/uv").symlink_to(host.uv())
     script = (ROOT / "images/recipes/python").read_text(encoding="utf-8")
     for name, place in places.items():
@@ -146,9 +134,9 @@ def test_the_step_makes_the_environment_of_that_python(tmp_path: Path) -> None:
     )
     asked = [str(places["/opt"] / "rollout/bin/python"), "-I", "-c", code]
     said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split("\n")
-    cached = home / f"lib/python{minor}/__pycache__/string.cpython-{minor.replace('.', '')}.pyc"
+    cached = home / f"lib/python{MINOR}/__pycache__/string.cpython-{MINOR.replace('.', '')}.pyc"
     assert said[:4] == [str(sys.version_info[:2]), str(home), str(cached), f"{home}/include"]
     # Flags of an unchecked hash: no time of this build, and nothing to look at in its source.
     assert cached.read_bytes()[4:8] == b"\x01\0\0\0"
-    assert not (home / f"lib/python{minor}/site-packages/__pycache__").exists()
-    assert (tmp_path / f"lib/libpython{minor}.so.1.0").read_text() == "Python's own library"
+    assert not (home / f"lib/python{MINOR}/site-packages/__pycache__").exists()
+    assert (tmp_path / f"lib/libpython{MINOR}.so.1.0").read_text() == "Python's own library"
