@@ -27,6 +27,9 @@ SCRIPTS = (RECIPES / "additions", RECIPES / "beside")
 TAG = "-release"  # behind the tag of what is built so
 # Layers of a lock that such an image has itself, whatever it calls what is in them.
 _THERE = ("mathlibs", "nvidia", "torch", "toolchain", "engine")
+# Libraries of its torch, which lies beside what is added: that is loaded first, and the build
+# (images/recipes/beside) has looked for each name that is asked of them.
+_LOADED = ("libc10*.so", "libtorch*.so")
 # What labels would say of the lock, and is not known of such an image.
 _UNKNOWN = (labels.VERSION, "rollout.cuda", "rollout.ray")
 
@@ -133,6 +136,7 @@ def last_files(image: Image, locked: Sequence[Locked]) -> dict[str, bytes]:
     """The files of the last layer: what the catalog claims of the lock is not claimed of it."""
     files = payload.files(image, locked)
     facts = json.loads(files["image.json"]) | {"reference": name(image), "expect": {}}
+    facts["optional_libraries"] = sorted({*facts["optional_libraries"], *_LOADED})
     text = json.dumps(facts, indent=1, sort_keys=True) + "\n"
     return {**files, "image.json": text.encode()}
 

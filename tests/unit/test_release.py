@@ -139,6 +139,8 @@ def test_what_decides_a_layer_is_in_its_argument_and_the_registry_in_none(
     facts = json.loads(release.plan(image, "a").files["image.json"])
     assert facts["reference"] == f"{image.reference}{release.TAG}"
     assert facts["expect"] == {}
+    # Its torch lies beside what is added, where no file of ours is.
+    assert {"libc10*.so", "libtorch*.so"} <= set(facts["optional_libraries"])
 
 
 def test_layers_of_a_release_image_are_not_recorded(checkout: Checkout) -> None:
@@ -290,6 +292,7 @@ def test_what_the_image_lacks_is_added_and_nothing_that_it_has_is_touched(step: 
     assert facts["added"] == {"codetiming": "1.4", "verl": "0.7.1"}
     assert facts["otherwise"] == {"numpy": ["1.26", "2.1"]}
     assert (facts["torch"]["cuda"], facts["torch"]["cxx11_abi"]) == ("13.1", True)
+    assert facts["versions"]["numpy"] == "2.1"
     assert facts["image"] == f"vendor/engine/release@{DIGEST}"
     # Its environment is the locked one, as `rollout verify` sees it.
     found = distributions(step.environment, step.environment / "share/rollout/requirements.lock")
