@@ -877,7 +877,7 @@ def test_a_build_is_made_as_it_was_asked_for(
     monkeypatch.setattr(build, "build", lambda i, _, **given: made.append((i.tag, given)))
     monkeypatch.setattr(build, "compare", lambda *_: None)
     assert build.main(arguments) == 0
-    usual = {"tag": "", "cache": True, "check": True}
+    usual = {"tag": "", "cache": True, "check": True, "registry": ""}
     assert made == [(reference, usual | options) for reference in references]
 
 
