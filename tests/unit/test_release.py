@@ -437,6 +437,24 @@ def test_what_another_addition_gives_is_there(beside: ModuleType, tmp_path: Path
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "torchs"),
+    [
+        ("_ZN3c106detail14torchCheckFailEPKcS2_jRKSs", True),
+        ("_ZNK2at6Tensor4sizeEl", True),
+        ("_ZN5torch3jit6ScriptE", True),
+        ("aoti_torch_get_current_cuda_stream", True),
+        ("torch_call_dispatcher", True),
+        ("_ZN12at_somewhere4callEv", False),
+        ("_ZSt4cout", False),
+        ("PyObject_Call", False),
+        ("cudaMalloc", False),
+    ],
+)
+def test_what_torch_gives_is_told_by_its_name(beside: ModuleType, name: str, torchs: bool) -> None:
+    assert bool(beside._TORCHS.search(name)) == torchs
+
+
 # the lock
 
 
