@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-import pytest
-
 MINOR = f"{sys.version_info[0]}.{sys.version_info[1]}"
-# Debian's looks for what is beside it in /usr/lib/python3, wherever it lies itself.
-movable = pytest.mark.skipif(
-    sys.base_prefix == "/usr", reason="Debian's Python is no other place's"
-)
 
 
 def install(place: Path) -> Path:
     """A whole installation; of its library all but the modules are links. Returns its Python."""
-    library = Path(sysconfig.get_path("stdlib"))
+    # Debian's scheme names another place than that of the library itself.
+    library = Path(sysconfig.__file__).parent
     (place / "bin").mkdir(parents=True)
     (place / "lib").mkdir()
     shutil.copy2(os.path.realpath(sys.executable), place / f"bin/python{MINOR}")
@@ -29,5 +25,15 @@ def install(place: Path) -> Path:
     for entry in sorted(library.iterdir()):
         if entry.name not in ("__pycache__", "site-packages", "dist-packages"):
             (own / entry.name).symlink_to(entry)
-    (own / "site-packages").mkdir()
     return place / "bin/python3"
+
+
+def site(python: Path) -> Path:
+    """The folder that this installation has distributions in; Debian calls it otherwise."""
+    code = "import site; print(site.getsitepackages()[0])"
+    argv = [str(python), "-I", "-c", code]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    found = Path(done.stdout.strip())
+    assert found.is_relative_to(python.parents[1])
+    found.mkdir(parents=True, exist_ok=True)
+    return found
