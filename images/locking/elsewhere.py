@@ -128,10 +128,11 @@ def refuse(image: Image, locked: Sequence[Locked]) -> None:
     if not missing:
         return
     files = " and ".join(entry.lacking for entry in missing)
+    other = f"; or build on {image.release.image}, by '--from HOST'" if image.release else ""
     raise Problem(
         f"{image.reference} cannot be built here: {files}, and {shown(image.lock)} has no sha256 "
         f"of {'it' if len(missing) == 1 else 'them'}; run 'nox -s lock -- {image.reference} "
-        "--fill' on a machine that reaches that index",
+        f"--fill' on a machine that reaches that index{other}",
         3,
     )
 

@@ -333,6 +333,16 @@ def test_a_build_says_in_one_sentence_which_files_it_cannot_get_and_where_they_a
     assert "\n" not in sentence
 
 
+def test_another_way_to_build_it_is_named_where_there_is_one(checkout: Checkout) -> None:
+    table = '{ image = "v/release", torch = "2", torch-source = "a" }'
+    keys = {"elsewhere": f"[{ENGINE}]", "requirements": REQUIREMENTS, "release": table}
+    image = checkout.image(keys)
+    committed(image)
+    with pytest.raises(Problem) as caught:
+        build.build(image, None)  # type: ignore[arg-type]  # it is refused before the builder
+    assert caught.value.sentence.endswith("; or build on v/release, by '--from HOST'")
+
+
 @pytest.mark.parametrize(
     "image", [i for i in IMAGES if lock.unlocked(lock.read(i))], ids=lambda i: i.tag
 )
