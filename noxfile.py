@@ -54,7 +54,7 @@ def new(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build images: [REF …] [--record] [--show] [--builder docker] [--no-cache] [--tag NAME]."""
+    """Build images: [REF …] [--record] [--show] [--from REGISTRY] [--builder docker] …."""
     station(session, "building.build")
 
 

@@ -33,6 +33,7 @@ def check(file: File) -> None:
     _check_promises(file)
     _check_python(file)
     _check_elsewhere(file)
+    _check_release(file)
     for variable in file.env:
         if variable in _RESERVED:
             raise _wrong(f"env.{variable}", "is not an engine's to set; remove it")
@@ -124,6 +125,18 @@ def _check_elsewhere(file: File) -> None:
             except InvalidRequirement:
                 what = f"has {quoted(line)}, not a requirement (PEP 508)"
                 raise _wrong("elsewhere.requires", what) from None
+
+
+def _check_release(file: File) -> None:
+    """A digest with its source, or none; and a reason for what the image holds otherwise."""
+    if file.release is None:
+        return
+    if bool(file.release.digest) != bool(file.release.source.strip()):
+        beside = "source" if file.release.digest else "digest"
+        raise _wrong("release", f"has no {beside}; give both digest and source, or none")
+    for name, reason in file.release.otherwise.items():
+        if not reason.strip():
+            raise _wrong(f"release.otherwise.{name}", "gives no reason; say why it does no harm")
 
 
 def _check_promises(file: File) -> None:

@@ -246,6 +246,36 @@ class Elsewhere(Table, frozen=True, kw_only=True):
         return f"{self.name.replace('-', '_')}-{version}-{self.tags}.whl"
 
 
+class Release(Table, frozen=True, kw_only=True):
+    """The image in which an engine's makers publish it: the other thing to build on."""
+
+    image: Annotated[
+        str,
+        says(
+            "its name below a registry",
+            pattern=r"^[a-z0-9]+([._/-][a-z0-9]+)*$",
+            examples=["vendor/engine/release"],
+        ),
+    ]
+    digest: Annotated[
+        str,
+        says(
+            "of it, where it is published",
+            pattern=r"^(sha256:[0-9a-f]{64})?$",
+            examples=["sha256: and 64 of 0-9 and a-f"],
+        ),
+    ] = ""
+    source: Annotated[str, says("the public file that has this digest")] = ""
+    torch: Annotated[str, says("the version of the torch in it, which stays as it is")]
+    torch_source: Annotated[str, says("where that is said")]
+    otherwise: Annotated[
+        Reasons, says("distributions that it holds otherwise than what is added asks for")
+    ] = {}
+
+    def __post_init__(self) -> None:
+        _normal(self, "otherwise")
+
+
 class File(Table, frozen=True, kw_only=True):
     """A catalog file together with the fragments that it takes."""
 
@@ -277,6 +307,9 @@ class File(Table, frozen=True, kw_only=True):
     debian: Annotated[
         Reasons, says("Debian packages that this image needs beside those of the base")
     ] = {}
+    release: Annotated[
+        Release | None, says("the engine's own image, to build on in place of the base (`--from`)")
+    ] = None
     elsewhere: Annotated[
         tuple[Elsewhere, ...], says("wheels that the public index does not have, one table each")
     ] = ()

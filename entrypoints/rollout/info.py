@@ -15,6 +15,8 @@ from rollout.problem import Problem
 SHARE = "share/rollout"
 IMAGE = f"{SHARE}/image.json"
 LOCK = f"{SHARE}/requirements.lock"
+# Of an image on its engine's release image: what that one has (images/recipes/beside).
+RELEASE = f"{SHARE}/release.json"
 
 _TORCH_CUDA = re.compile(r"^cuda\b[^=\n]*=\s*(?:None|['\"]([^'\"]+)['\"])", re.MULTILINE)
 _PYTHON = re.compile(r"^version(?:_info)?\s*=\s*(\d+\.\d+\.\d+)", re.MULTILINE)
@@ -62,7 +64,8 @@ def facts(root: Path) -> dict[str, Any]:
     data = image(root)
     engine = data.get("engine")
     engine = engine if isinstance(engine, dict) else {}
-    versions = _versions(root)
+    given = _release(root)
+    versions = {**given.get("versions", {}), **_versions(root)}
     lacks = data.get("lacks")
     return {
         "reference": data.get("reference"),
@@ -73,7 +76,7 @@ def facts(root: Path) -> dict[str, Any]:
             "version": versions.get(normalised(str(engine.get("distribution")))),
         },
         "torch": versions.get("torch"),
-        "cuda": _cuda(root),
+        "cuda": given["torch"]["cuda"] if given else _cuda(root),
         "python": _python(root) or data.get("python"),
         "ray": versions.get("ray"),
         "lock_sha256": lock_sha256(root),
@@ -130,6 +133,17 @@ def text(found: Mapping[str, Any]) -> str:
     lines = list(shown.items())
     lines += [("lacks", f"{name}: {why}") for name, why in found["lacks"].items()]
     return "\n".join(f"{key:<16}{value}" for key, value in lines)
+
+
+def _release(root: Path) -> dict[str, Any]:
+    """What the release image below had; empty where an image is built on our own base."""
+    try:
+        found: dict[str, Any] = json.loads((root / RELEASE).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        raise Problem(f"{root / RELEASE} cannot be read: the image is damaged.", 2) from None
+    return found
 
 
 def _versions(root: Path) -> dict[str, str]:

@@ -26,15 +26,18 @@ from images.building import (
     context,
     dockerfile,
     fetching,
+    interpreter,
     labels,
     layering,
     payload,
+    release,
     storage,
     variables,
 )
 from images.building import layers as layers_of
 from images.building.buildah import Buildah
 from images.building.layers import Record, Verdict, measure
+from images.building.plan import Plan
 from images.catalog import RECIPES, ROOT, Image, shown
 from images.host import leftovers
 from images.locking import base, elsewhere, lock, resolution
@@ -57,7 +60,7 @@ def recipe_text(image: Image, locked: Sequence[Locked]) -> str:
     Raises:
         Problem: exit code 2 where it cannot be rendered.
     """
-    found = labels.of_image(image, locked, host.sha256(image.lock), base_name())
+    found = labels.of_image(image, locked, host.sha256(image.lock), base_name(image))
     return dockerfile.stamped(_steps(image, locked), labels.variables(image, locked), found)
 
 
@@ -81,7 +84,9 @@ def inputs(image: Image) -> str:
     locked = lock.read(image)
     texts = layering.layers(locked, image.engine, image.sources)
     code = dockerfile.below(_steps(image, locked))
-    values = json.dumps(context.below(texts, base_name()), sort_keys=True)
+    values = json.dumps(
+        context.below(texts, base_name(image), interpreter.identity(image)), sort_keys=True
+    )
     return context.digest(values, dockerfile.stamped(code, labels.variables(image, locked), {}))
 
 
@@ -105,9 +110,10 @@ def check_disk(folder: Path, needed: int = DISK_NEEDED) -> None:
         raise Problem(f"no disk space for a build in {folder}: {numbers}; free some", 3)
 
 
-def base_name() -> str:
-    """The base image's name: a digest of its lock, its recipe and its Dockerfile."""
-    return f"{BASE}:{context.digest(base.identity(base.LOCK), BASE_DOCKERFILE.read_bytes())[:12]}"
+def base_name(image: Image | None = None) -> str:
+    """The name of the base below an image: a digest of its lock, its recipe and its Dockerfile."""
+    lock_of = base.lock_of(image)
+    return f"{BASE}:{context.digest(base.identity(lock_of), BASE_DOCKERFILE.read_bytes())[:12]}"
 
 
 def base_needs(uid: int) -> list[str]:
@@ -117,12 +123,12 @@ def base_needs(uid: int) -> list[str]:
     return needs if uid == 0 else [*needs, "newuidmap"]
 
 
-def base_image(tool: builder.Builder, *, cache: bool = True) -> str:
-    """The base image in the builder's storage; made where it is not there yet."""
-    name = tool.local + base_name()
+def base_image(tool: builder.Builder, image: Image | None = None, *, cache: bool = True) -> str:
+    """The base below an image in the builder's storage; made where it is not there yet."""
+    name = tool.local + base_name(image)
     if not cache or not tool.inspect(name):
         host.require(*base_needs(os.geteuid()))
-        tar = base.tarball()
+        tar = base.tarball(image)
         with leftovers.temporary("context", _contexts()) as place:
             folder = place / "context"
             folder.mkdir()
@@ -131,7 +137,7 @@ def base_image(tool: builder.Builder, *, cache: bool = True) -> str:
             # the same. Without it, layers cached on one base would be taken for the other's, and
             # would carry its name and history.
             text = BASE_DOCKERFILE.read_text("utf-8")
-            text = dockerfile.stamped(text, {}, {"rollout.base": base_name()})
+            text = dockerfile.stamped(text, {}, {"rollout.base": base_name(image)})
             (folder / "Dockerfile").write_text(text, encoding="utf-8")
             found = tool.build(builder.Recipe(folder, name, TIMESTAMP, cache=cache))
         if not tool.inspect(found):
@@ -150,7 +156,8 @@ def everything(image: Image) -> str:
     """sha256 of all that decides an image, our own package and the labels too; needs no build."""
     locked = lock.read(image)
     texts = layering.layers(locked, image.engine, image.sources)
-    values = context.arguments(texts, base_name(), payload.files(image, locked))
+    files, python = payload.files(image, locked), interpreter.identity(image)
+    values = context.arguments(texts, base_name(image), files, python)
     return context.digest(json.dumps(values, sort_keys=True), recipe_text(image, locked))
 
 
@@ -170,53 +177,83 @@ def current(image: Image, tool: builder.Builder) -> builder.Built:
     return built
 
 
-def build(
-    image: Image, tool: builder.Builder, *, tag: str = "", cache: bool = True, check: bool = True
-) -> builder.Built:
-    """Build one image.
+def _plan(image: Image) -> Plan:
+    """The plan of an image on our own base, of its whole lock.
 
-    The final tag is given by the builder after the last layer: an interrupted build leaves none.
+    Raises:
+        Problem: exit code 3 where a file of the lock cannot be had.
     """
     locked = lock.read(image)
     elsewhere.refuse(image, locked)
+    texts = layering.layers(locked, image.engine, image.sources)
+    files, python = payload.files(image, locked), interpreter.identity(image)
+    return Plan(
+        image.reference,
+        recipe_text(image, locked),
+        locked,
+        files,
+        lambda bottom: context.arguments(texts, bottom, files, python),
+        texts,
+        interpreter=image.interpreter,
+    )
+
+
+def build(
+    image: Image,
+    tool: builder.Builder,
+    *,
+    tag: str = "",
+    cache: bool = True,
+    check: bool = True,
+    registry: str = "",
+) -> builder.Built:
+    """Build one image; on the release image of its engine where a registry of that is named.
+
+    The final tag is given by the builder after the last layer: an interrupted build leaves none.
+    """
+    plan = release.plan(image, registry) if registry else _plan(image)
     if platform.machine() != "x86_64":
         raise Problem(f"the locks are for x86-64, this machine is {platform.machine()}", 3)
     check_disk(tool.storage(), DISK_NEEDED * tool.copies())
-    name = tool.local + (tag or image.reference)
-    texts = layering.layers(locked, image.engine, image.sources)
-    files = payload.files(image, locked)
+    name = tool.local + (tag or plan.name)
+    sources = image.sources & {entry.name for entry in plan.locked}
     settings = host.uv_environment(os.environ)
-    wheels = context.own_wheels(locked, settings.get("UV_FIND_LINKS", ""))
-    backend = resolution.torch_backend([f"{e.name}=={e.version}" for e in locked], settings)
+    wheels = context.own_wheels(plan.locked, settings.get("UV_FIND_LINKS", ""))
+    backend = resolution.torch_backend([f"{e.name}=={e.version}" for e in plan.locked], settings)
     if backend:
         settings["UV_TORCH_BACKEND"] = backend
     leftovers.sweep(BUILD)
     leftovers.prune()
     with storage.alone(tool), leftovers.temporary("context", _contexts()) as place:
         tool.sweep()
-        bottom = base_image(tool, cache=cache)
+        if plan.released:
+            tool.pull(plan.released)
+        bottom = plan.released or base_image(tool, image, cache=cache)
         folder = place / "context"
         told = context.indexes(settings, bool(wheels)) + context.exports(context.clock(os.environ))
         context.prepare(
-            folder, recipe_text(image, locked), texts, files, wheels, image.sources, told
+            folder, plan.recipe, plan.texts, plan.files, wheels, sources, told, plan.more
         )
         here = {canonicalize_name(wheel.name.split("-")[0]) for wheel in wheels}
         look = partial(variables.check, image)
-        fetching.fetch(
-            locked, image.python, image.sources, here, settings, folder / "sources", look
-        )
-        values = context.arguments(texts, bottom, files)
+        fetching.fetch(plan.locked, image.python, sources, here, settings, folder / "sources", look)
+        if plan.interpreter:
+            context.place(interpreter.fetch(plan.interpreter, settings), folder / interpreter.FILE)
         if context.CLOCK in os.environ:
             host.require(str(context.FAKETIME))
             context.place(context.FAKETIME, folder / "tools" / context.FAKETIME.name)
-        recipe = builder.Recipe(folder, name, TIMESTAMP, values, fetching.cache(), cache=cache)
+        recipe = builder.Recipe(
+            folder, name, TIMESTAMP, plan.arguments(bottom), fetching.cache(), cache=cache
+        )
         built = tool.inspect(tool.build(recipe))
         if not built:
             raise Problem(f"{tool.name} finished, but {name} is not in its storage")
-        storage.remember(tool, everything(image), built.id)
+        if not plan.released:
+            storage.remember(tool, everything(image), built.id)
     host.say(f"{name} is {built.id}")
-    if check and isinstance(tool, Buildah):  # docker's storage gives no layer away
-        budget.check(image, tool, built, layering.layer_names(image, locked))
+    # docker's storage gives no layer away, and a release image weighs what its makers put in.
+    if check and isinstance(tool, Buildah) and not plan.released:
+        budget.check(image, tool, built, layering.layer_names(image, plan.locked))
     return built
 
 
@@ -274,7 +311,7 @@ def compare(image: Image, tool: Buildah, built: builder.Built) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``nox -s build [-- REF … --builder docker --no-cache --tag NAME --record]``."""
+    """``nox -s build [-- REF … --builder docker --no-cache --tag NAME --record --from HOST]``."""
     parser = argparse.ArgumentParser(prog="nox -s build --", description="Build images.")
     parser.add_argument("refs", nargs="*", metavar="REF", help="default: " + catalog.DEFAULT)
     parser.add_argument("--builder", help="buildah (default) or docker")
@@ -285,20 +322,31 @@ def main(arguments: Sequence[str]) -> int:
         "--show", action="store_true", help="print the Dockerfile and build nothing"
     )
     parser.add_argument("--record", action="store_true", help="keep what the layers are")
+    parser.add_argument(
+        "--from",
+        dest="registry",
+        default="",
+        metavar="REGISTRY",
+        help="build on the engine's release image in this registry (HOST[/PREFIX])",
+    )
     given = parser.parse_args(list(arguments))
     images = catalog.load()
     chosen = [catalog.find(ref, images) for ref in given.refs or [catalog.DEFAULT]]
     if given.show:
         for image in chosen:
-            sys.stdout.write(recipe_text(image, lock.read(image)))
+            text = release.recipe_text(image) if given.registry else None
+            sys.stdout.write(text or recipe_text(image, lock.read(image)))
         return 0
     tool = builders.detect(given.builder)
     if given.record and (given.tag or not isinstance(tool, Buildah)):
         raise Problem("--record needs buildah and the image's own name: leave out --tag", 2)
+    if given.record and given.registry:
+        raise Problem("--record keeps layers of our own: leave it out, or --from", 2)
     for image in chosen:
         cache, check = not given.no_cache, not given.no_check
-        built = build(image, tool, tag=given.tag, cache=cache, check=check)
-        if not isinstance(tool, Buildah):
+        where = given.registry.rstrip("/")
+        built = build(image, tool, tag=given.tag, cache=cache, check=check, registry=where)
+        if not isinstance(tool, Buildah) or given.registry:
             continue
         if given.record:
             keep(image, tool, built)

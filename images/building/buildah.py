@@ -74,6 +74,9 @@ class Buildah(Builder):
             *("--iidfile", str(file), *builder.build_options(recipe)),
         ]
 
+    def pull_argv(self, image: str) -> list[str]:
+        return ["buildah", "pull", "--quiet", image]
+
     def inspect(self, name: str) -> Built | None:
         done = host.run(["buildah", "inspect", "--type", "image", name], quiet=True, check=False)
         if done.returncode:

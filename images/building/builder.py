@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from images import host
 from images.host import leftovers
+from rollout.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,24 @@ class Builder(ABC):
     @abstractmethod
     def own(self) -> Path:
         """The folder for what we keep of this storage."""
+
+    @abstractmethod
+    def pull_argv(self, image: str) -> list[str]:
+        """The command that brings an image of a registry into its storage."""
+
+    def pull(self, image: str) -> None:
+        """Bring an image of a registry, named by its digest, with this user's credentials for it.
+
+        Raises:
+            Problem: exit code 3, with what the builder said.
+        """
+        if self.inspect(image):
+            return
+        done = host.run(self.pull_argv(image), quiet=True, check=False)
+        if done.returncode:
+            said = (done.stderr.strip() or "it says nothing").splitlines()[-1]
+            what = f"{image} cannot be pulled by {self.name}: {said}"
+            raise Problem(f"{what}; check the registry behind --from, and log in to it", 3)
 
     @abstractmethod
     def inspect(self, name: str) -> Built | None:

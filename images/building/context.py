@@ -10,6 +10,7 @@ import shutil
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from packaging.utils import canonicalize_name
 
@@ -24,6 +25,7 @@ ORDER = RECIPES / "order.toml"
 SCRIPTS = [*(RECIPES / name for name in ("install", "prune", "prune.toml", "owners")), ORDER]
 OWN_RULES = RECIPES / "prune-framework.toml"  # for the layer of that name alone
 LAST = RECIPES / "entrypoints"
+PYTHON = RECIPES / "python"  # the step of a Python that the base does not have
 # Settings of uv that say where packages come from. The others speak of the host's own projects,
 # folders and files, which do not exist in the build container.
 _TRAVELS = re.compile(
@@ -45,18 +47,24 @@ def digest(*parts: str | bytes) -> str:
     return whole.hexdigest()
 
 
-def arguments(texts: Mapping[str, str], bottom: str, files: Mapping[str, bytes]) -> dict[str, str]:
-    """Build arguments: the base, and for each layer the sha256 of what it installs and how."""
+def arguments(
+    texts: Mapping[str, str], bottom: str, files: Mapping[str, bytes], python: str = ""
+) -> dict[str, str]:
+    """Build arguments: the base, and for each layer the sha256 of what it installs and how.
+
+    ``python`` is the sha256 of a Python that the base does not have.
+    """
     parts = [part for name, data in sorted(files.items()) for part in (name, data)]
-    return {**below(texts, bottom), "ENTRYPOINTS": digest(LAST.read_bytes(), *parts)}
+    return {**below(texts, bottom, python), "ENTRYPOINTS": digest(LAST.read_bytes(), *parts)}
 
 
-def below(texts: Mapping[str, str], bottom: str) -> dict[str, str]:
+def below(texts: Mapping[str, str], bottom: str, python: str = "") -> dict[str, str]:
     """Those of the arguments that decide the layers below our own package."""
+    given = {"PYTHON": digest(PYTHON.read_bytes(), python)} if python else {}
     scripts = [script.read_bytes() for script in SCRIPTS]
     own = {"framework": [OWN_RULES.read_bytes()]}
     values = {n.upper(): digest(*scripts, *own.get(n, []), text) for n, text in texts.items()}
-    return {"BASE": bottom, **values}
+    return {"BASE": bottom, **given, **values}
 
 
 def clock(environ: Mapping[str, str]) -> dict[str, str]:
@@ -114,17 +122,18 @@ def prepare(
     wheels: Sequence[Path],
     sources: Collection[str] = (),
     settings: str = "",
+    more: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Lay out a build context. ``sources`` are built, so they stand in a list of their own.
 
-    ``settings`` is what :func:`indexes` gives.
+    ``settings`` is what :func:`indexes` gives, ``more`` are files that this build alone reads.
     """
     shutil.rmtree(folder, ignore_errors=True)
     for name in ("tools", "layers", "wheels", "sources", "payload"):
         (folder / name).mkdir(parents=True)
     (folder / "indexes.env").write_text(settings, encoding="utf-8")
     (folder / "Dockerfile").write_text(recipe, encoding="utf-8")
-    for script in (*SCRIPTS, OWN_RULES, LAST):
+    for script in (*SCRIPTS, OWN_RULES, PYTHON, LAST):
         place(script, folder / script.name)
     place(Path(host.uv()), folder / "tools" / "uv")
     last = tomllib.loads(ORDER.read_text("utf-8"))
@@ -140,6 +149,8 @@ def prepare(
         path = folder / "payload" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
+    for name, data in more.items():
+        (folder / name).write_bytes(data)
     for wheel in wheels:
         place(wheel, folder / "wheels" / wheel.name)
 

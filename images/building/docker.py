@@ -81,6 +81,9 @@ class Docker(Builder):
             host.run(["docker", "load", "--quiet", "--input", str(archive)], quiet=True)
         return recipe.name
 
+    def pull_argv(self, image: str) -> list[str]:
+        return ["docker", "pull", "--quiet", image]
+
     def inspect(self, name: str) -> Built | None:
         done = host.run(["docker", "image", "inspect", name], quiet=True, check=False)
         if done.returncode:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 EACH = "# Rendered for each layer."
 BEHIND = re.compile(r"# Rendered behind the layer (\w+)")
+OWN = re.compile(r"# Rendered for the layer (\w+)")
 LAST = "ARG ENTRYPOINTS"
 
 
@@ -15,7 +16,8 @@ def steps(text: str, layers: Sequence[str]) -> str:
     """The Dockerfile with a step for each of these layers, from the lowest up.
 
     ``text`` is images/recipes/Dockerfile. Its paragraph ``# Rendered for each layer.`` is repeated;
-    a paragraph ``# Rendered behind the layer NAME`` comes behind that layer, or not at all.
+    a paragraph ``# Rendered behind the layer NAME`` comes behind that layer, or not at all. One
+    that is rendered ``for the layer NAME`` is the step of that layer, where it stands.
 
     Raises:
         ValueError: it has no paragraph for the layers, or several.
@@ -25,10 +27,13 @@ def steps(text: str, layers: Sequence[str]) -> str:
     if len(each) != 1:
         raise ValueError(f"it needs one paragraph that begins with '{EACH}', and has {len(each)}")
     behind = {match[1]: p for p in paragraphs if (match := BEHIND.match(p))}
+    own = {p: match[1] for p in paragraphs if (match := OWN.match(p))}
     found: list[str] = []
     for paragraph in paragraphs:
-        if paragraph == each[0]:
-            for number, layer in enumerate(layers):
+        if paragraph in own:
+            found += [paragraph] if own[paragraph] in layers else []
+        elif paragraph == each[0]:
+            for number, layer in enumerate(name for name in layers if name not in own.values()):
                 found.append(_step(paragraph, layer, told=number == 0))
                 found += [behind[layer]] if layer in behind else []
         elif paragraph not in behind.values():
@@ -41,6 +46,18 @@ def _step(paragraph: str, layer: str, *, told: bool) -> str:
     lines = [line for line in paragraph.splitlines() if told or not line.startswith("#")]
     step = "\n".join(lines).replace("ARG LAYER", f"ARG {layer.upper()}")
     return step.replace("/mnt/context/install layer", f"/mnt/context/install {layer}")
+
+
+def above(text: str, release: str, base: str) -> str:
+    """The Dockerfile on a release image: ``text`` is images/recipes/release.Dockerfile.
+
+    Its last paragraph is what ``base``, the Dockerfile of the base, sets; but for the path, which
+    is the release image's own.
+    """
+    paragraphs = text.rstrip("\n").replace("${RELEASE}", release).split("\n\n")
+    settings = [p for p in base.rstrip("\n").split("\n\n") if not re.search(r"(?m)^FROM ", p)]
+    settings = [re.sub(r"(?m)^ENV PATH=\S+ \\\n\s*", "ENV ", p) for p in settings]
+    return "\n\n".join([*paragraphs[:-1], *settings]) + "\n"
 
 
 def below(text: str) -> str:

@@ -65,4 +65,5 @@ def layers(locked: Sequence[Locked], engine: str, sources: Collection[str] = ())
 def layer_names(image: Image, locked: Sequence[Locked]) -> list[str]:
     """What the layers of an image are called, from the lowest up."""
     texts = layers(locked, image.engine, image.sources)
-    return ["base", *texts, "entrypoints"]
+    python = ["python"] if image.interpreter else []
+    return ["base", *python, *texts, "entrypoints"]

@@ -11,7 +11,7 @@ import re
 import shlex
 from pathlib import Path
 
-from images.building import build, context
+from images.building import build, context, release
 from images.catalog import Image, shown
 from images.locking import base, lock
 from rollout.problem import Problem
@@ -23,6 +23,8 @@ _FETCHERS = {
 }
 _UV_NAMES = ("uv", "$uv", "${uv}")
 _UV = ("--no-deps", "--require-hashes", "--requirements")
+# An image of somebody else's, by its digest: what is built on it says that it is (release.py).
+_RELEASE = re.compile(r"\$\{REGISTRY\}/[a-z0-9._/-]+@sha256:[0-9a-f]{64}")
 _MOVING = re.compile(r"\blatest\b|\b(dist-|full-)?upgrade\b|\$\(date|`date")
 
 
@@ -39,16 +41,17 @@ def dockerfile(text: str) -> list[str]:
     """What a Dockerfile takes that no lock has; empty where everything is pinned."""
     found = []
     for name, value in instructions(text):
-        if name == "FROM" and value not in ("scratch", "${BASE}"):
+        if name == "FROM" and value not in ("scratch", "${BASE}") and not _RELEASE.fullmatch(value):
             found.append(f"FROM {value}: an image that was not made from our locks")
         if name in ("ADD", "COPY") and value != "base.tar /":
             found.append(f"{name} {value}: a file that no lock has")
         if name == "RUN":
             words = [w for w in shlex.split(value) if not w.startswith("--mount=")]
-            last = words == ["sh", "/mnt/context/entrypoints"]
+            last = words in (["sh", "/mnt/context/entrypoints"], ["sh", "/mnt/context/python"])
             step = words[-1].rpartition("/")[2]
             called = words[:2] == ["sh", "/mnt/context/install"] and len(words) == 3
-            if not last and not (called and words[2].isalpha()):
+            called = (called and words[2].isalpha()) or words == ["sh", "/mnt/context/additions"]
+            if not last and not called:
                 found.append(f"RUN {shlex.join(words)}: not a call of a build script")
             elif re.search(r"--mount=\S*\bfrom=(?!fetched,)", value):
                 what = "a mount from an image that was not made from our locks"
@@ -57,7 +60,7 @@ def dockerfile(text: str) -> list[str]:
                 what = "files are fetched before a build, and code of wheels could read this mount"
                 found.append(f"RUN … {step}: {what}")
             elif last and "from=" in value:
-                found.append("RUN … entrypoints: it needs no package, so it gets none")
+                found.append(f"RUN … {step}: it needs no package, so it gets none")
     return found
 
 
@@ -99,13 +102,20 @@ def problems(image: Image) -> list[str]:
     found = [
         f"{shown(image.dockerfile)}: {p}" for p in dockerfile(image.dockerfile.read_text("utf-8"))
     ]
+    if image.release and image.release.digest:
+        text = release.recipe_text(image)
+        found += [f"{shown(release.DOCKERFILE)}: {p}" for p in dockerfile(text)]
+        found += [
+            f"{shown(release.SCRIPTS[0])}: {p}"
+            for p in script(release.SCRIPTS[0].read_text("utf-8"))
+        ]
     bottom = build.BASE_DOCKERFILE
     found += [f"{shown(bottom)}: {p}" for p in dockerfile(bottom.read_text("utf-8"))]
-    for step in (context.SCRIPTS[0], context.LAST):
+    for step in (context.SCRIPTS[0], context.PYTHON, context.LAST):
         found += [f"{shown(step)}: {p}" for p in script(step.read_text("utf-8"))]
     found += locked(image.lock.read_text("utf-8"), image.lock)
     try:
-        base.read()  # a line without a sha256 is none
+        base.read(base.lock_of(image))  # a line without a sha256 is none
     except Problem as problem:
         found.append(problem.sentence)
     return found

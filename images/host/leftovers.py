@@ -19,8 +19,8 @@ from images import host
 from images.host import owner
 
 # What is kept between runs below host.cache(), and made or fetched again where it is gone: the tars
-# of bases, their packages, compressed layers, uv's cache of wheels.
-KEPT = ("base-*.tar", "debs/*.deb", "layers/compressed/*.tar.zst", "uv")
+# of bases, their packages, Pythons, compressed layers, uv's cache of wheels.
+KEPT = ("base-*.tar", "debs/*.deb", "pythons/*.tar.gz", "layers/compressed/*.tar.zst", "uv")
 _DAY = 24 * 3600.0
 UNUSED = 30 * _DAY
 

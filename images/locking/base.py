@@ -147,6 +147,11 @@ def python_of(image: Image) -> str:
     return image.interpreter.version if image.interpreter else python(image.python)
 
 
+def lock_of(image: Image | None) -> Path:
+    """The lock of the Debian packages below an image: its own where it asks for more of them."""
+    return image.debs if image and image.debian else LOCK
+
+
 def identity(path: Path = LOCK) -> str:
     """Twelve hex digits for what the base image holds: they change with the lock and the recipe."""
     # The recipe counts too: else a tar cached before a change here would be taken for the new one.
@@ -296,14 +301,16 @@ def check(
             _listed(conf, missing, new, folder, locked.as_of)
 
 
-def make(lock: Path, destination: Path) -> Path:
+def make(lock: Path, destination: Path, more: Mapping[str, str] = MappingProxyType({})) -> Path:
     """Make the root file system's tar from the locked files alone; the same bytes every time.
+
+    ``more`` are packages that are asked for beside those of every image.
 
     Raises:
         Problem: a package cannot be had, or what got installed is not what is locked.
     """
     locked = read(lock)
-    sentence = stale(locked, reasons(), shown(lock))
+    sentence = stale(locked, {**reasons(), **more}, shown(lock))
     if sentence:
         raise Problem(sentence)
     folder = fetch(lock)
@@ -317,11 +324,15 @@ def make(lock: Path, destination: Path) -> Path:
     return destination
 
 
-def tarball(lock: Path = LOCK) -> Path:
-    """The base's tar from the cache, made first where it is not there yet."""
+def tarball(image: Image | None = None) -> Path:
+    """The tar of a base from the cache, made first where it is not there yet.
+
+    It is the common one, but for an image that asks for packages of its own.
+    """
+    lock = lock_of(image)
     path = host.cache() / f"base-{identity(lock)}.tar"
     if not path.exists():
         host.say("making the base image from Debian packages")
-        make(lock, path)
+        make(lock, path, image.debian if image else {})
     leftovers.used(path)
     return path

@@ -122,21 +122,17 @@ def refuse(image: Image, locked: Sequence[Locked]) -> None:
 
     Raises:
         Problem: exit code 3 where the sha256 of a file is not known, with the files and where they
-            lie; or where no recipe installs its Python.
+            lie.
     """
     missing = lock.unlocked(locked)
     if not missing:
-        if image.interpreter:
-            python = f"its Python is no package of the base ({image.interpreter.file})"
-            debs = f", nor are {', '.join(image.debian)} ({shown(image.debs)})"
-            what = python + (debs if image.debian else "")
-            raise Problem(f"{image.reference} cannot be built yet: {what}; write its recipe", 3)
         return
     files = " and ".join(entry.lacking for entry in missing)
+    other = f"; or build on {image.release.image}, by '--from HOST'" if image.release else ""
     raise Problem(
         f"{image.reference} cannot be built here: {files}, and {shown(image.lock)} has no sha256 "
         f"of {'it' if len(missing) == 1 else 'them'}; run 'nox -s lock -- {image.reference} "
-        "--fill' on a machine that reaches that index",
+        f"--fill' on a machine that reaches that index{other}",
         3,
     )
 

@@ -176,6 +176,25 @@ def blocks(text: str) -> dict[str, str]:
     return found
 
 
+def wanted(text: str, engine: str) -> set[str]:
+    """The distributions of a lock that somebody else than its engine asks for, at last."""
+    asking = {name: _asking(block) for name, block in blocks(text).items() if name}
+    found: set[str] = set()
+    # What a catalog file asks for itself; then, again and again, what that asks for.
+    new = {n for n, by in asking.items() if n != engine and any("/" in one for one in by)}
+    while new:
+        found |= new
+        new = {n for n, by in asking.items() if by & new} - found - {engine}
+    return found
+
+
+def _asking(block: str) -> set[str]:
+    """Who asks for a distribution: others by their normal names, and files by their paths."""
+    _, _, told = block.partition("# via")
+    words = [line.strip("# ") for line in told.splitlines()]
+    return {word if "/" in word else canonicalize_name(word) for word in words if word}
+
+
 def keep_hashes(text: str, chosen: Collection[str]) -> str:
     """Drop the hashes of files that the image does not install (other systems, sources)."""
     lines: list[str] = []

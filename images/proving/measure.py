@@ -110,7 +110,7 @@ def cold_build(image: Image, tool: Buildah) -> dict[str, float]:
             argv = [uv, "pip", "install", "--quiet", "--no-deps", "--require-hashes", *options]
             argv += ["--python", f"{folder}/venv/bin/python", "--requirement", str(image.lock)]
             found[f"{key}_install_seconds"] = seconds(partial(_run, argv, env=env))
-    found["base_seconds"] = seconds(lambda: build.base_image(tool, cache=False))
+    found["base_seconds"] = seconds(lambda: build.base_image(tool, image, cache=False))
     tag = "verl-rollout:measured"
     with leftovers.temporary("measure") as folder:
         argv = build.command(image, "--tag", tag)

@@ -104,7 +104,7 @@ def make(
         Problem: a lock is missing or malformed.
     """
     files = {shown(path): path for path in image.files}
-    files[BASE_LOCK] = base.LOCK
+    files[BASE_LOCK] = base.lock_of(image)
     definition = {
         "buildType": BUILD_TYPE,
         "externalParameters": {"reference": image.reference},

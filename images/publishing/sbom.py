@@ -64,7 +64,7 @@ def make(image: Image, digest: str) -> bytes:
     Raises:
         Problem: a lock is missing or malformed.
     """
-    purl = image_purl(image, digest)
+    purl, debs = image_purl(image, digest), base.lock_of(image)
     whole = Component(
         name=image.repository,
         version=digest,
@@ -73,14 +73,14 @@ def make(image: Image, digest: str) -> bytes:
         bom_ref=purl.to_string(),
         properties=[
             Property(name=LOCK_PROPERTY, value=host.sha256(image.lock)),
-            Property(name=BASE_PROPERTY, value=host.sha256(base.LOCK)),
+            Property(name=BASE_PROPERTY, value=host.sha256(debs)),
         ],
     )
     bom = Bom(
         metadata=BomMetaData(component=whole),
         components=[
             *(_component(pypi_purl(e), e.version, e.sha256) for e in lock.read(image)),
-            *(_component(deb_purl(d), d.version, d.sha256) for d in base.read(base.LOCK).debs),
+            *(_component(deb_purl(d), d.version, d.sha256) for d in base.read(debs).debs),
         ],
         serial_number=uuid.uuid5(uuid.NAMESPACE_URL, purl.to_string()),
     )

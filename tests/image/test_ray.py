@@ -42,6 +42,41 @@ alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 found = [ray.get(seen.options(scheduling_strategy=On(node, soft=False)).remote()) for node in alive]
 print("SEEN " + json.dumps(sorted(found)))
 """
+# As the Python of a TensorRT-LLM image starts; but for Ray's workers alone, so that what starts
+# them still has what a launcher left.
+ALONE = """\
+import os, sys
+if any("default_worker" in word for word in sys.orig_argv):
+    import rollout_startup
+    rollout_startup.alone(os.environ)
+"""
+LEFT_BY_LAUNCHERS = {
+    "SLURM_JOB_ID": "7",
+    "MPI_LOCALRANKID": "0",
+    "PMI_RANK": "1",
+    "PMIX_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "TORCH_CUDA_ARCH_LIST": "8.0",
+}
+# What a worker has of them, what the process has that started it, and an actor that is given more.
+OF_WORKERS = """\
+import json, os, sys
+import ray
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+names = json.loads(sys.argv[2])
+
+@ray.remote(num_cpus=0)
+class Worker:
+    def seen(self):
+        with open(f"/proc/{os.getppid()}/environ") as parent:
+            above = dict(line.partition("=")[::2] for line in parent.read().split("\\0"))
+        return [[name for name in names if name in found] for found in (os.environ, above)]
+
+given = {"env_vars": {"PMIX_RANK": "9", "KEPT": "1"}}
+workers = [Worker.remote(), Worker.options(runtime_env=given).remote()]
+print("SEEN " + json.dumps(ray.get([worker.seen.remote() for worker in workers])))
+"""
 
 
 def reads_the_level(version: str) -> bool:
@@ -101,3 +136,24 @@ def test_nodes_of_two_images_are_one_cluster_where_their_ray_is_the_same(
     address = head(first)
     assert join(second, address) == (RAYS[one] == RAYS[other])
     assert len(seen(first, address)) == 1 + (RAYS[one] == RAYS[other])
+
+
+WITH_WORKERS = "verl-rollout:vllm-0.12"  # any image with Ray: the tests build this one
+
+
+def test_workers_have_nothing_of_a_launcher_though_what_starts_them_has(
+    node: Callable[[str], Node],
+) -> None:
+    one = node(WITH_WORKERS)
+    folder = one.folder / "alone"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(ALONE, encoding="utf-8")
+    one.env |= {"PYTHONPATH": "/tmp/alone", **LEFT_BY_LAUNCHERS}
+    address = head(one)
+    names = json.dumps([*LEFT_BY_LAUNCHERS, "KEPT"])
+    done = one.drive("rollout", "python3", "-c", OF_WORKERS, address, names)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("SEEN "))
+    plain, given = json.loads(line.removeprefix("SEEN "))
+    assert plain == [[], list(LEFT_BY_LAUNCHERS)]
+    assert given == [["KEPT"], list(LEFT_BY_LAUNCHERS)]

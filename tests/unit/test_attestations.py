@@ -337,4 +337,4 @@ def test_every_image_of_the_catalog_has_its_attestations() -> None:
 
     for image in catalog.load():
         components = json.loads(sbom.make(image, DIGEST))["components"]
-        assert len(components) == len(lock.read(image)) + len(base.read(base.LOCK).debs)
+        assert len(components) == len(lock.read(image)) + len(base.read(base.lock_of(image)).debs)

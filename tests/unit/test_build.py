@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -23,9 +24,11 @@ from images.building import (
     context,
     dockerfile,
     fetching,
+    interpreter,
     labels,
     layering,
     payload,
+    release,
 )
 from images.building.buildah import Buildah
 from images.building.contents import Summary
@@ -367,10 +370,10 @@ def test_the_inputs_of_an_image_change_with_its_dockerfile_and_its_base(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = checkout.image()
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     before = build.inputs(image)
     assert build.inputs(image) == before
-    monkeypatch.setattr(build, "base_name", lambda: "base:2")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:2")
     other_base = build.inputs(image)
     image.dockerfile.write_text(image.dockerfile.read_text() + "\nUSER 1000:0\n")
     assert len({before, other_base, build.inputs(image)}) == 3
@@ -388,7 +391,7 @@ def test_the_inputs_of_an_image_change_with_its_dockerfile_and_its_base(
 def test_the_inputs_of_an_image_change_with_its_variables(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None]
 ) -> None:
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     assert build.inputs(checkout.image(changes)) != build.inputs(checkout.image())
 
 
@@ -398,7 +401,7 @@ def test_neither_labels_nor_our_own_package_are_inputs_of_the_layers_below(
     """Or every reworded sentence would ask for two builds of every image from nothing."""
     image = checkout.image()
     text = image.dockerfile.read_text()
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     before = build.inputs(image)
     monkeypatch.setattr(labels, "of_image", lambda *_: {"rollout.torch": "another"})
     monkeypatch.setattr(payload, "files", lambda *_: {"rollout/checks.py": b"other"})
@@ -414,7 +417,7 @@ def test_neither_labels_nor_our_own_package_are_inputs_of_the_layers_below(
 def test_what_an_image_may_weigh_is_no_input_of_it(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     changes = {"size": '{ compressed = "9 GB", largest-layer = "9 GB" }', "reproducible": '"R1"'}
     assert build.inputs(checkout.image(changes)) == build.inputs(checkout.image())
 
@@ -422,7 +425,7 @@ def test_what_an_image_may_weigh_is_no_input_of_it(
 def test_the_dockerfile_that_is_built_has_the_variables_and_labels(
     checkout: Checkout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     image = checkout.image()
     text = build.recipe_text(image, lock.read(image))
     stamped = labels.of_image(image, lock.read(image), host.sha256(image.lock), "base:1")
@@ -584,6 +587,7 @@ class Looks:
 
     def __init__(self, *, interrupted: bool = False) -> None:
         self.seen: dict[str, Any] = {}
+        self.pulled: list[str] = []
         self.interrupted = interrupted
 
     def storage(self) -> Path:
@@ -591,6 +595,9 @@ class Looks:
 
     def sweep(self) -> None:
         """There is nothing."""
+
+    def pull(self, image: str) -> None:
+        self.pulled.append(image)
 
     def own(self) -> Path:
         return build.BUILD / "own"
@@ -693,6 +700,73 @@ def test_the_files_are_fetched_with_the_hosts_credentials_before_anything_is_bui
     assert (entries, python, set(sources), here) == (lock.read(image), "3.11", set(), set())
     assert settings["UV_DEFAULT_INDEX"] == "https://me:xyzzy-password@mirror.example/simple"
     assert folder == tool.seen["recipe"].context / "sources"
+
+
+def test_an_image_with_a_python_of_its_own_gets_its_file_and_is_built_on_its_own_base(
+    checkout: Checkout, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert image.interpreter is None
+    content = b"a Python"
+    file = "cpython-3.12.1+20260101-x86_64-unknown-linux-gnu-install_only_stripped.tar.gz"
+    place = checkout.root / "mirror/20260101" / file
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content)
+    monkeypatch.setenv(interpreter.MIRROR, str(checkout.root / "mirror"))
+    monkeypatch.setattr(host, "cache", lambda: checkout.root / "cache")
+    bases: list[str] = []
+
+    def base_image(_: object, one: Image, **__: object) -> str:
+        bases.append(one.reference)
+        return "localhost/base:2"
+
+    monkeypatch.setattr(build, "base_image", base_image)
+    monkeypatch.setattr(build, "base_name", lambda one=None: f"base:{one.tag if one else ''}")
+    sha256 = hashlib.sha256(content).hexdigest()
+    table = f'{{ file = "{file}", sha256 = "{sha256}", source = "uv" }}'
+    tool, own = Fake(), checkout.image({"python": '"3.12"', "interpreter": table})
+    build.build(own, tool)
+    seen, arguments = tool.seen["context"], tool.seen["recipe"].arguments
+    files = {path.name: data for path, data in seen.items()}
+    assert files[interpreter.FILE] == content
+    assert files["python"] == b"3.12"  # of the payload, which the step reads too
+    assert (arguments["BASE"], bases) == ("localhost/base:2", [own.reference])
+    # The same lock without it has the same arguments otherwise.
+    plain = Fake()
+    build.build(image, plain)
+    less = {k: v for k, v in arguments.items() if k not in ("PYTHON", "ENTRYPOINTS")}
+    others = plain.seen["recipe"].arguments
+    assert less == {k: v for k, v in others.items() if k != "ENTRYPOINTS"}
+    assert interpreter.FILE not in {path.name for path in plain.seen["context"]}
+
+
+@pytest.mark.usefixtures("image")
+def test_a_build_on_a_release_image_pulls_it_and_fetches_what_may_be_added_alone(
+    checkout: Checkout, fetched: list[tuple[Any, ...]]
+) -> None:
+    digest = f"sha256:{hashlib.sha256(b'image').hexdigest()}"
+    said = f'digest = "{digest}", source = "s", torch = "2.10", torch-source = "t"'
+    table = f'{{ image = "v/engine", {said} }}'
+    own = checkout.image({"release": table}, above=ABOVE)
+    # What nobody could lock is in that image, so nobody asks for it here.
+    text = re.sub(r"(vllm==0\.12\.0) .*\n.*\n", r"\1\n    # not locked: x\n", own.lock.read_text())
+    own.lock.write_text(text)
+    assert [entry.name for entry in lock.unlocked(lock.read(own))] == ["vllm"]
+    tool = Fake()
+    build.build(own, tool, registry="registry.example/mirror")
+    assert tool.pulled == [f"registry.example/mirror/v/engine@{digest}"]
+    assert {entry.name for entry in fetched[0][0]} == set(ABOVE)
+    files = {path.name: data for path, data in tool.seen["context"].items()}
+    assert files["additions"] == release.SCRIPTS[0].read_bytes()
+    asked = json.loads(files["release.json"])
+    assert asked["engine"] == ["vllm", "0.12.0"]
+    assert set(asked["candidates"]) == set(ABOVE)
+    recipe = tool.seen["recipe"]
+    assert recipe.name == f"localhost/{own.reference}-release"
+    assert set(recipe.arguments) == {"REGISTRY", "ADDITIONS", "ENTRYPOINTS"}
+    assert f"FROM ${{REGISTRY}}/v/engine@{digest}".encode() in files["Dockerfile"]
+    # It is no build of this image: neither `prove` nor `export` takes it for one.
+    with pytest.raises(Problem, match=r"is not built here|is here, but built from other"):
+        build.current(own, tool)
 
 
 def test_nothing_is_built_of_files_that_cannot_be_had(
@@ -826,7 +900,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return Measured(LAYERS, ())
 
     monkeypatch.setattr(build, "measure", measure)
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     monkeypatch.setattr(budget, "remembered", lambda: {"sha256:b": LAYERS[0]})
     return made
 
@@ -877,7 +951,7 @@ def test_a_build_is_made_as_it_was_asked_for(
     monkeypatch.setattr(build, "build", lambda i, _, **given: made.append((i.tag, given)))
     monkeypatch.setattr(build, "compare", lambda *_: None)
     assert build.main(arguments) == 0
-    usual = {"tag": "", "cache": True, "check": True}
+    usual = {"tag": "", "cache": True, "check": True, "registry": ""}
     assert made == [(reference, usual | options) for reference in references]
 
 

@@ -162,6 +162,23 @@ def test_both_builders_describe_an_image_alike(
     assert tool.inspect("toy:1") is None
 
 
+@pytest.mark.parametrize("tool", [Buildah(), Docker()], ids=["buildah", "docker"])
+def test_an_image_of_a_registry_is_brought_once_or_said_in_one_sentence(
+    tool: builder.Builder, answers: dict[str, tuple[int, str]]
+) -> None:
+    image = f"registry.example/a@sha256:{64 * '0'}"
+    answers["inspect"] = (1, "")
+    tool.pull(image)
+    assert f"{tool.name} pull --quiet {image}\n" in answers["calls"][1]
+    answers["pull"] = (125, "")
+    with pytest.raises(Problem, match=f"{image} cannot be pulled by {tool.name}: ") as caught:
+        tool.pull(image)
+    assert caught.value.code == 3
+    answers["docker info"] = (0, CLASSIC)
+    answers["inspect"] = (0, BUILDAH_SAYS if tool.name == "buildah" else DOCKER_SAYS)
+    tool.pull(image)  # it is there
+
+
 @pytest.mark.parametrize(
     "says",
     [

@@ -39,7 +39,7 @@ USER 1
 def test_every_layer_of_an_image_has_its_step_in_the_order_of_the_layers(image: Image) -> None:
     locked = lock.read(image)
     text = build.recipe_text(image, locked)
-    steps = re.findall(r"(?m)/mnt/context/install (\w+)$", text)
+    steps = re.findall(r"(?m)/mnt/context/(?:install )?(\w+)$", text)[:-1]
     assert ["base", *steps, "entrypoints"] == layering.layer_names(image, locked)
     assert re.findall(r"(?m)^ARG (\w+)$", text)[1:-1] == [step.upper() for step in steps]
     assert pinned.dockerfile(text) == []
@@ -63,6 +63,15 @@ def test_what_belongs_to_a_layer_is_in_no_image_without_it() -> None:
     text = dockerfile.steps(STEPS, ["engine"])
     assert "TORCH_HOME" not in text
     assert re.findall(r"install (\w+)", text) == ["engine"]
+
+
+def test_a_layer_with_a_step_of_its_own_has_that_one_and_no_other_image_has_it() -> None:
+    own = "# Rendered for the layer python. Why.\nARG PYTHON\nRUN sh python\n\n"
+    text = STEPS.replace("# Rendered for each", own + "# Rendered for each")
+    assert dockerfile.steps(text, ["torch"]) == dockerfile.steps(STEPS, ["torch"])
+    assert dockerfile.steps(text, ["python", "torch"]) == dockerfile.steps(
+        STEPS, ["torch"]
+    ).replace("# Rendered for each", own + "# Rendered for each")
 
 
 @pytest.mark.parametrize("count", [0, 2])

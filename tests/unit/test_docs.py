@@ -28,7 +28,7 @@ PROVED = "[proved](images/proofs/verl-rollout/vllm-0.12.json) on a GPU, 2026-01-
 @pytest.fixture
 def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     """An image with a fresh proof."""
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     found = checkout.image()
     keep(found)
     nothing = Summary({}, "owner", "mtime", "xattr", "order")

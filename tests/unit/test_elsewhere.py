@@ -7,14 +7,15 @@ import os
 import subprocess
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from images import catalog, host
-from images.building import build
-from images.locking import elsewhere, lock, locks, resolution
+from images.building import build, pinned
+from images.locking import base, elsewhere, lock, locks, resolution
 from images.locking.lock import MARK
 from images.publishing import matrix
 from images.schema import Elsewhere
@@ -332,20 +333,27 @@ def test_a_build_says_in_one_sentence_which_files_it_cannot_get_and_where_they_a
     assert "\n" not in sentence
 
 
-def test_a_python_that_no_recipe_installs_is_said_once_the_lock_is_whole(
-    checkout: Checkout,
-) -> None:
-    file = "cpython-3.12.1+20260101-x86_64-unknown-linux-gnu-install_only.tar.gz"
-    table = f'{{ file = "{file}", sha256 = "{KNOWN}", source = "uv" }}'
-    keys = {"python": '"3.12"', "interpreter": table, "debian": '{ libmpi = "MPI" }'}
+def test_another_way_to_build_it_is_named_where_there_is_one(checkout: Checkout) -> None:
+    table = '{ image = "v/release", torch = "2", torch-source = "a" }'
+    keys = {"elsewhere": f"[{ENGINE}]", "requirements": REQUIREMENTS, "release": table}
     image = checkout.image(keys)
-    with pytest.raises(Problem, match="its Python is no package of the base") as caught:
+    committed(image)
+    with pytest.raises(Problem) as caught:
         build.build(image, None)  # type: ignore[arg-type]  # it is refused before the builder
-    assert caught.value.code == 3
-    assert file in caught.value.sentence
-    assert (
-        f"nor are libmpi (lockfiles/{image.repository}/{image.tag}.debs)" in caught.value.sentence
-    )
+    assert caught.value.sentence.endswith("; or build on v/release, by '--from HOST'")
+
+
+@pytest.mark.parametrize(
+    "image", [i for i in IMAGES if lock.unlocked(lock.read(i))], ids=lambda i: i.tag
+)
+def test_that_is_all_that_keeps_an_image_of_the_catalog_from_being_built(
+    image: catalog.Image,
+) -> None:
+    """Its Python, its Debian packages and its steps are there, for a machine with the files."""
+    whole = [replace(entry, sha256=NEW, lacking="") for entry in lock.read(image)]
+    elsewhere.refuse(image, whole)
+    assert base.read(image.debs if image.debian else base.LOCK).debs
+    assert pinned.dockerfile(build.recipe_text(image, whole)) == []
 
 
 def test_ci_leaves_out_what_cannot_be_built_and_says_why(

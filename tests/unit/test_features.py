@@ -287,7 +287,7 @@ DIFF_IDS = tuple(f"sha256:{sha256(name)}" for name in ("base", "ours"))
 @pytest.fixture
 def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     """An image of level 2 alone, on a GPU, with a kept report of its layers."""
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     found = checkout.image(SGLANG, tag="sglang-x", versions=VERSIONS | {"sglang": "1"})
     names = [name for name in standing.promised(found) if name in CHECKS or name == "files"]
     data = reports.of(found, DIFF_IDS, metrics={name: CHECKS[name] for name in names})

@@ -641,6 +641,11 @@ def test_modules_are_those_that_the_release_has(tmp_path: Path) -> None:
     own = "verl.workers.rollout.vllm_rollout"
     assert verl.Framework("vllm", root).modules() == [*rest, own, f"{own}.vllm_rollout"]
     assert verl.Framework("sglang", root).modules() == rest
+    trtllm = root / "verl/workers/rollout/trtllm_rollout/trtllm_rollout.py"
+    assert verl.Framework("tensorrt-llm", root).modules() == rest, "as in the wheel of 0.7.1"
+    trtllm.parent.mkdir()
+    trtllm.touch()
+    assert verl.Framework("tensorrt-llm", root).modules()[-1].endswith(".trtllm_rollout")
 
 
 def test_an_import_that_fails_or_exits_is_told(

@@ -100,6 +100,18 @@ def test_a_cpu_build_of_torch_has_no_cuda(prefix: Path) -> None:
     assert "none (CPU build)" in info.text(info.facts(prefix))
 
 
+def test_on_a_release_image_its_own_packages_are_told_too(prefix: Path) -> None:
+    there = {"torch": "2.10.0a0+ours", "ray": "2.49", "vllm-engine": "0.12.0"}
+    given = {"versions": there, "torch": {"cuda": "13.1"}}
+    (prefix / "lib/python3.11/site-packages/torch-2.9.0.dist-info").rmdir()
+    (prefix / info.RELEASE).write_text(json.dumps(given))
+    found = info.facts(prefix)
+    assert (found["torch"], found["cuda"], found["ray"]) == ("2.10.0a0+ours", "13.1", "2.53.0")
+    (prefix / info.RELEASE).write_text("{")
+    with pytest.raises(Problem, match=r"release\.json cannot be read"):
+        info.facts(prefix)
+
+
 def test_the_lock_is_identified_by_every_byte(prefix: Path) -> None:
     before = info.lock_sha256(prefix)
     (prefix / info.LOCK).write_bytes(LOCK + b"\n")

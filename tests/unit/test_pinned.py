@@ -155,10 +155,12 @@ def test_a_way_to_an_index_or_a_secret_is_found_in_every_step(step: str, mount: 
     ]
 
 
-def test_fetched_packages_in_the_step_of_our_own_files_are_found() -> None:
+@pytest.mark.parametrize("name", ["entrypoints", "python"])
+def test_fetched_packages_in_a_step_that_installs_none_are_found(name: str) -> None:
     step = "sh /mnt/context/entrypoints"
-    text = DOCKERFILE.replace(step, f"--mount=type=bind,from=fetched,target=/mnt/cache {step}")
-    assert pinned.dockerfile(text) == ["RUN … entrypoints: it needs no package, so it gets none"]
+    given = f"--mount=type=bind,from=fetched,target=/mnt/cache sh /mnt/context/{name}"
+    text = DOCKERFILE.replace(step, given)
+    assert pinned.dockerfile(text) == [f"RUN … {name}: it needs no package, so it gets none"]
 
 
 def test_files_of_another_image_in_a_mount_are_found() -> None:
@@ -355,7 +357,7 @@ def test_a_problem_is_told_with_the_file_that_has_it(
     debs.write_text("bash=5.2 pool/b/bash.deb\n", encoding="utf-8")
     monkeypatch.setattr(build, "BASE_DOCKERFILE", bottom)
     monkeypatch.setattr(context, "SCRIPTS", [script])
-    monkeypatch.setattr(base.read, "__defaults__", (debs,))
+    monkeypatch.setattr(base, "LOCK", debs)
     found = pinned.problems(image)
     assert found[:4] == [
         "images/recipes/Dockerfile: FROM debian: an image that was not made from our locks",

@@ -129,7 +129,7 @@ def test_every_image_of_the_catalog_has_tags_that_a_registry_takes() -> None:
 @pytest.fixture
 def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     """An image whose recorded layers are those of the reports below."""
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     found = checkout.image()
     nothing = Summary({}, "owner", "mtime", "xattr", "order")
     below = tuple(layers.Layer("base", diff_id, 2, 1, nothing) for diff_id in DIFF_IDS[:-1])

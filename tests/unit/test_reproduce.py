@@ -412,7 +412,7 @@ def two(checkout: Checkout, work: Path, monkeypatch: pytest.MonkeyPatch) -> Two:
         made.recorded.append(os.environ["CONTAINERS_STORAGE_CONF"])
         return record(image, made.one)
 
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     monkeypatch.setattr(reproduce, "build_once", build_once)
     monkeypatch.setattr(reproduce, "look", look)
     monkeypatch.setattr(build, "record", recorded)

@@ -103,7 +103,7 @@ def test_a_change_of_an_entrypoint_or_a_variable_makes_an_image_stale(
     (own / "backends").mkdir(parents=True)
     (own / "cli.py").write_text("1")
     monkeypatch.setattr(payload, "ENTRYPOINTS", own)
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda *_: "base:1")
     image = checkout.image()
     store.images = {NEW.id: NEW}
     storage.remember(store, build.everything(image), NEW.id)

@@ -35,6 +35,7 @@ WORKFLOWS = {file: yaml.safe_load(text) for file, text in FILES.items()}
 IMAGES = catalog.load()
 # Jobs that only carry, sign or name what sessions have made: in them there is nothing to run here.
 CARRIERS = {
+    "fill.yml/prove": "the image's own commands, as docs/new-image.md gives them for a GPU host",
     "prove.yml/prove": "the image's own commands, as the README gives them for docker",
     "publish.yml/sign-staged": "cosign has the identity, and nothing of this repository",
     "publish.yml/sign-released": "the same",
@@ -122,9 +123,11 @@ def test_a_pull_request_gets_no_token_that_writes_and_no_machine_of_ours() -> No
 
 def test_the_proof_runs_on_our_label_and_neither_it_nor_a_resolver_may_write() -> None:
     assert JOBS["prove.yml/prove"]["runs-on"] == ["self-hosted", "linux", "x64", "gpu"]
-    assert [path for path in JOBS if "self-hosted" in str(JOBS[path])] == ["prove.yml/prove"]
+    ours = ["fill.yml/prove", "prove.yml/prove"]
+    assert [path for path in JOBS if "self-hosted" in str(JOBS[path])] == ours
+    assert JOBS["fill.yml/prove"]["runs-on"] == JOBS["prove.yml/prove"]["runs-on"]
     assert [path for path in JOBS if "relock" in asked(said(path))] == ["relock.yml/relock"]
-    for path in ("prove.yml/prove", "relock.yml/relock"):
+    for path in (*ours, "relock.yml/relock"):
         assert "write" not in str(JOBS[path]["permissions"])
 
 
@@ -134,6 +137,54 @@ def test_a_lock_is_filled_where_its_index_is_a_variable_and_nothing_is_pushed() 
     assert job["permissions"] == {"contents": "read"}
     assert job["env"]["UV_INDEX"] == "${{ vars.ENGINE_INDEX }}"
     assert set(WORKFLOWS["fill.yml"][True]) == {"workflow_dispatch"}, "a person starts it"
+    rights = [job["permissions"] for job in WORKFLOWS["fill.yml"]["jobs"].values()]
+    assert all(set(one) <= {"contents"} and "write" not in str(one) for one in rights)
+
+
+def test_a_filled_lock_is_built_recorded_proved_and_taken_in_in_this_order() -> None:
+    jobs = ["build", "prove", "keep"]
+    assert [JOBS[f"fill.yml/{name}"]["needs"] for name in jobs] == ["fill", "build", "prove"]
+    assert asked(said("fill.yml/build")) == ["build", "export", "build"]
+    assert asked(said("fill.yml/keep")) == ["prove", "docs"]
+    env = JOBS["fill.yml/build"]["env"]
+    assert env["UV_INDEX"] == JOBS["fill.yml/fill"]["env"]["UV_INDEX"]
+    # What one job leaves, the next one takes.
+    parts = [
+        (s["uses"].partition("@")[0], s["with"]["name"])
+        for p, s in STEPS
+        if p.startswith("fill.yml/") and "artifact" in s.get("uses", "")
+    ]
+    left = [name for action, name in parts if action.endswith("upload-artifact")]
+    taken = [name for action, name in parts if action.endswith("download-artifact")]
+    assert left == ["filled-lock", "recorded-lock", "image", "reports", "proved"]
+    assert taken == ["filled-lock", "image", "recorded-lock", "reports"]
+
+
+LAUNCHER = """#!/bin/bash
+echo "run $*" >>"{log}"
+[ "$1" = --bind ] || exit 1
+echo '{{}}' >"${{2%:/report}}/${{5#/report/}}"
+"""
+
+
+def test_the_proof_of_a_filled_image_runs_its_own_commands_and_leaves_their_reports(
+    runner: Runner,
+) -> None:
+    temporary = Path(runner.env["RUNNER_TEMP"])
+    files = runner.folder / "verl-rollout-x-1.0"
+    files.mkdir()
+    (files / "run").write_text(LAUNCHER.format(log=runner.folder / "log"))
+    (files / "run").chmod(0o755)
+    (temporary / "image").mkdir()
+    archive = temporary / "image/x-1.0.rootfs.tar.zst"
+    argv = ["tar", "--create", "--zstd", "--file", str(archive), "-C", str(runner.folder)]
+    subprocess.run([*argv, files.name], check=True)
+    runner.good(step_of("fill.yml/prove", "tar --extract"))
+    reports = {path.name for path in (temporary / "report").iterdir()}
+    assert reports == {"verify.json", "smoke.json"}
+    assert [line.split()[3] for line in runner.asked] == ["verify", "smoke"]
+    runner.good(step_of("fill.yml/prove", "Give the disk back"))
+    assert list(temporary.iterdir()) == []
 
 
 def test_no_expression_stands_in_a_script() -> None:
