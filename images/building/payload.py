@@ -96,7 +96,9 @@ def files(image: Image, locked: Sequence[Locked]) -> dict[str, bytes]:
     """The files of the last layer: our own package, the lock, and what the image is."""
     data = json.dumps(facts(image, locked), indent=1, sort_keys=True) + "\n"
     return {
-        **{f"rollout/{path.relative_to(ENTRYPOINTS)}": path.read_bytes() for path in modules(image)},
+        **{
+            f"rollout/{path.relative_to(ENTRYPOINTS)}": path.read_bytes() for path in modules(image)
+        },
         "requirements.lock": image.lock.read_bytes(),
         "image.json": data.encode(),
         "launcher": LAUNCHER.encode(),
