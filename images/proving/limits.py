@@ -15,7 +15,7 @@ from rollout.moe import CLEAR
 from rollout.oracle import BOUND_BF16, BOUND_FP8
 
 # In the name of a number by which a control is seen to fail, as it must.
-CONTROLS = ("control", "stale", "stranger", "dummy", "weakest")
+CONTROLS = ("control", "stale", "stranger", "crossed", "dummy", "weakest")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def image(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> Image:
     text = found.lock.read_text()
     monkeypatch.setattr(resolution, "resolve", lambda _: text)
     monkeypatch.setattr(build, "build", lambda *_: BUILT)
-    monkeypatch.setattr(build, "base_name", lambda: "base:1")
+    monkeypatch.setattr(build, "base_name", lambda _: "base:1")
     layers.write(found, layers.Record(build.inputs(found), "buildah 1.28.2", BELOW))
     return found
 
