@@ -11,7 +11,7 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from images.schema import File, Wrong, quoted
+from images.schema import File, Framework, Wrong, quoted
 from rollout import backends, frameworks, smoke
 
 DEBIAN = "3.11"  # the Python of Debian 12
@@ -68,9 +68,24 @@ def _check_requirements(file: File) -> None:
             if own and str(found.specifier) != f"=={version}":
                 what = f"asks for {found}, 'framework.version' says {version}; make them agree"
                 raise _wrong(key, what)
+    if file.framework and file.framework.files:
+        _check_files(file.framework)
     # The distribution that carries an engine has the name of its backend.
     if ("requirements", canonicalize_name(file.backend)) not in names:
         raise _wrong("requirements", f"does not ask for the engine {file.backend!r}")
+
+
+def _check_files(framework: Framework) -> None:
+    """A digest as reports name it, of a framework that no wheel brings."""
+    if framework.packaged:
+        what = f"is of a checkout, and {framework.name} is in the image; remove it"
+        raise _wrong("framework.files", what)
+    if not re.fullmatch(r"[0-9a-f]{12}", framework.files):
+        what = (
+            f"is {quoted(framework.files)}, and no digest of 12 digits; "
+            "the report of a training with the checkout names it behind 'files-'"
+        )
+        raise _wrong("framework.files", what)
 
 
 def _check_days(file: File) -> None:

@@ -123,6 +123,10 @@ class Framework(Table, frozen=True):
     ]
     version: Annotated[str, says("the release that is in the image")]
     resolved_as_of: Annotated[datetime.date, says("the day whose index its lock sees")]
+    # A commit tells nothing of what somebody changed in a checkout of it; reports name both.
+    files: Annotated[
+        str, says("of one that is on no index: the digest of its Python files there")
+    ] = ""
     # Where the index has no wheel of the framework, the file names what it depends on instead.
     requirements: Annotated[
         Lines, says("what it is resolved from; by default the release itself", min_length=1)
@@ -142,6 +146,11 @@ class Framework(Table, frozen=True):
         if not self.requirements:
             structs.force_setattr(self, "requirements", (f"{self.name}=={self.version}",))
         _normal(self, "lacks", "left_out", "source_distributions")
+
+    @property
+    def named(self) -> str:
+        """What a report of a training calls it: the release, or the commit and its files."""
+        return f"{self.version}+files-{self.files}" if self.files else self.version
 
     @property
     def packaged(self) -> bool:

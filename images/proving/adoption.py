@@ -150,7 +150,7 @@ def found_faults(folder: Path, image: Image, now: Today) -> dict[str, dict[str, 
     for path in sorted(folder.glob("fault-*.json")):
         name = path.stem.removeprefix("fault-")
         try:
-            smoke.fault(name, image.smoke.facts)
+            smoke.fault(name, standing.facts_of(image))
         except Problem as problem:
             raise Problem(f"--from: {path}: {problem.sentence}", 2) from None
         faults[name] = read_report(path, now)
@@ -163,7 +163,7 @@ def found_faults(folder: Path, image: Image, now: Today) -> dict[str, dict[str, 
 def found_by(data: Mapping[str, Any], fault: str, image: Image) -> str:
     """Why the report of a run with a fault shows nothing; empty if its check alone failed."""
     failed = {c["name"]: str(c["reason"]) for c in data["checks"] if c["status"] == "failed"}
-    return unseen(fault, failed, smoke.promised(image.smoke.facts))
+    return unseen(fault, failed, smoke.promised(standing.facts_of(image)))
 
 
 def calibration(path: Path, image: Image, now: Today) -> str | None:

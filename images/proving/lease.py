@@ -19,7 +19,8 @@ from images import catalog, host
 from images.building import builders, export, layers
 from images.building.buildah import Buildah
 from images.catalog import ROOT, Image, shown
-from images.proving import leased, parcels, proofs, runs
+from images.proving import checkouts, leased, parcels, proofs, runs, standing
+from images.proving.checkouts import Checkout
 from rollout import report, smoke
 from rollout.faults import FAULTS
 from rollout.problem import Problem
@@ -50,10 +51,13 @@ def _job(
     ends: str = "proved",
     *,
     rank: int = PROOF,
+    checkout: Checkout | None = None,
 ) -> dict[str, Any]:
+    trains = ["--framework", leased.CHECKOUT] if checkout else []
     return {
         "name": name,
-        "argv": list(argv),
+        "argv": [*argv, *trains],
+        "checkout": checkout.file if checkout else "",
         "gpus": gpus,
         "shares": shares,
         "after": after,
@@ -63,10 +67,13 @@ def _job(
     }
 
 
-def jobs(image: Image, gpus: int, times: int = 0) -> list[dict[str, Any]]:
+def jobs(
+    image: Image, gpus: int, times: int = 0, checkout: Checkout | None = None
+) -> list[dict[str, Any]]:
     """What is run of an image on so many GPUs: its proof, a second start, and every fault.
 
     With ``times`` its whole smoke test is run so many times more, on each GPU one after another.
+    With a checkout of its framework the training that nobody promises, and its faults, run too.
 
     A check that needs several GPUs and starts an engine of its own is a run of its own: the others
     leave a GPU to other work.
@@ -84,16 +91,23 @@ def jobs(image: Image, gpus: int, times: int = 0) -> list[dict[str, Any]]:
         only = ["smoke", "--only", name]
         job = _job(f"smoke-{name}", only, needs[name], leased.WHOLE, "smoke", "unproved")
         found.append(job)
+    if checkout:
+        name, only = f"smoke-{smoke.TRAINING}", ["smoke", "--only", smoke.TRAINING]
+        trained = _job(name, only, 1, leased.WHOLE, "smoke", "unproved", checkout=checkout)
+        found.append(trained)
+        facts = standing.facts_of(image)
     again = ["smoke", "--only", "start"]
     found.append(_job("warm", again, 1, leased.WHOLE, "smoke", "unproved", rank=AGAIN))
     for number in range(1, times + 1):
         name = runs.name(number)
         found.append(_job(name, ["smoke"], wide, leased.WHOLE, "smoke", rank=REPEATED))
-    for name in faults(image, gpus):
+    for name in faults(facts, gpus):
         check = looked_for_by(name, facts, gpus)
+        own = checkout if check == smoke.TRAINING else None
         argv = ["smoke", "--inject", name, *(["--only", check] if check in smoke.ALONE else [])]
         count, part = needs.get(check, 1), shares(check)
-        found.append(_job(f"fault-{name}", argv, count, part, "smoke", "failed", rank=FAULT))
+        job = _job(f"fault-{name}", argv, count, part, "smoke", "failed", rank=FAULT, checkout=own)
+        found.append(job)
     return found
 
 
@@ -102,9 +116,9 @@ def looked_for_by(fault: str, facts: Mapping[str, Any], gpus: int) -> str:
     return FAULTS[fault].found_by(smoke.available(facts, gpus)) or ""
 
 
-def faults(image: Image, gpus: int) -> list[str]:
-    """The faults that a check of this image looks for on so many GPUs."""
-    return [name for name in FAULTS if looked_for_by(name, image.smoke.facts, gpus)]
+def faults(facts: Mapping[str, Any], gpus: int) -> list[str]:
+    """The faults that a check of an image with these facts looks for on so many GPUs."""
+    return [name for name in FAULTS if looked_for_by(name, facts, gpus)]
 
 
 def shares(check: str) -> int:
@@ -137,7 +151,7 @@ def run_seconds(image: Image, gpus: int, times: int = 0) -> float:
     kept = proofs.kept_report(image)
     proof = float(kept["seconds"]) if kept else PROOF_SECONDS
     whole = proof * times
-    for name in faults(image, gpus):
+    for name in faults(image.smoke.facts, gpus):
         path = proofs.kept_fault(image, name)
         known = path.exists()
         seconds = float(proofs.read(path, shown(path))["seconds"]) if known else FAULT_SECONDS
@@ -255,6 +269,8 @@ def pack(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     bundles, sent = [], set[str]()
+    brought = checkouts.chosen([checkouts.parse(text) for text in options.checkout], images)
+    files = [checkouts.write(one, folder) for one in set(brought.values())]
     for image in images:
         parts = parcels.write(
             image, tool, folder, sent, have, part=options.part_bytes, level=options.level
@@ -265,13 +281,14 @@ def pack(
                 "name": name,
                 "reference": image.reference,
                 "parts": parts,
-                "jobs": jobs(image, options.gpus, options.times),
+                "jobs": jobs(image, options.gpus, options.times, brought.get(image.reference)),
             }
         )
         host.say(f"{image.reference}: {len(parts)} parts")
     tools(folder / "tools")
     shutil.copy2(leased.__file__, folder / "leased.py")
-    host.write_json(folder / leased.PLAN, {"bundles": bundles})
+    sums = {f"{checkouts.FOLDER}/{file.name}": host.sha256(file) for file in files}
+    host.write_json(folder / leased.PLAN, {"bundles": bundles, "checkouts": sums})
     return sum(len(bundle["parts"]) for bundle in bundles)
 
 
@@ -294,6 +311,13 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--gpus", type=int, default=2, help="of the machine")
     top.add_argument(
         "--times", type=often, default=0, metavar="N", help="run each smoke test so often again"
+    )
+    top.add_argument(
+        "--checkout",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a clone of a framework that is on no index: its training runs too",
     )
     top.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help="of one lease")
     top.add_argument("--part-bytes", type=int, default=PART, help="how much goes there at once")
@@ -326,7 +350,8 @@ def main(arguments: Sequence[str]) -> int:
     have = parcels.read_have(given.have) if given.have else {}
     count = pack(images, tool, FOLDER, have, given)
     host.say(f"{shown(FOLDER)}: {count} parts of at most {layers.megabytes(given.part_bytes)}")
-    host.say("send tools, leased.py and plan.json first, into one folder; docs/leases.md goes on")
+    first = "tools, checkouts, leased.py" if given.checkout else "tools, leased.py"
+    host.say(f"send {first} and plan.json first, into one folder; docs/leases.md goes on")
     return 0
 
 

@@ -31,6 +31,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PLAN = "plan.json"
+CHECKOUT = "/checkout"  # where a job finds the framework that trains
 # A GPU in shares: what measures memory or time has it alone, small engines share it.
 WHOLE = 4
 POLL = 0.2
@@ -77,6 +78,20 @@ class Place:
         """What was packed, and what is to be run."""
         plan: dict[str, Any] = json.loads((HERE / PLAN).read_text(encoding="utf-8"))
         return plan
+
+    def checkout(self, name: str) -> Path:
+        """The folder of a framework's checkout, unpacked at its first use.
+
+        Raises:
+            RuntimeError: it is another file than was packed, or it was not sent.
+        """
+        source, folder = HERE / name, self.root / name.removesuffix(".tar.gz")
+        if not folder.exists():
+            if not source.exists() or sha256(source) != self.plan()["checkouts"][name]:
+                raise RuntimeError(f"{source} is damaged, or was not sent")
+            with tarfile.open(source) as tar:
+                tar.extractall(folder, filter="data")
+        return folder
 
     def missing(self, bundle: dict[str, Any]) -> list[str]:
         """The parts of an image that are not here."""
@@ -249,6 +264,8 @@ def start(
     argv = [str(place.images / name / "run"), "--cache", str(cache), "--bind", f"{out}:/out"]
     if held and visible:
         argv += ["--env", f"CUDA_VISIBLE_DEVICES={','.join(map(str, held))}"]
+    if job["checkout"]:
+        argv += ["--bind", f"{place.checkout(job['checkout'])}:{CHECKOUT}:ro"]
     argv += [*job["argv"], "--report", f"/out/{job['name']}.json"]
     with (out / f"{job['name']}.log").open("wb") as log:
         process = subprocess.Popen(
@@ -305,7 +322,13 @@ def conduct(place: Place, gpus: int) -> int:
             for number in held:
                 free[number] -= job["shares"]
             waiting.remove((name, job))
-            running.append(start(place, name, job, held, visible=bool(gpus)))
+            try:
+                running.append(start(place, name, job, held, visible=bool(gpus)))
+            except RuntimeError as error:  # the others may still run
+                place.say(f"{name}: {job['name']} cannot run: {error}")
+                over[name, job["name"]] = False
+                for number in held:
+                    free[number] += job["shares"]
         time.sleep(POLL)
     wrong = [f"{name}: {job}" for (name, job), good in over.items() if not good]
     place.say(f"done; not as it should: {', '.join(wrong) or 'none'}")

@@ -104,7 +104,7 @@ def join(parts: Sequence[Mapping[str, Any]], image: Image) -> dict[str, Any]:
 
     A check of which several tell counts as the first that did not pass, else as the first. What one
     part had to leave out, for want of a second GPU, and another ran is not skipped. A part in which
-    no framework trained names none.
+    no framework trained names none. One that was asked for a check by name knows one program more.
 
     Raises:
         ValueError: they are of different runs: not of one model, program or machine.
@@ -112,7 +112,14 @@ def join(parts: Sequence[Mapping[str, Any]], image: Image) -> dict[str, Any]:
     whole = dict(max(parts, key=lambda part: len(part["gpus"])))
     trained = [part["framework"] for part in parts if part["framework"]]
     whole["framework"] = trained[0] if trained else None
-    for name in ("model", "cycles", "program", "framework", "added", "device", "driver"):
+    programs = [part["program"] for part in parts]
+    if None not in programs:
+        whole["program"] = {key: value for one in reversed(programs) for key, value in one.items()}
+        if any(whole["program"][key] != one[key] for one in programs for key in one):
+            raise ValueError("they differ in 'program'")
+    elif any(programs):
+        raise ValueError("they differ in 'program'")
+    for name in ("model", "cycles", "framework", "added", "device", "driver"):
         untold = [None] if name == "framework" else []
         if any(part[name] not in (whole[name], *untold) for part in parts):
             raise ValueError(f"they differ in {name!r}")
@@ -150,13 +157,14 @@ def today(image: Image, diff_ids: Sequence[str] | None = None) -> Today:
         lock_sha256=host.sha256(image.lock),
         engine=(image.backend, versions[image.engine]),
         torch=versions["torch"],
-        framework=(image.framework.name, image.framework.version) if image.framework else None,
+        framework=(image.framework.name, image.framework.named) if image.framework else None,
         layers=recorded.diff_ids if recorded else below,
         checks=standing.promised(image),
         transports=image.smoke.refit,
         program=standing.program_of(image),
         not_shown=image.not_shown,
         above=int("framework" in layering.layer_names(image, locked)),
+        brought=image.framework is not None and not image.framework.packaged,
     )
 
 
@@ -168,7 +176,7 @@ def standing_of(image: Image) -> Standing:
 def standing_of_fault(image: Image, fault: str, now: Today | None = None) -> str:
     """What the kept report of an injected fault is worth today; empty if all."""
     path = kept_fault(image, fault)
-    check = find(fault).found_by(smoke.promised(image.smoke.facts)) or ""
+    check = find(fault).found_by(smoke.promised(standing.facts_of(image))) or ""
     return standing.of_fault(read(path, shown(path)), now or today(image), check)
 
 

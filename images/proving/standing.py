@@ -10,19 +10,21 @@ catalog promises, from the layers and the proof program of today, and from the c
 - *stale*: of other layers, or of another lock;
 - *not proved yet*: no report, or one that shows something else than it should.
 
+A report may show more than was promised: what somebody asked for by name (:func:`asked`).
+
 Everything here is pure but for :func:`program_of`, which reads the sources of the proof program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from images.catalog import Image
-from rollout import program, smoke, verify
+from rollout import frameworks, program, smoke, verify
 from rollout.checks import rate
 
 PROVED, IN_PART, EARLIER = "proved", "in part", "by earlier checks"
@@ -53,6 +55,7 @@ class Today:
     program: Mapping[str, str]  # check -> identity of what decides its result
     not_shown: Mapping[str, str] = field(default_factory=dict)  # and why nobody can show it
     above: int = 0  # how many of these layers stand above the engine: the framework's
+    brought: bool = False  # whether the framework's own code comes as a checkout
 
     @property
     def engine_layers(self) -> tuple[str, ...] | None:
@@ -68,6 +71,7 @@ class Standing:
     sentence: str
     missing: Mapping[str, str] = field(default_factory=dict)  # promised and not shown, with reasons
     since: str = ""  # the day of a proof by earlier checks
+    outgrown: Collection[str] = ()  # of what is asked for by name, the checks that changed since
 
     @property
     def good(self) -> bool:
@@ -85,9 +89,26 @@ def verified(image: Image) -> list[str]:
     return verify.available({"backend": image.backend, "framework": image.framework})
 
 
+def asked(image: Image) -> tuple[str, ...]:
+    """The checks that an image has for whoever asks by name, and does not promise.
+
+    A framework that is on no index trains from a checkout of the user's: nobody can promise it of
+    the image alone, and a kept report may show it.
+    """
+    framework = image.framework
+    if framework is None or framework.packaged or image.smoke.training:
+        return ()
+    return (smoke.TRAINING,) if frameworks.trains(framework.name) else ()
+
+
+def facts_of(image: Image) -> dict[str, Any]:
+    """What the smoke test of an image may run: "smoke" in its image.json, and what is asked for."""
+    return {**image.smoke.facts, **dict.fromkeys(asked(image), True)}
+
+
 def program_of(image: Image) -> dict[str, str]:
     """The identity of today's proof program, as an image of this catalog file has it."""
-    facts = image.smoke.facts
+    facts = facts_of(image)
     return program.identity(
         image.backend,
         verified(image),
@@ -143,6 +164,11 @@ def _another_framework(report: Report, today: Today) -> str:
         return ""
     if today.framework is None:
         return f"trained with {ran['name']} {ran['version']}, and this image has no framework"
+    if today.brought:
+        if (ran["name"], ran["version"]) != today.framework:
+            own = " ".join(today.framework)
+            return f"trained with {ran['name']} {ran['version']}, and the image is for {own}"
+        return ""
     if not Path(ran["path"]).is_relative_to(ENVIRONMENT):
         return f"trained with {ran['name']} of {ran['path']}, and not with the image's own"
     if report["lock_sha256"] == today.lock_sha256 and (
@@ -206,6 +232,8 @@ def _shown(report: Report, today: Today) -> Standing:
     passed, skipped = _passed(report), _skipped(report)
     known = report["program"] or {}
     missing = [name for name in today.checks if name not in passed]
+    more = [n for n in today.program if n in passed and n not in today.checks]
+    outgrown = tuple(n for n in more if known.get(n) != today.program[n])
     ways = sent_by(report, today.transports)
     unsent = [name for name in today.transports if name not in ways]
     lost = [name for name in CORE if name in today.checks and name not in passed]
@@ -228,10 +256,11 @@ def _shown(report: Report, today: Today) -> Standing:
         other = f"changed since: {which}"
     if other:
         day = report["started"][:10]
-        return Standing(EARLIER, f"by the checks of {day}; {other}{tail}", without, day)
+        said = f"by the checks of {day}; {other}{tail}"
+        return Standing(EARLIER, said, without, day, outgrown)
     if without:
-        return Standing(IN_PART, f"all but {reasons(without)}", without)
-    return Standing(PROVED, "every promised check and transport passed")
+        return Standing(IN_PART, f"all but {reasons(without)}", without, outgrown=outgrown)
+    return Standing(PROVED, "every promised check and transport passed", outgrown=outgrown)
 
 
 def listed(names: Sequence[str]) -> str:

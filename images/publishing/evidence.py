@@ -132,7 +132,7 @@ def check_report(image: Published) -> Metrics:
 def today(image: Published, origin: Origin) -> Today:
     """What a report of an image has to show: by its labels, layers and manifest, and its maker."""
     said = image.labels
-    framework = (said[labels.FRAMEWORK], said[labels.FRAMEWORK_VERSION])
+    framework = (said[labels.FRAMEWORK], origin.trained or said[labels.FRAMEWORK_VERSION])
     return Today(
         reference=said[oci.TITLE],
         lock_sha256=said[labels.LOCK],
@@ -144,6 +144,7 @@ def today(image: Published, origin: Origin) -> Today:
         transports=origin.transports,
         program=origin.program,
         not_shown=oci.not_shown(image.manifest.annotations if image.manifest else {}),
+        brought=bool(origin.asked),
     )
 
 

@@ -114,6 +114,8 @@ def make(
             "inputs": build.inputs(image),
             "promised": {
                 "checks": list(standing.promised(image)),
+                "asked": list(standing.asked(image)),
+                "trained": image.framework.named if image.framework else "",
                 "transports": list(image.smoke.refit),
                 "program": standing.program_of(image),
             },
@@ -159,6 +161,8 @@ class Origin:
     checkout: str  # the address of the repository; empty for a person's own
     byproducts: frozenset[tuple[str, str]]  # media type and sha256
     checks: tuple[str, ...]  # that a proof has to show
+    asked: tuple[str, ...]  # that a proof may show: by a checkout of the framework
+    trained: str  # the release, or the commit and its files, that trains then
     transports: tuple[str, ...]
     program: Mapping[str, str]  # the identity of each of the checks
 
@@ -233,8 +237,13 @@ def parse(said: Mapping[str, Any], digest: str) -> Origin:
                 for entry in details["byproducts"]
             ),
             checks=tuple(map(str, promised["checks"])),
+            asked=tuple(map(str, promised["asked"])),
+            trained=str(promised["trained"]),
             transports=tuple(map(str, promised["transports"])),
-            program={name: str(promised["program"][name]) for name in promised["checks"]},
+            program={
+                name: str(promised["program"][name])
+                for name in (*promised["checks"], *promised["asked"])
+            },
         )
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
         raise Problem("the provenance lacks what one of ours says") from None

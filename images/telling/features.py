@@ -220,7 +220,10 @@ def cell(feature: Feature, smoke: Smoke, kept: Kept | None) -> str:
     """What the table says of one feature of one image."""
     found = shown(feature, smoke, kept.report) if kept else ""
     if kept and found:
-        return found if kept.standing.good else STALE
+        if not kept.standing.good:
+            return STALE
+        earlier = feature.check in kept.standing.outgrown
+        return f"{found}; {standing.EARLIER}" if earlier else found
     return NOT_SHOWN if feature.claimed(smoke) else NOT_CLAIMED
 
 

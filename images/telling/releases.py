@@ -12,6 +12,7 @@ from packaging.version import InvalidVersion, Version
 
 from images.catalog import Image
 from images.locking import lock
+from images.proving import proofs, standing
 from images.schema import Framework
 from images.telling import markdown
 
@@ -29,12 +30,23 @@ def of(framework: Framework | None) -> str:
 def reason(image: Image, framework: Framework, release: str) -> str:
     """Why a release is for an image."""
     if not framework.packaged:
-        return "what it needs is in the image; its code comes as a checkout of this commit"
+        told = "what it needs is in the image; its code comes as a checkout of this commit"
+        return f"{told}, which trained in the kept proof" if trained(image) else told
     if release == framework.version:
         proof = ", and the proof runs it" if image.smoke.training else "; the proof does not run it"
         return f"it is in the image{proof}"
     bound = f", with its extra `{framework.extra}`" if framework.extra else ""
     return f"its own metadata takes the engine{bound}; install it on top"
+
+
+def trained(image: Image) -> bool:
+    """Whether the kept report shows by today's check that a checkout of the framework trains."""
+    kept, asked = proofs.kept_report(image), standing.asked(image)
+    if kept is None or not asked:
+        return False
+    passed = {check["name"] for check in kept["checks"] if check["status"] == "passed"}
+    worth = proofs.standing_of(image)
+    return worth.good and set(asked) <= passed - set(worth.outgrown)
 
 
 def row(image: Image, framework: Framework, release: str) -> tuple[str, ...]:

@@ -23,7 +23,15 @@ def statement(**changes: Any) -> dict[str, Any]:
     definition = {
         "buildType": provenance.BUILD_TYPE,
         "externalParameters": {"reference": "a:b"},
-        "internalParameters": {"promised": {"checks": [], "transports": [], "program": {}}},
+        "internalParameters": {
+            "promised": {
+                "checks": [],
+                "asked": [],
+                "trained": "",
+                "transports": [],
+                "program": {},
+            }
+        },
         "resolvedDependencies": inputs,
     }
     details = {"builder": {"id": provenance.LOCAL_BUILDER}, "byproducts": named}

@@ -186,6 +186,8 @@ def test_a_provenance_names_what_the_image_was_made_from(image: Image) -> None:
         "inputs": build.inputs(image),
         "promised": {
             "checks": list(standing.promised(image)),
+            "asked": [],
+            "trained": image.framework.named if image.framework else "",
             "transports": ["cuda-ipc"],
             "program": standing.program_of(image),
         },

@@ -38,7 +38,7 @@ def test_a_file_is_read_into_an_image(checkout: Checkout) -> None:
     image = catalog.parse(checkout.file())
     assert (image.reference, image.engine) == ("verl-rollout:vllm-0.12", "vllm")
     assert image.framework == Framework(
-        "verl", "0.7.1", datetime.date(2026, 3, 20), ("verl==0.7.1",)
+        "verl", "0.7.1", datetime.date(2026, 3, 20), requirements=("verl==0.7.1",)
     )
     assert image.python == "3.11"
     assert image.resolved_as_of == datetime.date(2025, 12, 20)
@@ -631,6 +631,15 @@ def test_a_framework_without_a_wheel_is_asked_for_by_what_it_needs(checkout: Che
             table(requirements='["verl==0.7.0"]'),
             "key 'framework.requirements' asks for verl==0.7.0, 'framework.version' says 0.7.1; "
             "make them agree",
+        ),
+        (
+            table(files='"46359c523031"'),
+            "key 'framework.files' is of a checkout, and verl is in the image; remove it",
+        ),
+        (
+            table(requirements='["six"]', files='"8eb27cc2"'),
+            "key 'framework.files' is '8eb27cc2', and no digest of 12 digits; "
+            "the report of a training with the checkout names it behind 'files-'",
         ),
         (
             table(requirements='["= 1"]'),

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from images.building import layers
 from images.building.contents import Summary
 from images.building.layers import Layer, Record
 from images.catalog import Image
-from images.proving import lease, leased, parcels
+from images.proving import checkouts, lease, leased, parcels
+from images.proving.checkouts import Checkout
 from rollout import smoke
 from rollout.faults import FAULTS
 from rollout.problem import Problem
@@ -151,6 +153,111 @@ def test_a_smoke_test_that_is_to_be_repeated_is_so_many_jobs_before_the_faults()
     assert lease.run_seconds(image, 2, times=2) > kept
 
 
+# a framework that comes as a checkout
+
+ROLL = next(image for image in IMAGES if image.reference == "roll-rollout:vllm-0.12")
+
+
+def test_a_checkout_trains_once_and_with_each_fault_of_training() -> None:
+    bare, brought = lease.jobs(ROLL, 2), lease.jobs(ROLL, 2, checkout=Checkout("roll", Path(), ""))
+    more = {job["name"]: job for job in brought if job not in bare}
+    sought = [name for name, fault in FAULTS.items() if fault.check == "training"]
+    assert list(more) == ["smoke-training", *(f"fault-{name}" for name in sought)]
+    assert sought
+    for name, job in more.items():
+        argv = ["--only", "training", "--framework", leased.CHECKOUT]
+        assert job["argv"][-4:] == argv
+        assert job["checkout"] == "checkouts/roll.tar.gz"
+        assert job["ends"] == (3 if name == "smoke-training" else 1)
+    assert not any(job["checkout"] for job in bare)
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A clone of a framework with one commit."""
+    root = tmp_path / "clone"
+    (root / "roll").mkdir(parents=True)
+    (root / "roll/one.py").write_text("one = 1\n")
+    (root / "LICENSE").write_text("free\n")
+    (root / "picture.png").write_bytes(b"large")
+    for argv in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(root), *who, *argv], check=True)
+    return root
+
+
+def test_a_checkout_is_sent_with_its_code_and_the_commit_that_reports_name(
+    clone: Path, tmp_path: Path
+) -> None:
+    one = checkouts.parse(f"roll={clone}")
+    with tarfile.open(checkouts.write(one, tmp_path)) as tar:
+        assert sorted(tar.getnames()) == [".git/HEAD", "LICENSE", "roll/one.py"]
+        head = tar.extractfile(".git/HEAD")
+        assert head and head.read().decode().strip() == one.commit
+    assert len(one.commit) == 40
+    assert [path.name for path in (tmp_path / "checkouts").iterdir()] == ["roll.tar.gz"]
+
+
+def test_a_checkout_that_is_not_as_its_commit_is_refused(clone: Path, tmp_path: Path) -> None:
+    (clone / "roll/one.py").write_text("one = 2\n")
+    with pytest.raises(Problem, match=r"is not as its commit is: M roll/one.py; commit or undo"):
+        checkouts.write(checkouts.parse(f"roll={clone}"), tmp_path)
+    assert not (tmp_path / "checkouts").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("roll", "'roll' is no NAME=DIR of a framework and its clone"),
+        ("roll=", "'roll=' is no NAME=DIR"),
+        ("roll=/nowhere", "'roll=/nowhere' is no NAME=DIR"),
+        ("roll={empty}", "is no clone, so nobody knows its commit; clone it"),
+        ("verl={clone}", "none of these images trains verl from a checkout"),
+        ("roll={clone}", "and roll-rollout:vllm-0.12 is for roll 8eb27cc2; check that commit out"),
+    ],
+    ids=["no folder", "empty", "nowhere", "no clone", "another framework", "another commit"],
+)
+def test_a_checkout_that_proves_nothing_is_refused(
+    clone: Path, tmp_path: Path, given: str, said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    text = given.format(clone=clone, empty=tmp_path / "empty")
+    with pytest.raises(Problem, match=re.escape(said)) as caught:
+        checkouts.chosen([checkouts.parse(text)], [ROLL])
+    assert caught.value.code == 2
+
+
+@needs_zstd
+@pytest.mark.parametrize("fate", ["whole", "damaged", "lost"])
+def test_a_job_has_its_checkout_or_is_named_and_the_others_run(
+    machine: Machine, clone: Path, tmp_path: Path, fate: str
+) -> None:
+    file = checkouts.write(checkouts.parse(f"roll={clone}"), machine.packed)
+    name = f"checkouts/{file.name}"
+    trains = job("smoke-training", checkout=name)
+    # The launcher of the test prints what it was asked for, and the file that it would show.
+    shows = "*:/checkout:ro) cat ${word%%:*}/roll/one.py;;"
+    run = f'echo "$*"; for word in $*; do case $word in {shows} esac; done'
+    machine.add("one", tree(tmp_path / "one", {"a": "b"}), run=run, jobs=[trains, job("smoke")])
+    plan = {"bundles": machine.bundles, "checkouts": {name: leased.sha256(file)}}
+    (machine.packed / "plan.json").write_text(json.dumps(plan))
+    if fate == "damaged":
+        file.write_bytes(b"another")
+    elif fate == "lost":
+        file.unlink()
+    machine.put()
+    code = machine.run("conduct", "--gpus", "1").returncode
+    assert "one: smoke exited with 0" in machine.log()
+    if fate == "whole":
+        assert code == 0
+        assert "one = 1\n" in (machine.place.out / "one/smoke-training.log").read_text()
+        return
+    assert code == 1
+    assert "smoke-training cannot run: " in machine.log()
+    assert "is damaged, or was not sent" in machine.log()
+    assert "done; not as it should: one: smoke-training\n" in machine.log()
+
+
 @pytest.mark.parametrize("text", ["x", "-1", "1000", ""])
 def test_so_many_repeats_no_lease_takes(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no number of at most 999"):
@@ -254,6 +361,7 @@ def machine(tmp_path: Path) -> Machine:
 
 def job(name: str, **other: Any) -> dict[str, Any]:
     made = {"name": name, "argv": [name], "gpus": 1, "shares": 1, "after": "", "ends": 0}
+    made["checkout"] = ""
     return made | {"limit": 30, "rank": 0} | other
 
 

@@ -760,6 +760,18 @@ def test_what_one_part_ran_another_did_not_have_to_skip(image: Image, folder: Pa
     assert (joined["skipped"], joined["verdict"]) == ({"nccl": "no second GPU"}, "in-part")
 
 
+def test_a_part_that_was_asked_for_by_name_knows_a_program_more(image: Image, folder: Path) -> None:
+    """ROLL trains from a checkout: its run knows the program of `training`, and no other does."""
+    first, second = parted(folder, "sleep-2")
+    second["program"] = second["program"] | {"training": sha256("training")}
+    joined = proofs.join([first, second], image)
+    assert joined["program"] == first["program"] | {"training": sha256("training")}
+    changed = second | {"program": second["program"] | {"start": sha256("another")}}
+    for told in (changed, second | {"program": None}):
+        with pytest.raises(ValueError, match="they differ in 'program'"):
+            proofs.join([first, told], image)
+
+
 VERL = {"name": "verl", "version": "0.9.1", "path": "/opt/verl"}
 
 

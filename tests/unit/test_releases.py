@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
+from images.proving import proofs, standing
+from images.proving.standing import Standing
 from images.telling import releases
 
 from ..conftest import ABOVE, Checkout
@@ -37,6 +41,30 @@ def test_a_release_is_said_to_be_run_where_the_proof_trains(checkout: Checkout) 
     assert image.framework
     said = releases.reason(image, image.framework, image.framework.version)
     assert said == "it is in the image, and the proof runs it"
+
+
+def test_a_checkout_is_said_to_train_where_the_kept_proof_shows_it(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = 'name = "roll", version = "8eb27cc2", requirements = ["six"]'
+    changes = {"framework": f"{{ {own}, resolved-as-of = 2026-03-20 }}"}
+    image = checkout.image(changes, above=ABOVE)
+    assert image.framework
+    plain = "what it needs is in the image; its code comes as a checkout of this commit"
+    worth = Standing(standing.PROVED, "")
+    checks = [{"name": "start", "status": "passed"}]
+    monkeypatch.setattr(proofs, "kept_report", lambda _: {"checks": checks})
+    monkeypatch.setattr(proofs, "standing_of", lambda _: worth)
+    assert releases.reason(image, image.framework, "8eb27cc2") == plain
+    checks.append({"name": "training", "status": "passed"})
+    said = releases.reason(image, image.framework, "8eb27cc2")
+    assert said == f"{plain}, which trained in the kept proof"
+    for other in (
+        Standing(standing.STALE, ""),
+        Standing(standing.PROVED, "", outgrown=("training",)),
+    ):
+        worth = other
+        assert releases.reason(image, image.framework, "8eb27cc2") == plain
 
 
 def test_a_cell_says_which_release_is_in_an_image_and_which_fit(checkout: Checkout) -> None:

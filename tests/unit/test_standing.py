@@ -212,6 +212,66 @@ def test_what_trained_is_the_framework_of_the_image(
     )
 
 
+ROLL = {"name": "roll", "version": "8eb27cc2+files-46359c523031", "path": "/roll/roll"}
+COMMIT = ("roll", "8eb27cc2+files-46359c523031")
+
+
+@pytest.mark.parametrize(
+    ("changes", "has", "why"),
+    [
+        ({}, COMMIT, ""),
+        (
+            {"version": "11111111+files-46359c523031"},
+            COMMIT,
+            "trained with roll 11111111+files-46359c523031, and the image is for "
+            "roll 8eb27cc2+files-46359c523031",
+        ),
+        (
+            {"version": "8eb27cc2+files-000000000000"},
+            COMMIT,
+            "trained with roll 8eb27cc2+files-000000000000, and the image is for "
+            "roll 8eb27cc2+files-46359c523031",
+        ),
+        (
+            {"name": "verl"},
+            COMMIT,
+            "trained with verl 8eb27cc2+files-46359c523031, and the image is for "
+            "roll 8eb27cc2+files-46359c523031",
+        ),
+    ],
+    ids=["its commit", "another commit", "changed files", "another framework"],
+)
+def test_a_checkout_that_trained_is_of_the_commit_that_the_image_is_for(
+    sound: dict[str, Any],
+    today: Today,
+    changes: dict[str, str],
+    has: tuple[str, str],
+    why: str,
+) -> None:
+    """No image has the code of such a framework: the user's clone is the only one there is."""
+    found = judged(
+        sound | {"framework": ROLL | changes}, replace(today, framework=has, brought=True)
+    )
+    assert found.sentence == (
+        f"its report {why}" if why else "every promised check and transport passed"
+    )
+
+
+def test_what_was_asked_for_by_name_is_no_promise_and_grows_old_by_itself(
+    sound: dict[str, Any], today: Today
+) -> None:
+    more = {**today.program, "training": sha256("today's")}
+    asked = replace(today, program=more, framework=COMMIT, brought=True)
+    assert judged(sound, asked) == Standing(PROVED, "every promised check and transport passed")
+    shown = copy.deepcopy(sound) | {"framework": ROLL}
+    shown["checks"].append({**shown["checks"][0], "name": "training"})
+    shown["program"]["training"] = sha256("today's")
+    assert judged(shown, asked) == Standing(PROVED, "every promised check and transport passed")
+    shown["program"]["training"] = sha256("of then")
+    found = judged(shown, asked)
+    assert (found.word, found.outgrown) == (PROVED, ("training",))
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
