@@ -18,7 +18,16 @@ from typing import Any
 import pytest
 
 from rollout import frameworks, smoke, training
-from rollout.frameworks import LOST, STALE, FrameworkError, Tampering, processes, tiny
+from rollout.frameworks import (
+    LOST,
+    STALE,
+    FrameworkError,
+    Tampering,
+    processes,
+    tiny,
+    training_checkout,
+    training_refits,
+)
 from rollout.frameworks import training_roll as roll
 from rollout.frameworks import training_roll_driver as driver
 from rollout.frameworks import training_roll_hook as hook
@@ -109,14 +118,14 @@ folder = sys.argv[1]
 open("{pids}", "w").write(str(os.getpid()))
 daemon = subprocess.Popen(["sleep", "600"], start_new_session=True)
 open("{pids}", "a").write(f" {{daemon.pid}}")
-since = int(os.environ.get("ROLLOUT_ROLL_SINCE", "99"))
+since = int(os.environ.get("ROLLOUT_TRAINING_SINCE", "99"))
 assert json.load(open(folder + "/config.json"))["exp_name"] == "rollout"
 os.makedirs("ray/session/logs")
 open("ray/session/logs/worker-1.err", "w").write("no ink left\\n")
 for number in range(1, {steps} + 1):
-    lost = os.environ["ROLLOUT_ROLL_TENSOR"] if number >= since else ""
+    lost = os.environ["ROLLOUT_TRAINING_TENSOR"] if number >= since else ""
     record = {{"number": number, "tensors": 51, "bytes": 9, "left_out": lost, "sender": "a.B.c"}}
-    with open(os.environ["ROLLOUT_ROLL_REFITS"], "a") as file:
+    with open(os.environ["ROLLOUT_TRAINING_REFITS"], "a") as file:
         file.write(json.dumps(record) + "\\n")
     line = {{"number": number, "seconds": 1.0, "reward": number / 12}}
     line["divergence"] = 0.04 if lost else 0.0001
@@ -140,7 +149,7 @@ def checkout(folder: Path) -> Path:
 def begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Starts a framework whose pipeline is a script; none is left running."""
     monkeypatch.setattr(tiny, "write_model", lambda folder: folder.mkdir())
-    monkeypatch.setattr(roll, "POLL", 0.02)
+    monkeypatch.setattr(training_checkout, "POLL", 0.02)
     monkeypatch.setattr(roll, "DRIVER", "paper_pipeline")
     monkeypatch.setattr(roll, "takes_descriptors", lambda: True)
     monkeypatch.delenv("ROLLOUT_ENGINE_LOG", raising=False)
@@ -247,20 +256,20 @@ def test_a_log_that_is_asked_for_comes_with_what_every_worker_wrote(
 
 def test_another_checkout_is_another_version_and_git_gives_the_commit(tmp_path: Path) -> None:
     root = checkout(tmp_path)
-    plain = roll.version(root / "roll")
+    plain = training_checkout.version(root / "roll")
     assert plain.startswith("files-")
     (root / "roll" / "__init__.py").write_text("changed = True\n")
-    assert roll.version(root / "roll") != plain
+    assert training_checkout.version(root / "roll") != plain
     git = root / ".git"
     (git / "refs/heads").mkdir(parents=True)
     commit = "8eb27cc2dc34c4d1310b169d9b86d339004d811a"
     (git / "HEAD").write_text(f"{commit}\n")
-    assert roll.version(root / "roll").startswith("8eb27cc2+files-")
+    assert training_checkout.version(root / "roll").startswith("8eb27cc2+files-")
     (git / "HEAD").write_text("ref: refs/heads/main\n")
     (git / "packed-refs").write_text(f"# pack-refs\n{commit} refs/heads/main\n")
-    assert roll.version(root / "roll").startswith("8eb27cc2+files-")
+    assert training_checkout.version(root / "roll").startswith("8eb27cc2+files-")
     (git / "refs/heads/main").write_text("1" * 40 + "\n")
-    assert roll.version(root / "roll").startswith("11111111+files-")
+    assert training_checkout.version(root / "roll").startswith("11111111+files-")
 
 
 @pytest.mark.parametrize(
@@ -307,18 +316,18 @@ def test_the_environment_is_alone_offline_and_on_one_gpu(tmp_path: Path) -> None
         "ROLL_OTEL_ENABLED": "1",
         "RANK": "7",
         "MASTER_ADDR": "10.0.0.1",
-        "ROLLOUT_ROLL_TAMPERING": "lost",
+        "ROLLOUT_TRAINING_TAMPERING": "lost",
         "WANDB_API_KEY": "secret",
     }
     found = framework.environment(given, SHORT, None)
     gone = {"RAY_ADDRESS", "ROLL_OTEL_ENABLED", "RANK", "MASTER_ADDR", "WANDB_API_KEY"}
-    assert not (gone | {hook.TAMPERING}) & set(found)
+    assert not (gone | {training_refits.TAMPERING}) & set(found)
     assert found["CUDA_VISIBLE_DEVICES"] == "3"
     assert found["HF_HUB_OFFLINE"] == "1"
     assert found["PYTHONPATH"].split(os.pathsep)[:2] == [str(tmp_path / "ROLL"), "/their/own"]
     told = framework.environment(given, SHORT, Tampering(STALE, 2))
-    assert (told[hook.TAMPERING], told[hook.FROM]) == (STALE, "2")
-    assert told[hook.LOST] in tiny.shapes()
+    assert (told[training_refits.TAMPERING], told[training_refits.FROM]) == (STALE, "2")
+    assert told[training_refits.LOST] in tiny.shapes()
 
 
 # The trainer's allocator ------------------------------------------------------------------------
@@ -404,12 +413,12 @@ def sender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def counted(kind: str = "", since: int = 0, cluster: str = "actor_train") -> Any:
         environ = {
-            hook.REFITS: str(tmp_path / "refits.jsonl"),
-            hook.LOST: "lm_head.weight",
+            training_refits.REFITS: str(tmp_path / "refits.jsonl"),
+            training_refits.LOST: "lm_head.weight",
             "CLUSTER_NAME": cluster,
         }
         if kind:
-            environ |= {hook.TAMPERING: kind, hook.FROM: str(since)}
+            environ |= {training_refits.TAMPERING: kind, training_refits.FROM: str(since)}
         monkeypatch.setattr(os, "environ", environ)
         for _ in range(2):  # a process is set up once, and twice does no harm
             hook.setup()
@@ -662,7 +671,9 @@ def test_a_line_is_written_for_each_step_with_what_it_was_made_from(tmp_path: Pa
         assert cluster.train_step(data, blocking=False) == "references"
         steps.log({"critic/score/mean": 0.5}, step=number)
     assert cluster.asked == [(data, False)] * 2
-    found = [roll.step(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    found = [
+        training_checkout.step(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()
+    ]
     assert [(one.number, one.reward) for one in found] == [(1, 0.5), (2, 0.5)]
     assert found[0].divergence == pytest.approx(0.25)
     assert all(0 <= one.seconds < 60 for one in found)
@@ -672,7 +683,7 @@ def test_a_step_that_was_made_from_nothing_agrees_with_nothing(tmp_path: Path) -
     """ROLL skips the training where every answer is masked, and tells of a step all the same."""
     steps = driver.Steps(tmp_path / "steps.jsonl")
     steps.log({}, step=0)
-    one = roll.step((tmp_path / "steps.jsonl").read_text())
+    one = training_checkout.step((tmp_path / "steps.jsonl").read_text())
     assert math.isnan(one.divergence) and math.isnan(one.reward)
 
 
@@ -689,7 +700,8 @@ def test_a_framework_that_comes_as_a_checkout_trains_by_an_adapter_of_its_own() 
     assert frameworks.trainer("roll") == "training_roll"
     assert frameworks.trainer("verl") == "verl"
     assert frameworks.trains("roll") and frameworks.trains("verl")
-    assert not frameworks.trains("open-instruct")
+    assert frameworks.trainer("open-instruct") == "training_open_instruct"
+    assert frameworks.trains("open-instruct")
 
 
 def test_who_names_a_checkout_and_the_check_gets_it_without_a_promise(tmp_path: Path) -> None:
@@ -706,7 +718,6 @@ def test_who_names_a_checkout_and_the_check_gets_it_without_a_promise(tmp_path: 
         (DATA, ("training",), False),
         (DATA, (), True),
         (DATA, ("generation",), True),
-        (DATA | {"framework": {"name": "open-instruct"}}, ("training",), True),
         (DATA | {"framework": None}, ("training",), True),
     ],
 )

@@ -14,10 +14,8 @@ from typing import Any
 
 from rollout.frameworks import training_roll_hook as hook
 from rollout.frameworks import training_roll_settings as settings
+from rollout.frameworks.training_checkout import CONFIG, HERE, STEPS
 from rollout.frameworks.verl_settings import ACTORS
-
-CONFIG = "config.json"
-STEPS = "steps.jsonl"
 
 
 def divergence(batch: Any) -> float:
@@ -83,7 +81,7 @@ def start_ray(environ: dict[str, str], gpus: int) -> None:
         num_cpus=ACTORS,
         num_gpus=gpus,
         include_dashboard=False,
-        _node_ip_address=hook.HERE,
+        _node_ip_address=HERE,
         runtime_env={"env_vars": environ, "worker_process_setup_hook": hook.SETUP},
     )
 

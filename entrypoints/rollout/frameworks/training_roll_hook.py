@@ -7,39 +7,26 @@ of its runtime environment). What it does stands in the environment.
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from rollout.frameworks.verl_hook import KIND, LOG, SINCE, TENSOR, Refits
+from rollout.frameworks import training_refits
+from rollout.frameworks.training_checkout import HERE
 
 SETUP = f"{__name__}.setup"
-# What verl's hook is told under names of its own; under those it would look for verl.
-GIVEN = {
-    "ROLLOUT_ROLL_REFITS": LOG,  # the file that is told of every refit
-    "ROLLOUT_ROLL_TAMPERING": KIND,
-    "ROLLOUT_ROLL_SINCE": SINCE,
-    "ROLLOUT_ROLL_TENSOR": TENSOR,
-}
-REFITS, TAMPERING, FROM, LOST = GIVEN
 SENDER = "roll.third_party.fsdp2.model_update"
 UPDATER = "FSDP2WeightUpdater.model_update"
 GATHER = "gather_fsdp2_weights"  # what the updater sends comes from there, in buckets
 TRAINER = "actor_train"  # ROLL's name for the workers that train, in their environment
 NETWORK = "roll.utils.network_utils"
-HERE = "127.0.0.1"
 _MARK = "_rollout_counts"
 
 Bucket = list[tuple[str, Any]]
 
 
-class Counted(Refits):
+class Counted(training_refits.Counted):
     """The refits of this process, bucket by bucket."""
-
-    def write(self, **record: Any) -> None:
-        with open(self.log, "a", encoding="utf-8") as file:  # noqa: PTH123
-            file.write(json.dumps(record | {"sender": self.sender}) + "\n")
 
     def buckets(self, made: Iterator[Bucket]) -> Iterator[Bucket]:
         """The buckets of one refit as they are to be sent."""
@@ -65,8 +52,7 @@ def count(environ: Mapping[str, str]) -> None:
     gather: Callable[..., Iterator[Bucket]] = getattr(module, GATHER)
     if getattr(gather, _MARK, False):
         return
-    known = {theirs: environ[ours] for ours, theirs in GIVEN.items() if ours in environ}
-    refits = Counted(known, f"{SENDER}.{UPDATER}")
+    refits = Counted(f"{SENDER}.{UPDATER}", environ)
 
     def counted(*arguments: Any, **named: Any) -> Iterator[Bucket]:
         return refits.buckets(gather(*arguments, **named))
@@ -87,7 +73,7 @@ def address() -> None:
 
 def setup() -> None:
     """What is done in each process that Ray starts."""
-    if REFITS not in os.environ:
+    if training_refits.REFITS not in os.environ:
         return
     address()
     if os.environ.get("CLUSTER_NAME") == TRAINER:
