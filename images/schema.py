@@ -111,6 +111,9 @@ class Smoke(Table, frozen=True):
         }
 
 
+COMMIT = 8  # digits of a commit by which a report names it
+
+
 class Framework(Table, frozen=True):
     """The training framework whose runs start in an image.
 
@@ -150,7 +153,7 @@ class Framework(Table, frozen=True):
     @property
     def named(self) -> str:
         """What a report of a training calls it: the release, or the commit and its files."""
-        return f"{self.version}+files-{self.files}" if self.files else self.version
+        return f"{self.version[:COMMIT]}+files-{self.files}" if self.files else self.version
 
     @property
     def packaged(self) -> bool:

@@ -18,6 +18,7 @@ from images.catalog import ROOT, Image
 from images.schema import LEVELS, TRANSPORTS, Framework, Smoke
 from rollout import backends, frameworks
 from rollout.backends import Abilities
+from rollout.frameworks import training_checkout
 from rollout.problem import Problem
 
 from ..conftest import KEYS, Checkout
@@ -663,6 +664,14 @@ def test_a_framework_that_is_said_wrongly_is_refused(
     checkout: Checkout, given: str, sentence: str
 ) -> None:
     assert refused(checkout.file({"framework": given})) == sentence
+
+
+def test_a_commit_has_the_name_that_reports_give_a_checkout_of_it(checkout: Checkout) -> None:
+    digest = "7f38429febb4"
+    given = table(version='"7cc755f09"', requirements='["six"]', files=f'"{digest}"')
+    framework = catalog.parse(checkout.file({"framework": given})).framework
+    assert framework
+    assert framework.named == "7cc755f09"[: training_checkout.COMMIT] + f"+files-{digest}"
 
 
 def test_no_training_is_promised_without_a_framework(checkout: Checkout) -> None:
