@@ -28,6 +28,7 @@ STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 # What the parameters and dependencies of a provenance mean; described in docs/verifying.md.
 BUILD_TYPE = "urn:verl-rollout:image:1"
+SOURCE = "org.opencontainers.image.source"
 # A person's checkout: no platform vouches for what happened in it, only the key.
 LOCAL_BUILDER = "urn:verl-rollout:checkout"
 # The variable by which a workflow that is called names its own file.
@@ -77,6 +78,18 @@ def _builder(environ: Mapping[str, str]) -> dict[str, Any]:
             "invocationId": f"{server}/{repository}/actions/runs/{run}/attempts/{attempt}"
         },
     }
+
+
+def annotations(environ: Mapping[str, str]) -> dict[str, str]:
+    """What the manifest of an image says of where its sources are: a workflow knows, nobody else.
+
+    Registries and updaters of dependencies find the repository by it. Commit and base are in the
+    provenance instead: a manifest that named the commit would be another one at every commit, and
+    the base is in no registry.
+    """
+    if environ.get("GITHUB_ACTIONS") != "true":
+        return {}
+    return {SOURCE: f"{environ['GITHUB_SERVER_URL']}/{environ['GITHUB_REPOSITORY']}"}
 
 
 def _source(commit: str, environ: Mapping[str, str]) -> dict[str, Any]:

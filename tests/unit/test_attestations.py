@@ -233,6 +233,19 @@ def test_a_dirty_checkout_is_said_to_be_one(image: Image, commit: str, dirty: bo
     assert source["digest"] == {"gitCommit": COMMIT}
 
 
+def test_a_manifest_names_the_repository_of_a_workflow_and_never_the_commit() -> None:
+    """The same image of another commit has the same digest, or its tag could not stay."""
+    run = {
+        "GITHUB_ACTIONS": "true",
+        "GITHUB_SERVER_URL": "https://forge.example",
+        "GITHUB_REPOSITORY": "team/images",
+        "GITHUB_SHA": COMMIT,
+    }
+    here = "https://forge.example/team/images"
+    assert provenance.annotations(run) == {"org.opencontainers.image.source": here}
+    assert provenance.annotations({**run, "GITHUB_ACTIONS": ""}) == {}
+
+
 def test_in_ci_the_workflow_is_the_builder_and_elsewhere_a_checkout(
     image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
