@@ -80,7 +80,7 @@ def _builder(environ: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def annotations(environ: Mapping[str, str]) -> dict[str, str]:
+def repository_of(environ: Mapping[str, str]) -> dict[str, str]:
     """What the manifest of an image says of where its sources are: a workflow knows, nobody else.
 
     Registries and updaters of dependencies find the repository by it. Commit and base are in the

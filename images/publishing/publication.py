@@ -76,7 +76,7 @@ def publish_image(
     missing = {what: image.not_shown[what] for what in proved.standing.missing} if proved else None
     copy = copies.of_source(
         packing.source(image, tool, built),
-        {**oci.of_proof(missing), **provenance.annotations(os.environ)},
+        {**oci.of_proof(missing), **provenance.repository_of(os.environ)},
         sorted(siblings - {registry.path(image.repository)}),
         how,
     )

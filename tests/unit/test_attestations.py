@@ -242,8 +242,8 @@ def test_a_manifest_names_the_repository_of_a_workflow_and_never_the_commit() ->
         "GITHUB_SHA": COMMIT,
     }
     here = "https://forge.example/team/images"
-    assert provenance.annotations(run) == {"org.opencontainers.image.source": here}
-    assert provenance.annotations({**run, "GITHUB_ACTIONS": ""}) == {}
+    assert provenance.repository_of(run) == {"org.opencontainers.image.source": here}
+    assert provenance.repository_of({**run, "GITHUB_ACTIONS": ""}) == {}
 
 
 def test_in_ci_the_workflow_is_the_builder_and_elsewhere_a_checkout(
