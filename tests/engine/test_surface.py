@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.surface import introspected, sources
+from images.catalog import ROOT
+from tests.surface import introspected, kept, sources
 from tests.surface.agreement import Agreement, agreement
 from tests.surface.surface import Surface
 
@@ -101,6 +102,30 @@ def test_vllm_is_looked_at_as_a_whole(both: Both) -> None:
     assert found["signatures"] > 10_000
     assert found["fields"] > 500
     assert found["re-exports"] > 6_000
+
+
+def test_the_backend_finds_in_the_sources_what_it_finds_in_the_engine(
+    prefix: Path, tmp_path: Path
+) -> None:
+    """The comparison of ``rollout verify``: on the engine itself, and on one made of a record."""
+    command = [str(prefix / "bin" / "python"), "-m", "tests.surface.asked", "vllm"]
+    environ = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "VLLM_NO_USAGE_STATS": "1"}
+    environ["PYTHONPATH"] = f"{ROOT / 'entrypoints'}:{ROOT}"
+    done = subprocess.run(
+        [*command, *kept.PROMISES["vllm"]],
+        env=environ,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    real = json.loads(done.stdout)
+    (site,) = prefix.glob("lib/python3.*/site-packages")
+    _, read = kept.made(Surface(sources.opened(site, "vllm")), "vllm")
+    assert sum(read["looked_at"].values()) > 100
+    # This build of vLLM has no allocator that could sleep: both say so.
+    assert [where for where, _ in real["problems"]] == ["vllm.cumem_allocator"]
+    assert {**read, "asked": set(read["asked"])} == {**real, "asked": set(real["asked"])}
 
 
 @pytest.mark.parametrize(
