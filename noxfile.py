@@ -107,6 +107,15 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def surface(session: nox.Session) -> None:
+    """Read the record of an engine's API from its sources: BACKEND PLACE [--tag TAG]."""
+    tools(session)
+    session.run(
+        "python", "-m", "tests.surface", *session.posargs, env={"PYTHONPATH": "entrypoints"}
+    )
+
+
+@nox.session
 def measure(session: nox.Session) -> None:
     """Measure the numbers of docs/reproducing.md on this machine: [REF]."""
     station(session, "proving.measure")
