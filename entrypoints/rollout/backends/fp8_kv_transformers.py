@@ -102,8 +102,20 @@ class Worker(reference.Worker):
         shape, count = self.blocks.shape[1:], 2 * len(self.blocks)
         codes = self.pool.bytes[: elements * count].view(torch.float8_e4m3fn)
         self.blocks: Any = Blocks(codes.reshape(count, *shape), self)
+        self.model.register_forward_pre_hook(self._round, with_kwargs=True)
         if not dummy:
             self._read(model)
+
+    def _round(self, _module: Any, _given: Any, named: dict[str, Any]) -> None:
+        """Have a cache of the model's code give back what ours would."""
+        cache = named["past_key_values"]
+        update = type(cache).update
+
+        def rounded(keys: Any, values: Any, layer: int, *rest: Any, **more: Any) -> Any:
+            keys, values = self.through(layer, KEYS, keys), self.through(layer, VALUES, values)
+            return update(cache, keys, values, layer, *rest, **more)
+
+        cache.update = rounded
 
     def _read(self, model: Path) -> None:
         """Take the weights of a checkpoint, and the scales that it has."""
@@ -168,26 +180,6 @@ class Worker(reference.Worker):
 
 
 def _serve(connection: Connection, model: str, dummy: bool, parent: int) -> None:
-    """The main loop of the reference engine, with a worker and caches of this module."""
-    import transformers
-
-    made: list[Worker] = []
-
-    class Rounding(transformers.DynamicCache):  # type: ignore[misc]
-        """A cache of the model's code, which gives back what ours would."""
-
-        def update(
-            self, keys: torch.Tensor, values: torch.Tensor, layer: int, *rest: Any, **more: Any
-        ) -> Any:
-            worker = made[0]
-            keys, values = worker.through(layer, KEYS, keys), worker.through(layer, VALUES, values)
-            return super().update(keys, values, layer, *rest, **more)
-
-    def worker(*given: Any) -> Worker:
-        made.append(Worker(*given))
-        return made[0]
-
-    # A process of its own, where nothing else is served.
-    vars(transformers)["DynamicCache"] = Rounding
-    vars(reference)["Worker"] = worker
+    """The main loop of the reference engine, with the worker of this module."""
+    vars(reference)["Worker"] = Worker
     reference._serve(connection, model, dummy, parent)
