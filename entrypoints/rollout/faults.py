@@ -193,7 +193,7 @@ FAULTS = {
     LOST_SCALE: Fault(
         "fp8-kv",
         "the new scales of one layer are lost in a refit",
-        "in a refit, scales that were sent are not held",
+        "in a refit, scales that were sent",
     ),
     OLD: Fault(
         "fp8-kv",
