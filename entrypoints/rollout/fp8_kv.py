@@ -343,11 +343,10 @@ def slept(trial: Trial, metrics: Metrics, level: int, promised: str, form: str) 
     key = f"{form.strip().replace(' ', '_')}_wake_{level}".strip("_")
     metrics[key] = what or KEPT
     if what:
+        what += " by the sleep, the refit and the wake" if level == 2 else " by the wake"
         if promised == KEPT:
-            raise Failed(f"{at}: {what} by the wake in this version; {GIVE_BACK}", metrics)
-        held(
-            trial, put_all(trial, before), f"{at}: {what} by the wake, and put back scales", metrics
-        )
+            raise Failed(f"{at}: {what} in this version; {GIVE_BACK}", metrics)
+        held(trial, put_all(trial, before), f"{at}: {what}, and put back scales", metrics)
     found = trial.fresh()
     why = (
         f"{at}: awake, with the scales of before, answers diverge from the oracle that rounds alike"
