@@ -35,10 +35,10 @@ CHECK = "fp8-kv"
 KEPT, PUT_BACK = "kept", "put-back"  # what a catalog file promises of a wake
 SEED, OTHER_SEED = 20261201, 20261202
 PROMPTS, SAMPLE = 8, 16
-# By so much smaller logits, log-probabilities differ by so much less. As they are, right engines are
-# over the bound; by a half, lost scales are not ten times over it (1.76). Measured on a CPU: right
-# ones 1.040 in the worst request (tiny); 1.059 (1b) where queries and probabilities are rounded to 8
-# bits as well, played as FlashAttention 3 does it. Scales at 1.0 give 2.14 and 1.87 there.
+# By so much smaller logits, log-probabilities differ by so much less. As they are, right engines
+# are over the bound; by a half, lost scales are not ten times over it (1.76). Measured on a CPU:
+# right ones 1.040 in the worst request (tiny); 1.059 (1b) where queries and probabilities are
+# rounded to 8 bits, too, played as FlashAttention 3 does it. Scales at 1.0: 2.14 and 1.87.
 CALM = 0.5625
 KEY_GAIN, VALUE_GAIN = 2.0**6, 2.0**-12
 TENFOLD = 10.0
