@@ -171,8 +171,8 @@ def _check_promises(file: File) -> None:
                 choices = ", ".join(map(str, kept))
                 what = f"promises {value}, and the {name} backend has {choices} alone"
                 raise _wrong(f"smoke.{key}", what)
-    for key in ("fp8", "lora", "server", "moe"):
-        sleeps = getattr(wanted, key)
+    for key in ("fp8", "lora", "server", "moe", "fp8-kv"):
+        sleeps = getattr(wanted, key.replace("-", "_"))
         if sleeps and not wanted.sleep_levels:
             what = (
                 "is promised, and its check puts the engine to sleep; name a level in sleep-levels"
@@ -187,6 +187,7 @@ def _check_promises(file: File) -> None:
         ("moe", wanted.moe, can.moe),
         ("pressure", wanted.pressure, can.pressure),
         ("disaggregated", wanted.disaggregated, can.disaggregated),
+        ("fp8-kv", wanted.fp8_kv, can.fp8_kv),
     ):
         if promise and not able:
             raise _wrong(f"smoke.{key}", f"is promised, and the {name} backend has none")

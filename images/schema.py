@@ -80,6 +80,10 @@ class Smoke(Table, frozen=True):
     pressure: Annotated[
         bool, says("hundreds of requests at once, half of them aborted, weights replaced meanwhile")
     ] = False
+    fp8_kv: Annotated[
+        Literal["", "kept", "put-back"],
+        says("keys and values in 8 bits: a wake keeps their scales, or they have to be put back"),
+    ] = ""
     disaggregated: Annotated[
         bool, says("a trainer on a GPU of its own, by NCCL and from disk; an engine on two GPUs")
     ] = False
@@ -105,6 +109,7 @@ class Smoke(Table, frozen=True):
             **({"moe": True} if self.moe else {}),
             **({"pressure": True} if self.pressure else {}),
             **({"disaggregated": True} if self.disaggregated else {}),
+            **({"fp8-kv": self.fp8_kv} if self.fp8_kv else {}),
             **({"training": True} if self.training else {}),
             **({"tensor_parallel": self.tensor_parallel} if self.tensor_parallel else {}),
             **({"reuse": self.reuse} if self.reuse != "turns" else {}),

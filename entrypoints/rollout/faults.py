@@ -17,6 +17,8 @@ from rollout.backends.adapters import FAULTS as OF_ADAPTERS
 from rollout.backends.adapters import KEPT, LOST, SCALED, UNDER, Adapting, adapting
 from rollout.backends.crowd import LEAKED
 from rollout.disaggregated import LOST_BROADCAST, STALE_RANK
+from rollout.fp8_kv_faults import FACTOR, OLD, RESET
+from rollout.fp8_kv_faults import LOST as LOST_SCALE
 from rollout.pressure_faults import CROSSED, IGNORED, STALE
 from rollout.pressure_faults import LOST as LOST_REQUEST
 from rollout.problem import Problem
@@ -177,6 +179,26 @@ FAULTS = {
         "disaggregated",
         "of two workers one takes its new weights and does not load them",
         "the output is not that of the weights",
+    ),
+    RESET: Fault(
+        "fp8-kv",
+        "a wake sets the scales of keys and values to 1.0, and keeps them there",
+        "are reset to 1.0",
+    ),
+    FACTOR: Fault(
+        "fp8-kv",
+        "keys and values go by a sixteenth of the scales that the engine says it has",
+        "answers diverge from the oracle that rounds them alike",
+    ),
+    LOST_SCALE: Fault(
+        "fp8-kv",
+        "the new scales of one layer are lost in a refit",
+        "in a refit, scales that were sent",
+    ),
+    OLD: Fault(
+        "fp8-kv",
+        "blocks of the prefix cache stay when the scales that they are read by are replaced",
+        "answers are of the old ones still",
     ),
     "expert-not-refitted": Fault("moe", "of a refit one expert keeps its old weights", HELD),
     "swapped-experts": Fault("moe", "two experts arrive under each other's number", HELD),

@@ -32,7 +32,7 @@ _OUTSIDE = frozenset(
     f"{PACKAGE}.{name}"
     for name in (
         *("calibrate", "cli", "faults", "info", "moe_calibrate", "moe_faults", "preflight"),
-        *("pressure_faults", "problem", "program", "report"),
+        *("fp8_kv_calibrate", "fp8_kv_faults", "pressure_faults", "problem", "program", "report"),
     )
 )
 # Ours, and what it is taken for: they answer alike wherever the other one answers.
@@ -52,7 +52,9 @@ _REGISTRIES = frozenset({f"{PACKAGE}.checks.CHECKS", f"{PACKAGE}.verify.CHECKS"}
 _DRIVEN = (f"{PACKAGE}.smoke._drive", f"{PACKAGE}.smoke._attempt")
 # One that makes a probe of its own, and the one that drives a framework, which has its own engine.
 _TRAINING = "training"
+_FP8_KV = "fp8-kv"
 _ROOTS = {
+    _FP8_KV: (f"{PACKAGE}.smoke._round", f"{PACKAGE}.smoke._attempt", f"{PACKAGE}.smoke._last"),
     "moe": (f"{PACKAGE}.smoke._mix", f"{PACKAGE}.smoke._attempt", f"{PACKAGE}.smoke._last"),
     _TRAINING: (f"{PACKAGE}.smoke._train", f"{PACKAGE}.smoke._attempt", f"{PACKAGE}.smoke._last"),
 }
@@ -66,6 +68,7 @@ _TEXTS = frozenset(
 )
 _IGNORED = frozenset({"annotation", "returns", "type_comment", "type_params", "kind", "ctx"})
 _COMPARED = "_interface"  # of a backend: what `rollout verify` compares, and no engine is driven by
+_SHARED = ("reuse", "sleep_levels", "transport")  # settings that are every check's
 SENTENCE = ["text"]  # stands for all of them
 # What becomes of the texts of an expression: nothing is known, they stand where a sentence may
 # stand (one with a blank in it is one), or they are said and nothing else.
@@ -596,7 +599,7 @@ def identity(
         modules = [m for m in modules if not m.endswith(_COMPARED)]
         owned = [u for m in modules for u in sources.whole(m)]
         roots = [*_root(sources, name), *_ROOTS.get(name, _DRIVEN), *owned]
-        said = {} if trained else settings or {}
+        said = {} if trained else _said(settings or {}, name)
         found[name] = _digest(sources.closure(roots, name), said)
     return found
 
@@ -608,11 +611,17 @@ def _digest(forms: Mapping[str, str], settings: Mapping[str, Any]) -> str:
 
 def settings(smoke: Mapping[str, Any]) -> dict[str, Any]:
     """Of an image's promises ("smoke" in image.json) those that say how a check runs."""
-    return {
+    found = {
         "reuse": smoke.get("reuse", "turns"),
         "sleep_levels": list(smoke["sleep_levels"]),
         "transport": smoke["refit"][0],
     }
+    return found | ({_FP8_KV: smoke[_FP8_KV]} if smoke.get(_FP8_KV) else {})
+
+
+def _said(settings: Mapping[str, Any], check: str) -> dict[str, Any]:
+    """Of these settings those of a check; what one alone is told is named after it."""
+    return {name: value for name, value in settings.items() if name in (*_SHARED, check)}
 
 
 def of_image(

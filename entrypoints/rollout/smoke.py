@@ -38,17 +38,19 @@ CHECKS = (
     "server",
     "tensor-parallel",
     "disaggregated",
+    "fp8-kv",
     "moe",
     "training",
 )
 # Beside those of a level: checks that put an engine to sleep.
-SLEEPS = {"cycle", "fp8", "lora", "server", "moe"}
+SLEEPS = {"cycle", "fp8", "lora", "server", "fp8-kv", "moe"}
 ANY = 1 << 10  # GPUs: what is asked for is judged apart from what this machine has
 # Checks that start an engine of their own.
 TRAINING = "training"
 MOE = "moe"
+FP8_KV = "fp8-kv"
 DISAGGREGATED = "disaggregated"
-ALONE = {"long", "pressure", "fp8", "lora", "server", DISAGGREGATED, MOE, TRAINING}
+ALONE = {"long", "pressure", "fp8", "lora", "server", DISAGGREGATED, FP8_KV, MOE, TRAINING}
 SEED, OTHER_SEED = 20260708, 20260709
 PROMPTS = 8
 # Eight bits round so coarsely that the probe, made to show every lost tensor in sixteen, exceeds
@@ -85,7 +87,7 @@ def promised(wanted: Mapping[str, Any]) -> list[str]:
 def available(wanted: Mapping[str, Any], gpus: int = 1) -> list[str]:
     """The checks of an image on so many GPUs; ``wanted`` is "smoke" in its image.json."""
     left_out = {f"sleep-{level}" for level in (1, 2) if level not in wanted["sleep_levels"]}
-    asked = ("long", "pressure", "fp8", "lora", "server", DISAGGREGATED, MOE, TRAINING)
+    asked = ("long", "pressure", "fp8", "lora", "server", DISAGGREGATED, FP8_KV, MOE, TRAINING)
     left_out |= {name for name in asked if not wanted.get(name)}
     left_out |= {"refits"} if wanted["sleep_levels"] else SLEEPS
     left_out |= {name for name, count in several(wanted).items() if gpus < count}
@@ -158,18 +160,26 @@ def framed(checkout: Path, data: Mapping[str, Any]) -> None:
 
 
 def tried(data: dict[str, Any], options: Options) -> dict[str, Any]:
-    """image.json, and the check ``training`` among its promises where a checkout is to be tried.
+    """image.json, and among its promises what is to be tried though no image promises it.
 
+    The check ``fp8-kv`` of a backend that has it, for whoever asks for it by name. And the check
+    ``training`` where a checkout is named.
     No image promises it of a framework that comes as a checkout alone. Who names one, and asks for
     this check, gets it where an adapter can start that framework.
     """
-    from rollout import frameworks
+    from rollout import fp8_kv, frameworks
+    from rollout.backends import abilities
 
+    wanted = data["smoke"]
+    if FP8_KV in options.only and FP8_KV not in wanted:
+        can = abilities(data["backend"])
+        if can is not None and can.fp8_kv:
+            data = data | {"smoke": wanted | {FP8_KV: fp8_kv.PUT_BACK}}
     framework = data.get("framework")
     if options.framework is None or TRAINING not in options.only or not framework:
         return data
-    can = frameworks.trains(framework["name"])
-    return data | {"smoke": data["smoke"] | {TRAINING: True}} if can else data
+    can_train = frameworks.trains(framework["name"])
+    return data | {"smoke": data["smoke"] | {TRAINING: True}} if can_train else data
 
 
 @contextmanager
@@ -368,7 +378,7 @@ def proof(
         broken = next((c.name for c in done if c.status == "failed"), None)
         if broken:
             check = report.Check(name, "unproved", 0.0, {}, f"not run: {broken} failed before it")
-        elif name in (MOE, TRAINING):
+        elif name in (FP8_KV, MOE, TRAINING):
             check = _last(name, action)
         else:
             check = _attempt(name, action)
@@ -379,9 +389,12 @@ def proof(
     if not facts["smoke"]["sleep_levels"]:
         # No check lets it sleep. A backend is told a level at the start; this one drops nothing.
         facts = facts | {"smoke": facts["smoke"] | {"sleep_levels": [1]}}
-    driven = [name for name in names if name not in (MOE, TRAINING)]
+    driven = [name for name in names if name not in (FP8_KV, MOE, TRAINING)]
     if driven:
         device = _drive(facts, options, driven, gpus, attempt)
+    if FP8_KV in names:
+        rounded_on = _round(facts, options, gpus, attempt)
+        device = device or rounded_on
     if MOE in names:
         mixed_on = _mix(facts, options, gpus, attempt)
         device = device or mixed_on
@@ -424,6 +437,27 @@ def _drive(
             trial.engine.stop()
         device: str = trial.engine.device
         return device
+
+
+def _round(
+    facts: dict[str, Any],
+    options: Options,
+    gpus: int,
+    attempt: Callable[[str, Callable[[], dict[str, Any]]], None],
+) -> str | None:
+    """The check of a KV cache in 8 bits; returns the device of its engine, None if it had none."""
+    from rollout import fp8_kv
+
+    devices: list[str] = []
+
+    def rounded() -> dict[str, Any]:
+        release_gpu()
+        with fp8_kv.prepared(facts, sending(facts["smoke"], gpus), options.inject) as trial:
+            devices.append(trial.engine.device)
+            return fp8_kv.check(trial, facts["smoke"][FP8_KV])
+
+    attempt(FP8_KV, rounded)
+    return devices[0] if devices else None
 
 
 def _mix(

@@ -15,7 +15,7 @@ from images.catalog import ROOT
 
 from . import environment
 
-RUNS = ("offline", "served", "pressed")
+RUNS = ("offline", "served", "pressed", "rounded")
 TIMEOUT = 600.0  # seconds; a minute is usual
 Found = dict[str, Any]
 
@@ -54,6 +54,12 @@ def served(told: dict[str, Found]) -> Found:
 def pressed(told: dict[str, Found]) -> Found:
     """What was found on one engine of many requests at once."""
     return told["pressed"]
+
+
+@pytest.fixture(scope="session")
+def rounded(told: dict[str, Found]) -> Found:
+    """What was found on one engine with keys and values in 8 bits."""
+    return told["rounded"]
 
 
 def _run(which: str, prefix: Path, folder: Path) -> Found:

@@ -18,6 +18,8 @@ from images.locking import lock, resolution
 from rollout.backends import vllm
 from rollout.backends.crowd import LEAKED
 from rollout.backends.interface import Comparison
+from rollout.fp8_kv_faults import LOST as LOST_SCALE
+from rollout.fp8_kv_faults import OLD
 from rollout.oracle import BOUND_BF16
 from rollout.pressure_faults import FAULTS
 
@@ -27,6 +29,7 @@ from .asked import CALLED, CROWD, INJECTED, MOVED, OFFLINE
 from .conftest import Found
 
 pytestmark = pytest.mark.engine
+ROUNDED = (LOST_SCALE, OLD)
 
 
 def test_the_environment_is_the_lock_and_nothing_else(prefix: Path) -> None:
@@ -226,3 +229,18 @@ def test_a_fake_that_takes_too_much_would_be_found(offline: Found) -> None:
 
     problem = refused(offline["signatures"]["vllm:LLM.generate"], inspect.signature(generate))
     assert problem == "got an unexpected keyword argument 'hurry'"
+
+
+# keys and values in 8 bits
+
+
+def test_answers_by_the_scales_of_a_checkpoint_are_those_of_the_oracle(rounded: Found) -> None:
+    assert rounded["fp8-kv"]["reason"] == "", rounded["fp8-kv"]
+    assert rounded["fp8-kv"]["metrics"]["refit"] == "kept"
+    assert all(found["k"] == found["k_float"] != 1.0 for found in rounded["scales"].values())
+
+
+@pytest.mark.parametrize("fault", ROUNDED)
+def test_a_fault_of_scales_is_found_for_its_own_reason(rounded: Found, fault: str) -> None:
+    assert rounded[fault]["unseen"] == "", rounded[fault]
+    assert rounded["left"] == []

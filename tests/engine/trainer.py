@@ -1,6 +1,6 @@
 """The trainer's side of a real vLLM on a CPU: our backend, with a stand-in for what needs a GPU.
 
-    python -m tests.engine.trainer offline|served|pressed FILE
+    python -m tests.engine.trainer offline|served|pressed|rounded FILE
 
 runs the checks of the proof on one engine, on one server, or on one engine under pressure, and
 writes what they said as JSON. It runs where vLLM is (:mod:`tests.engine.environment`), without
@@ -82,14 +82,17 @@ _arguments = vllm.arguments
 
 def arguments(*given: Any, **named: Any) -> dict[str, Any]:
     """The backend's own, with what the CPU refuses or wants otherwise."""
-    own = _arguments(*given, **named)
-    instead = {
+    return instead(_arguments(*given, **named))
+
+
+def instead(own: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a backend, with what the CPU refuses or wants otherwise."""
+    return own | {
         "enable_sleep_mode": False,
         "worker_extension_cls": OURS,
         "block_size": BLOCK,
         "enforce_eager": True,
     }
-    return own | instead
 
 
 def stand_in() -> None:
@@ -334,8 +337,10 @@ def main(which: str, file: str) -> None:
     begun = time.perf_counter()
     try:
         from .pressed import pressed
+        from .rounded import rounded
 
         runs = {"offline": offline, "served": served, "pressed": pressed}
+        runs["rounded"] = rounded
         with tempfile.TemporaryDirectory(prefix="rollout-probe-") as folder:
             for name, value in runs[which](Path(folder)):
                 found[name] = value

@@ -14,7 +14,7 @@ import torch
 from vllm.distributed.device_communicators import shm_broadcast
 from vllm.model_executor.layers import utils
 
-from rollout.backends import pressure_vllm_extension, vllm_extension
+from rollout.backends import fp8_kv_vllm_extension, pressure_vllm_extension, vllm_extension
 
 
 def plain(layer: Any, remove_weight: bool) -> None:  # noqa: ARG001 - vLLM names it
@@ -54,3 +54,7 @@ class Extension(vllm_extension.Extension):
 
 class Pressed(Extension, pressure_vllm_extension.Extension):
     """The same, with what many requests at once need."""
+
+
+class Eight(Extension, fp8_kv_vllm_extension.Extension):
+    """The same, with a KV cache in 8 bits."""

@@ -17,7 +17,7 @@ FILES = (
     *("test_probe.py", "test_transport.py", "test_faults.py", "test_smoke.py"),
     *("test_checks.py", "test_cuda_ipc.py", "test_vllm_extension.py", "test_placement.py"),
     *("test_long.py", "test_long_engine.py", "test_pressure_engine.py"),
-    "test_moe.py",
+    *("test_moe.py", "test_fp8_kv.py", "test_fp8_kv_engine.py"),
 )
 
 

@@ -28,7 +28,7 @@ SOUGHT = available(DEFAULT.smoke.facts)
 
 
 # Found by a check that starts an engine of its own: what runs before it is shown by the sound run.
-BY_ITSELF = ("long", "pressure", "lora", "moe")
+BY_ITSELF = ("long", "pressure", "lora", "fp8-kv", "moe")
 
 
 def inject(here: Container, fault: str) -> tuple[Result, Path]:

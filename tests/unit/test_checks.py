@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from rollout import checks, disaggregated, faults, long, lora, pressure, rush, training
+from rollout import checks, disaggregated, faults, fp8_kv, long, lora, pressure, rush, training
 from rollout.backends import Completion, EngineError
 from rollout.checks import Failed, Trial
 from rollout.faults import FAULTS, Faulty
@@ -1248,7 +1248,7 @@ def test_a_fault_aimed_at_a_transport_is_found_in_that_one(
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_reason_of_every_fault_is_one_that_a_check_gives(fault: str) -> None:
-    modules = (checks, disaggregated, long, lora, pressure, rush, training)
+    modules = (checks, disaggregated, fp8_kv, long, lora, pressure, rush, training)
     sources = "".join(inspect.getsource(module) for module in modules)
     source = re.sub(r'"\s+f?"', "", sources)  # sentences that take two lines
     assert FAULTS[fault].reason in source

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rollout import disaggregated, faults, pressure_faults, smoke
+from rollout import disaggregated, faults, fp8_kv_faults, pressure_faults, smoke
 from rollout.backends import Completion, adapters
 from rollout.faults import FAULTS, Faulty
 from rollout.problem import Problem
@@ -148,7 +148,7 @@ SOUND: list[tuple[Any, ...]] = [
 
 def test_every_fault_names_a_check_that_exists_and_what_happens() -> None:
     checks = {*ADAPTERS, *LONG, *EXPERTS, *disaggregated.FAULTS}
-    checks |= {*pressure_faults.FAULTS, *TRAINING}
+    checks |= {*pressure_faults.FAULTS, *fp8_kv_faults.FAULTS, *TRAINING}
     assert set(FAULTS) == {*STREAM, *PROTOCOL, *ROLLOUTS, *ENGINE, *PROOF, *checks}
     for name, fault in FAULTS.items():
         assert fault.check in smoke.CHECKS, name

@@ -807,7 +807,7 @@ def test_a_fault_that_nobody_knows_is_refused_with_the_nearest(image: Image, fol
 def test_every_fault_is_found_by_its_check_and_reason(image: Image, fault: str) -> None:
     own = ("lora", "long", "pressure", "moe", "server", "disaggregated", "training")
     asked = dict.fromkeys(own, True)
-    smoke = structs.replace(image.smoke, sleep_levels=(1, 2), **asked)
+    smoke = structs.replace(image.smoke, sleep_levels=(1, 2), fp8_kv="kept", **asked)
     everything = structs.replace(image, smoke=smoke)
     assert adoption.found_by(of_fault(image, fault), fault, everything) == ""
 

@@ -223,7 +223,7 @@ def test_gpus_are_counted_where_there_is_cuda_alone(monkeypatch: pytest.MonkeyPa
 
 
 def test_every_check_has_its_function() -> None:
-    assert ["start", *checks.CHECKS, "moe", "training"] == list(smoke.CHECKS)
+    assert ["start", *checks.CHECKS, "fp8-kv", "moe", "training"] == list(smoke.CHECKS)
 
 
 def test_a_known_fault_is_taken() -> None:

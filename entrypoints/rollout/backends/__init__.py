@@ -156,6 +156,7 @@ class Abilities:
     long: bool = False  # long sequences, by the module ``long_<backend>``
     moe: bool = False  # a mixture of experts, by the module ``moe_<backend>``
     pressure: bool = False  # hundreds of requests at once, by ``pressure_<backend>``
+    fp8_kv: bool = False  # keys and values in 8 bits, by ``fp8_kv_<backend>``
     disaggregated: bool = False  # a trainer elsewhere, by ``disaggregated_<backend>``
 
 

@@ -30,7 +30,9 @@ from rollout.transport import TransportError, as_bytes, receive, send
 if TYPE_CHECKING:
     import torch
 
-ABILITIES = Abilities(("shared-memory",), lora=True, long=True, moe=True, pressure=True)
+ABILITIES = Abilities(
+    ("shared-memory",), lora=True, long=True, moe=True, pressure=True, fp8_kv=True
+)
 BLOCK_TOKENS = 16
 KV_POOL_BYTES = 128 << 20
 LEAK_BYTES = 24 << 20

@@ -37,6 +37,7 @@ ABILITIES = Abilities(
     moe=True,
     pressure=True,
     disaggregated=True,
+    fp8_kv=True,
 )
 KV_BYTES = 4 << 30
 LONGEST = 512  # tokens of prompt and completion
