@@ -418,11 +418,13 @@ def test_an_image_says_the_same_of_itself_as_the_host(image: catalog.Image, tmp_
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     code = (
-        "import json; from rollout import program, verify; from pathlib import Path\n"
-        "data = json.loads(Path('image.json').read_text())\n"
-        "print(json.dumps(program.of_image(data, verified=verify.available(data))))"
+        "import json, sys; from rollout import program, verify; from pathlib import Path\n"
+        "data, asked = json.loads(Path('image.json').read_text()), sys.argv[1:]\n"
+        "found = program.of_image(data, verified=verify.available(data), smoked=asked)\n"
+        "print(json.dumps(found))"
     )
-    argv = [sys.executable, "-c", code]
+    asked = [*smoke.promised(image.smoke.facts), *standing.asked(image)]
+    argv = [sys.executable, "-c", code, *asked]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == standing.program_of(image)
@@ -544,4 +546,5 @@ def test_a_check_that_nobody_wrote_has_no_identity() -> None:
 
 def test_every_promised_check_has_an_identity() -> None:
     for image in IMAGES:
-        assert tuple(standing.program_of(image)) == standing.promised(image)
+        asked = standing.asked(image)
+        assert tuple(standing.program_of(image)) == (*standing.promised(image), *asked)
