@@ -89,7 +89,7 @@ class Place:
         if not folder.exists():
             if not source.exists() or sha256(source) != self.plan()["checkouts"][name]:
                 raise RuntimeError(f"{source} is damaged, or was not sent")
-            # Not by tarfile: its filters came with Python 3.11.4, and without one it warns later on.
+            # Not by tarfile: its filters came with Python 3.11.4.
             waiting = folder.with_name(f".{folder.name}")
             waiting.mkdir(parents=True, exist_ok=True)
             done = subprocess.run(["tar", "-xzf", str(source), "-C", str(waiting)], check=False)
