@@ -266,11 +266,11 @@ def pack(
     options: argparse.Namespace,
 ) -> int:
     """Write the images in parts, the plan and what runs there. Returns the number of parts."""
+    brought = checkouts.chosen([checkouts.parse(text) for text in options.checkout], images)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     bundles, sent = [], set[str]()
-    brought = checkouts.chosen([checkouts.parse(text) for text in options.checkout], images)
-    files = [checkouts.write(one, folder) for one in set(brought.values())]
+    files = [checkouts.write(one, folder) for one in dict.fromkeys(brought.values())]
     for image in images:
         parts = parcels.write(
             image, tool, folder, sent, have, part=options.part_bytes, level=options.level
