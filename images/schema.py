@@ -19,6 +19,8 @@ from msgspec import Meta, Struct, structs
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from rollout.frameworks.training_checkout import COMMIT
+
 Backend = Literal["vllm", "sglang", "tensorrt-llm", "transformers"]
 FrameworkName = Literal["verl", "roll", "open-instruct"]
 Level = Literal["R1", "R2", "R3", "R4"]
@@ -114,9 +116,6 @@ class Smoke(Table, frozen=True):
             **({"tensor_parallel": self.tensor_parallel} if self.tensor_parallel else {}),
             **({"reuse": self.reuse} if self.reuse != "turns" else {}),
         }
-
-
-COMMIT = 8  # digits of a commit by which a report names it
 
 
 class Framework(Table, frozen=True):

@@ -32,7 +32,7 @@ _OUTSIDE = frozenset(
     f"{PACKAGE}.{name}"
     for name in (
         *("calibrate", "cli", "faults", "info", "moe_calibrate", "moe_faults", "preflight"),
-        *("fp8_kv_calibrate", "fp8_kv_faults", "pressure_faults", "problem", "program", "report"),
+        *("fp8_kv_faults", "pressure_faults", "problem", "program", "report"),
     )
 )
 # Ours, and what it is taken for: they answer alike wherever the other one answers.

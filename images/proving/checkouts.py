@@ -6,6 +6,8 @@ commit goes with the files.
 
 from __future__ import annotations
 
+import io
+import subprocess
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +38,10 @@ class Checkout:
         return f"{FOLDER}/{self.name}.tar.gz"
 
 
+def _git(root: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return host.run(["git", "-C", str(root), *arguments], quiet=True, check=check)
+
+
 def parse(text: str) -> Checkout:
     """``NAME=DIR``, as the command line has it.
 
@@ -46,7 +52,7 @@ def parse(text: str) -> Checkout:
     root = Path(folder)
     if not name or not folder or not root.is_dir():
         raise Problem(f"--checkout: {text!r} is no NAME=DIR of a framework and its clone", 2)
-    done = host.run(["git", "-C", str(root), "rev-parse", "HEAD"], quiet=True, check=False)
+    done = _git(root, "rev-parse", "HEAD", check=False)
     if done.returncode:
         raise Problem(f"--checkout: {root} is no clone, so nobody knows its commit; clone it", 2)
     return Checkout(name, root, done.stdout.strip())
@@ -83,23 +89,23 @@ def write(one: Checkout, folder: Path) -> Path:
     Raises:
         Problem: exit code 2 for a file that differs from the commit, 1 for one too large to send.
     """
-    changed = host.run(["git", "-C", str(one.root), "status", "--porcelain"], quiet=True).stdout
-    if changed.strip():
-        first = changed.strip().splitlines()[0]
+    changed = _git(one.root, "status", "--porcelain").stdout.strip()
+    if changed:
+        first = changed.splitlines()[0]
         raise Problem(
             f"--checkout: {one.root} is not as its commit is: {first}; commit or undo it", 2
         )
-    listed = host.run(["git", "-C", str(one.root), "ls-files", "-z"], quiet=True).stdout.split("\0")
+    listed = _git(one.root, "ls-files", "-z").stdout.split("\0")
     target = folder / one.file
     target.parent.mkdir(parents=True, exist_ok=True)
-    head = target.with_suffix(".head")
-    head.write_text(one.commit + "\n", encoding="utf-8")
+    commit = f"{one.commit}\n".encode()
+    head = tarfile.TarInfo(".git/HEAD")
+    head.size = len(commit)
     with tarfile.open(target, "w:gz") as tar:
         for path in map(PurePosixPath, filter(None, listed)):
             if (path.suffix in SUFFIXES or path.name in LICENSES) and (one.root / path).is_file():
                 tar.add(one.root / path, str(path))
-        tar.add(head, ".git/HEAD")
-    head.unlink()
+        tar.addfile(head, io.BytesIO(commit))
     if target.stat().st_size > MOST:
         target.unlink()
         raise Problem(f"--checkout: {one.root} takes more than {MOST // 1_000_000} MB to send")

@@ -45,7 +45,7 @@ def trained(image: Image) -> bool:
     if kept is None or not asked:
         return False
     passed = {check["name"] for check in kept["checks"] if check["status"] == "passed"}
-    worth = proofs.standing_of(image)
+    worth = standing.judge(kept, proofs.today(image))
     return worth.good and set(asked) <= passed - set(worth.outgrown)
 
 

@@ -155,6 +155,14 @@ def sealed(container: Callable[[], Container], built: builder.Built, tmp_path: P
     return Sealed(container().root, cache, env)
 
 
+def built_here(tool: Buildah, reference: str) -> builder.Built:
+    """An image that is built here; the test is skipped where it is not."""
+    found = tool.inspect(tool.local + reference)
+    if found is None:
+        pytest.skip(f"{reference} is not built here: nox -s build -- {reference}")
+    return found
+
+
 @pytest.fixture
 def node(tool: Buildah, tmp_path: Path) -> Iterator[Callable[[str], Node]]:
     """Makes nodes of images that are built here, and removes them."""
@@ -162,9 +170,7 @@ def node(tool: Buildah, tmp_path: Path) -> Iterator[Callable[[str], Node]]:
     containers: list[str] = []
 
     def make(reference: str) -> Node:
-        built = tool.inspect(tool.local + reference)
-        if built is None:
-            pytest.skip(f"{reference} is not built here: nox -s build -- {reference}")
+        built = built_here(tool, reference)
         name = f"test-{uuid.uuid4().hex[:12]}"
         argv = ["buildah", "from", "--pull-never", "--name", name, tool.local + reference]
         subprocess.run(argv, check=True, capture_output=True)

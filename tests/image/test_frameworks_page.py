@@ -15,6 +15,7 @@ from images.building.builder import Command
 from images.catalog import ROOT
 
 from ..pages import commands
+from .conftest import built_here
 
 pytestmark = pytest.mark.image
 
@@ -44,8 +45,7 @@ def test_the_framework_understands_what_the_page_says(
     tool: Buildah, reference: str, words: list[str]
 ) -> None:
     """Control: an argument that it has not is refused."""
-    if tool.inspect(tool.local + reference) is None:
-        pytest.skip(f"{reference} is not built here: nox -s build -- {reference}")
+    built_here(tool, reference)
 
     with tool.container(tool.local + reference) as container:
 

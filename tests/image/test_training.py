@@ -15,7 +15,7 @@ from images.building import build, builder
 from images.building.buildah import Buildah
 from rollout import preflight
 
-from .conftest import Sealed
+from .conftest import Sealed, built_here
 
 pytestmark = pytest.mark.image
 
@@ -52,8 +52,7 @@ def image() -> catalog.Image:
 @pytest.fixture(scope="module")
 def built(image: catalog.Image, tool: Buildah) -> builder.Built:
     """It as of today, where one is there; tests/image/test_vllm.py builds it from nothing."""
-    if tool.inspect(tool.local + image.reference) is None:
-        pytest.skip(f"{image.reference} is not built here: nox -s build -- {image.reference}")
+    built_here(tool, image.reference)
     return build.build(image, tool)  # from the cache, and with the entrypoints of today
 
 

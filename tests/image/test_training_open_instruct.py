@@ -24,7 +24,7 @@ from images.building import builder
 from images.building.buildah import Buildah
 from images.catalog import ROOT
 
-from .conftest import Result, Sealed
+from .conftest import Result, Sealed, built_here
 
 pytestmark = pytest.mark.image
 
@@ -56,10 +56,7 @@ except checks.Failed as failed:
 @pytest.fixture(scope="module")
 def built(tool: Buildah) -> builder.Built:
     """The image as it is here; what this test needs of today goes into a container of its own."""
-    found = tool.inspect(tool.local + IMAGE.reference)
-    if found is None:
-        pytest.skip(f"{IMAGE.reference} is not built here: nox -s build -- {IMAGE.reference}")
-    return found
+    return built_here(tool, IMAGE.reference)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from images.building import builder
 from images.building.buildah import Buildah
 from images.catalog import ROOT
 
-from .conftest import Result, Sealed
+from .conftest import Result, Sealed, built_here
 
 pytestmark = pytest.mark.image
 
@@ -65,10 +65,7 @@ def image(request: pytest.FixtureRequest) -> catalog.Image:
 @pytest.fixture(scope="module")
 def built(image: catalog.Image, tool: Buildah) -> builder.Built:
     """It as it is here; what this test needs of today goes into a container of its own."""
-    found = tool.inspect(tool.local + image.reference)
-    if found is None:
-        pytest.skip(f"{image.reference} is not built here: nox -s build -- {image.reference}")
-    return found
+    return built_here(tool, image.reference)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_a_checkout_is_said_to_train_where_the_kept_proof_shows_it(
     worth = Standing(standing.PROVED, "")
     checks = [{"name": "start", "status": "passed"}]
     monkeypatch.setattr(proofs, "kept_report", lambda _: {"checks": checks})
-    monkeypatch.setattr(proofs, "standing_of", lambda _: worth)
+    monkeypatch.setattr(standing, "judge", lambda *_: worth)
     assert releases.reason(image, image.framework, "8eb27cc2") == plain
     checks.append({"name": "training", "status": "passed"})
     said = releases.reason(image, image.framework, "8eb27cc2")

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Full, Queue
 from types import SimpleNamespace
@@ -34,6 +33,8 @@ from rollout.frameworks import training_open_instruct_actors as actors
 from rollout.frameworks import training_open_instruct_driver as driver
 from rollout.frameworks import training_open_instruct_settings as settings
 from rollout.problem import Problem
+
+from .refitted import Tensor, written
 
 SHORT = Path("/tmp/rt-abcdefgh")
 
@@ -243,25 +244,6 @@ def test_the_environment_is_alone_offline_and_on_as_many_gpus_as_it_uses(
 # The sender -------------------------------------------------------------------------------------
 
 
-@dataclass
-class Tensor:
-    """A tensor, as far as the counter looks at it."""
-
-    value: int
-
-    def numel(self) -> int:
-        return 5
-
-    def element_size(self) -> int:
-        return 2
-
-    def detach(self) -> Tensor:
-        return self
-
-    def clone(self) -> Tensor:
-        return Tensor(self.value)
-
-
 NAMES = ("a", "b", "lm_head.weight")
 
 
@@ -294,10 +276,6 @@ def sent(folder: Path, times: int, kind: str = "", since: int = 0) -> list[list[
         answers = counter.refit(make, waited.extend)
         assert waited == answers, "the refit ends when every engine has taken its weights"
     return found
-
-
-def written(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "refits.jsonl").read_text().splitlines()]
 
 
 def test_refits_pass_unchanged_and_are_counted(tmp_path: Path) -> None:

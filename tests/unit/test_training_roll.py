@@ -35,6 +35,8 @@ from rollout.frameworks import training_roll_reward as reward
 from rollout.frameworks import training_roll_settings as settings
 from rollout.problem import Problem
 
+from .refitted import Tensor, written
+
 SHORT = Path("/tmp/rt-abcdefgh")
 
 
@@ -371,25 +373,6 @@ def test_a_process_that_is_gone_gives_no_descriptor() -> None:
 # The hook ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Tensor:
-    """A tensor, as far as a hook looks at it."""
-
-    value: int
-
-    def numel(self) -> int:
-        return 5
-
-    def element_size(self) -> int:
-        return 2
-
-    def detach(self) -> Tensor:
-        return self
-
-    def clone(self) -> Tensor:
-        return Tensor(self.value)
-
-
 Buckets = list[list[tuple[str, Tensor]]]
 
 GATHER = """\
@@ -439,10 +422,6 @@ def sent(module: Any, times: int) -> list[Buckets]:
 
 def names(buckets: Buckets) -> list[list[str]]:
     return [[name for name, _ in bucket] for bucket in buckets]
-
-
-def written(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "refits.jsonl").read_text().splitlines()]
 
 
 def test_refits_pass_unchanged_in_their_buckets_and_are_counted(
