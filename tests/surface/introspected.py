@@ -37,6 +37,21 @@ def parameters(what: Any) -> list[list[Any]] | None:
     return [[p.name, KINDS[p.kind], p.default is not p.empty] for p in found]
 
 
+def made(kind: type) -> list[list[Any]] | None:
+    """How a class is called: what stands nearest, of ``__new__`` and ``__init__``.
+
+    Python 3.11.2, Debian's, looks at any ``__new__`` first, however far above it stands.
+    """
+    nearest = next(
+        (one for one in kind.__mro__ if {"__new__", "__init__"} & vars(one).keys()), kind
+    )
+    hidden = inspect.isfunction(kind.__new__) and "__new__" not in vars(nearest)
+    if not hidden or type(kind).__call__ is not type.__call__ or hasattr(kind, "__signature__"):
+        return parameters(kind)
+    found = parameters(kind.__init__)
+    return found and found[1:]
+
+
 def function(what: Any) -> dict[str, Any] | None:
     """Kind, binding and parameters of what a class or a module has under a name."""
     binding = {staticmethod: "static", classmethod: "class"}.get(type(what), "")
@@ -76,7 +91,7 @@ def described(kind: type) -> dict[str, Any]:
             found["fields"] = [field.name for field in dataclasses.fields(kind)]
     if isinstance(kind, enum.EnumMeta):
         found["members"] = list(kind.__members__)
-    found["made"] = parameters(kind)
+    found["made"] = made(kind)
     return found
 
 
